@@ -1,0 +1,315 @@
+"""What the scripts share identically: configuration, processes, randomness, checkpoints, logs."""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import types
+import typing
+from pickle import UnpicklingError  # what torch.load(weights_only=True) raises when it refuses
+
+import torch
+import torch.distributed as dist
+import yaml
+
+
+class UserError(Exception):
+    """A mistake the user can mend. Its message is one line: what is wrong, where, and the likely fix."""
+
+
+def run(main, config_class):
+    """Entry point of every script: command line -> main(cfg). A UserError is one line and exit code 2."""
+    try:
+        code = main(parse_config(config_class, sys.argv[1:]))
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def parse_config(config_class, argv):
+    """`[file.yaml ...] [--key value ...]` -> config_class; later files win over earlier, the command line
+    over files.
+
+    Words that are neither go to the field `inputs`. Raises UserError for an unknown key (naming the nearest
+    known one), a value of the wrong type, or a missing file."""
+    if "-h" in argv or "--help" in argv:
+        print(_help(config_class))
+        sys.exit(0)
+    values, given, inputs, rest = {}, {}, [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            if not equals and not rest:
+                raise UserError(f"{word} needs a value: {word} VALUE")
+            given[key.replace("-", "_")] = value if equals else rest.pop(0)
+        elif word.endswith((".yaml", ".yml")):
+            values |= read_yaml(config_class, word)
+        else:
+            inputs.append(word)
+    given |= {"inputs": inputs} if inputs else {}
+    return build_config(config_class, values | cast_values(config_class, given, "the command line"))
+
+
+def read_yaml(config_class, path):
+    """A YAML file of `key: value` lines -> {key: value cast to the type of config_class's field}."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file) or {}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected lines of `key: value`, found {type(values).__name__}")
+    return cast_values(config_class, values, path)
+
+
+def cast_values(config_class, values, where):
+    """Each value to its field's declared type (PyYAML reads 1e-4 as a string)."""
+    kinds = {field.name: field.type for field in dataclasses.fields(config_class)}
+    for key in values:
+        if key not in kinds:
+            near = difflib.get_close_matches(str(key), kinds, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(kinds)}"
+            raise UserError(f"unknown key {key!r} in {where}; {hint}")
+    return {key: _cast(value, kinds[key], key, where) for key, value in values.items()}
+
+
+def build_config(config_class, values):
+    missing = [field.name for field in dataclasses.fields(config_class)
+               if field.default is dataclasses.MISSING and field.name not in values]
+    if missing:
+        raise UserError(f"{', '.join('--' + name for name in missing)} must be given; see --help")
+    return config_class(**values)
+
+
+def _cast(value, kind, key, where):
+    """bool, int, float, str, dict, tuple[T, ...], or one of these | None."""
+    wrong = UserError(f"{key} in {where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+    if isinstance(kind, types.UnionType):
+        inner = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+        return None if value in (None, "none", "None", "null") else _cast(value, inner, key, where)
+    if typing.get_origin(kind) is tuple:
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+        return tuple(_cast(part, typing.get_args(kind)[0], key, where) for part in parts)
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if str(value).lower() not in words:
+            raise wrong
+        return words[str(value).lower()]
+    accepted = {int: (int, str), float: (int, float, str)}.get(kind, kind)
+    if isinstance(value, bool) or not isinstance(value, accepted):
+        raise wrong
+    try:
+        number = kind(value)
+    except ValueError:
+        raise wrong from None
+    if kind is float and not math.isfinite(number):
+        raise wrong
+    return number
+
+
+def _help(config_class):
+    """The script's docstring, then each field with its default and the comment that stands beside it."""
+    doc = sys.modules[config_class.__module__].__doc__ or ""
+    lines = [doc.strip(), "", "--key value, or key: value in a YAML file:"]
+    field = re.compile(r"^    (\w+): [^=#\n]+?(?: = ([^#\n]*?))?\s*(?:#\s*(.*))?$", re.MULTILINE)
+    for name, default, comment in field.findall(inspect.getsource(config_class)):
+        lines.append(f"  --{name:<16} {default or 'required':<12} {comment}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------- randomness
+def derive_seed(*parts):
+    """Seed of one draw: a 63-bit hash of (seed, epoch, sample, purpose), the same on every machine and
+    process."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def learning_rate(step, steps, warmup, base):
+    """Appendix A: linear warm-up over `warmup` steps from base/1000, then a cosine, 0 at the last step."""
+    if step < warmup:
+        return base * (1e-3 + (1 - 1e-3) * step / warmup)
+    return base * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - 1 - warmup)))
+
+
+# -------------------------------------------------------------------------------------------------- processes
+class Processes(typing.NamedTuple):
+    rank: int
+    world: int
+    device: torch.device
+
+
+def pick_device(device):
+    """auto, cpu or cuda -> torch.device; UserError if that is not to be had."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device {device!r}: choose auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, but torch sees no GPU; use --device cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def init_processes(device):
+    """Join the process group that torchrun describes, or one of a single process: both run the same code.
+
+    Control messages travel over gloo on the CPU, gradients over nccl on CUDA."""
+    device = pick_device(device)
+    cuda = device.type == "cuda"
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(f"at least {local + 1} processes on this node, but {torch.cuda.device_count()} GPUs")
+    if cuda:
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if not dist.is_initialized():
+        if "RANK" in os.environ:  # set by torchrun
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def agree(*flags):
+    """Is a flag raised on any process? One all-reduce over gloo on the CPU; the device is not waited for."""
+    raised = torch.tensor([bool(flag) for flag in flags], dtype=torch.int32)
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in raised.tolist()]
+
+
+def check_in(losses, *flags, keep=1):
+    """agree() on flags, and raise UserError on every process if a loss of any is not finite.
+
+    losses: list of to_host() records; all but the last `keep` are read and dropped."""
+    bad = ""
+    while len(losses) > keep:
+        step, names, loss, ready = losses.pop(0)
+        if ready is not None:
+            ready.synchronize()
+        if not bad and not math.isfinite(loss):
+            bad = f"loss {loss.item()} at step {step}, samples {', '.join(names)}; last.pt is from before it"
+    *flags, diverged = agree(*flags, bad)
+    if diverged:
+        raise UserError(bad or "stopped: another process met a loss that is not finite")
+    return flags
+
+
+def to_host(step, names, loss):
+    """A loss on its way to the CPU, without waiting for the device: (step, samples, tensor, event)."""
+    copy = loss.detach().to("cpu", non_blocking=True)
+    return step, names, copy, torch.cuda.current_stream().record_event() if loss.is_cuda else None
+
+
+def total(tensor):
+    """Sum of a tensor over all processes, as float64 on the CPU. Sums are reduced, never means."""
+    tensor = tensor.detach().to("cpu", torch.float64)
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def catch_signals():
+    """SIGTERM and SIGINT (preemption, Ctrl-C) set the returned event; the loop ends after its current
+    step."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+# --------------------------------------------------------------------------------------------- files and logs
+@contextlib.contextmanager
+def atomic(path):
+    """Yields a temporary name beside `path`, renamed at the end: what exists under its final name is
+    whole."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def write_text(path, text):
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def save_checkpoint(path, payload):
+    """Tensors, numbers, strings and containers of them in one file; atomic, on the disk before it is
+    renamed."""
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        torch.save(payload, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_checkpoint(path):
+    """torch.load onto the CPU with weights_only=True, always: nothing in the file is ever run."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}") from None
+    except UnpicklingError:
+        raise UserError(f"{path} holds more than tensors, numbers and strings: refused, nothing in it was "
+                        "run. Save its plain state_dict and load that") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path} is damaged, truncated or no torch file: {reason}") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+
+def resume(path, cfg, free, model, optimizer):
+    """Continue from `path`: load model and optimizer, return the step to go on with; 0 if the file is not
+    there.
+
+    UserError if it is another configuration's run; keys in `free` do not touch what is computed and may
+    differ."""
+    if not os.path.exists(path):
+        return 0
+    checkpoint = load_checkpoint(path)
+    now, then = dataclasses.asdict(cfg), checkpoint.get("config", {})
+    changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now
+               if key not in free and then.get(key) != now[key]]
+    if changed:
+        raise UserError(f"{path} is of another run ({', '.join(changed)}): give a new --out or the old values")
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["step"]
+
+
+def append_log(folder, record):
+    """One JSON line in log.jsonl."""
+    with open(os.path.join(folder, "log.jsonl"), "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def cut_log(folder, step):
+    """On resume: drop the lines of steps that will be done again, and a half-written last line."""
+    path = os.path.join(folder, "log.jsonl")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_text(path, "".join(lines))
+
+
+def versions():
+    """What a run was made with, for its header and its checkpoints."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)  # noqa: S603, S607
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda or "",
+            "commit": git.stdout.strip() or "unknown"}

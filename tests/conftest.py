@@ -1,0 +1,45 @@
+"""A small phantom cohort, raw and prepared, shared by the tests that run the scripts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)
+
+
+def script(*words, processes=None, check=0, **settings):
+    """Run one of the project's scripts as a user does; `check` is the exit code it must end with."""
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    result = subprocess.run([*launcher, *map(str, words), *options], cwd=ROOT, capture_output=True, text=True,
+                            timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    report = f"exit {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    assert result.returncode == check, report
+    return result
+
+
+def log_of(folder):
+    with open(Path(folder) / "log.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phantoms") / "bids"
+    script("tests/phantom.py", out=folder, subjects=6, labelled=5, layout="bids", size=32, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(raw):
+    folder = raw.parent / "prepared"
+    script("prepare_data.py", source="bids", input=raw, out=folder, workers=2)
+    return folder

@@ -1,0 +1,223 @@
+"""The objective of section 3.1, and that a pretraining run is the same with any number of processes, and
+after a kill."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, log_of, script
+
+import common
+import data
+import pretrain
+
+TINY = {"model": "unet_demo", "patch_size": 16, "batch_size": 4, "steps": 20, "log_every": 1, "save_every": 5,
+        "val_fraction": 0.2, "compile": "false", "workers": 1, "lr": 1e-3, "warmup_epochs": 0.5}
+
+
+# -------------------------------------------------------------------------------------------------- objective
+@pytest.mark.parametrize(("side", "hidden"), [(128, 19661), (96, 13824 - 5529), (64, 2458), (32, 308)])
+def test_mask_hides_an_exact_count_of_whole_tokens(side, hidden):
+    mask = pretrain.random_mask([3, 4], (side,) * 3, 4, 0.6, "cpu")
+    assert mask.shape == (2, 1, side, side, side) and mask.dtype == torch.bool
+    tokens = mask.unfold(2, 4, 4).unfold(3, 4, 4).unfold(4, 4, 4).flatten(-3)
+    assert (tokens.all(-1) | ~tokens.any(-1)).all(), "a token is hidden whole or not at all"
+    assert tokens[..., 0].sum((1, 2, 3, 4)).tolist() == [hidden, hidden]
+    assert (mask[0] != mask[1]).any()
+
+
+def test_mask_depends_on_its_seed_alone():
+    both = pretrain.random_mask([3, 4], (16, 32, 48), 4, 0.6, "cpu")
+    assert torch.equal(both[1:], pretrain.random_mask([4], (16, 32, 48), 4, 0.6, "cpu"))
+    with pytest.raises(ValueError, match="multiple of the token size"):
+        pretrain.random_mask([0], (18, 16, 16), 4, 0.6, "cpu")
+
+
+def test_loss_regions():
+    generator = torch.Generator().manual_seed(0)
+    output, target = torch.rand(2, 2, 1, 16, 16, 16, generator=generator)
+    mask = pretrain.random_mask([1, 2], (16,) * 3, 4, 0.6, "cpu")
+    error = ((output - target) ** 2).numpy()
+    everywhere = pretrain.reconstruction_loss(output, target, mask, "all").item()
+    assert everywhere == pytest.approx(error.mean(), rel=1e-6)
+    masked = pretrain.reconstruction_loss(output, target, mask, "masked").item()
+    assert masked == pytest.approx(error[mask.numpy()].mean(), rel=1e-6)
+    sums = pretrain.masked_and_visible(output, target, mask)
+    assert sums[0].item() / sums[1].item() == pytest.approx(masked, rel=1e-6)
+    assert sums[2].item() / sums[3].item() == pytest.approx(error[~mask.numpy()].mean(), rel=1e-6)
+
+
+def test_learning_rate_warms_up_and_reaches_zero_at_the_last_step():
+    rates = [common.learning_rate(step, 100, 10, 1e-4) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-7) and max(rates) == rates[10] == 1e-4 and rates[-1] == 0
+    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[10 + 40] == pytest.approx(0.5e-4 * (1 + math.cos(math.pi * 40 / 89)))
+
+
+# ---------------------------------------------------------------------------------------------- sample stream
+def test_stream_is_the_same_for_any_number_of_processes_and_after_a_restart():
+    one = list(data.SampleStream(7, 0, 4, 0, 9))
+    assert [len(b) for b in one] == [4] * 9
+    for world in (2, 4):
+        parts = [list(data.SampleStream(7, 0, 4, 0, 9, rank, world)) for rank in range(world)]
+        assert [sorted(sum(step, [])) for step in zip(*parts, strict=True)] == [sorted(step) for step in one]
+    assert list(data.SampleStream(7, 0, 4, 5, 9)) == one[5:]
+    flat = [key for step in one for key in step]
+    for epoch in range(5):
+        assert sorted(i for e, i in flat if e == epoch) == list(range(7)), "every sample once an epoch"
+    assert [i for e, i in flat if e == 0] != [i for e, i in flat if e == 1]
+
+
+def test_crops_do_not_depend_on_workers(prepared):
+    cases = data.pretraining_cases(str(prepared))
+    dataset = data.Crops(cases, 16, seed=1, preset="all")
+    stream, device = data.SampleStream(len(cases), 1, 3, 0, 4), torch.device("cpu")
+    batches = [list(data.make_loader(dataset, stream, workers, device)) for workers in (0, 2)]
+    for alone, worked in zip(*batches, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(alone.crops, worked.crops, strict=True))
+        assert alone.mask_seeds == worked.mask_seeds and alone.names == worked.names
+
+
+def test_every_position_is_drawn(tmp_path):
+    np.save(tmp_path / "v.npy", np.arange(20 ** 3, dtype=np.float32).reshape(20, 20, 20).astype(np.float16))
+    dataset = data.Crops([data.Case("v", "s", (str(tmp_path / "v.npy"),), None, ())], 16, 0, "none")
+    starts = np.array([dataset.place((20, 20, 20), None, np.random.default_rng(s)) for s in range(400)])
+    counts = np.stack([np.bincount(axis, minlength=5) for axis in starts.T])
+    assert counts.shape == (3, 5) and counts.min() > 50, "each of the five positions about 80 times"
+    centred = dataset.place((10, 16, 13), None, np.random.default_rng(0))
+    assert centred == [-3, 0, -1], "a volume smaller than the patch is centred in it"
+
+
+def test_read_box_pads_with_zero():
+    array = np.arange(1, 28).reshape(3, 3, 3)
+    box = data.read_box(array, (-1, 1, 2), (3, 4, 2))
+    assert np.array_equal(box[1:, :2, :1], array[0:2, 1:3, 2:3]) and box.sum() == array[0:2, 1:3, 2:3].sum()
+    assert data.read_box(array, (5, 0, 0), (2, 2, 2)).sum() == 0
+
+
+# ------------------------------------------------------------------------------------------------------- runs
+def test_two_processes_equal_one(prepared, tmp_path):
+    for processes in (None, 2):
+        out = tmp_path / f"{processes}"
+        script("pretrain.py", processes=processes, data=prepared, out=out / "f64", precision="fp64", **TINY)
+        script("pretrain.py", processes=processes, data=prepared, out=out / "f32", precision="fp32",
+               **TINY | {"steps": 1})
+    one, two = (log_of(tmp_path / f"{p}" / "f64") for p in (None, 2))
+    assert len(one) == len(two) == 20
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-9), f"step {a['step']}"
+    assert one[-1]["val_loss"] == pytest.approx(two[-1]["val_loss"], abs=1e-9)
+    one, two = (log_of(tmp_path / f"{p}" / "f32") for p in (None, 2))
+    assert one[0]["loss"] == pytest.approx(two[0]["loss"], abs=1e-6)
+
+
+def test_killed_and_resumed_ends_bitwise_equal(prepared, tmp_path):
+    settings = TINY | {"precision": "bf16", "data": prepared}
+    script("pretrain.py", out=tmp_path / "whole", **settings)
+    words = [w for k, v in (settings | {"out": tmp_path / "cut"}).items() for w in (f"--{k}", str(v))]
+    process = subprocess.Popen([sys.executable, "pretrain.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    target = 1 + time.time_ns() % 12  # a different moment each time
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        path = tmp_path / "cut" / "log.jsonl"
+        if path.exists() and path.read_text().count("\n") >= target:
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    script("pretrain.py", out=tmp_path / "cut", **settings)
+    whole, cut = (common.load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    assert cut["step"] == 20
+    for name, tensor in whole["model"].items():
+        assert torch.equal(tensor, cut["model"][name]), name
+    for record in (whole_log := log_of(tmp_path / "whole")) + (cut_log := log_of(tmp_path / "cut")):
+        record.pop("seconds")
+    assert whole_log == cut_log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_preempted_run_saves_and_exits_0(prepared, tmp_path, number):
+    settings = TINY | {"data": prepared, "out": tmp_path, "steps": 100000, "save_every": 100000}
+    words = [w for k, v in settings.items() for w in (f"--{k}", str(v))]
+    process = subprocess.Popen([sys.executable, "pretrain.py", *words], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "log.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    step = common.load_checkpoint(tmp_path / "last.pt")["step"]
+    assert step >= 1 and f"holds step {step}" in output
+    assert log_of(tmp_path)[-1]["step"] <= step
+
+
+def test_validation_loss_falls(prepared, tmp_path):
+    script("pretrain.py", data=prepared, out=tmp_path, precision="fp32",
+           **TINY | {"steps": 60, "val_every": 20, "lr": 3e-3, "save_every": 1000})
+    values = [record["val_masked"] for record in log_of(tmp_path) if "val_masked" in record]
+    assert values[-1] < 0.7 * values[0], values
+
+
+def test_checkpoint_knows_what_it_saw(prepared, tmp_path):
+    script("pretrain.py", data=prepared, out=tmp_path, **TINY | {"steps": 1})
+    checkpoint = common.load_checkpoint(tmp_path / "last.pt")
+    volumes = data.read_index(str(prepared))
+    seen = {v.sha256 for v in volumes if f"{v.source}/{v.subject}" in checkpoint["subjects"]}
+    assert set(checkpoint["sha256"]) == seen and 0 < len(seen) < len(volumes)
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"data": "/nowhere"}, "not a prepared folder"),
+    ({"patch_sze": 16}, "did you mean 'patch_size'"),
+    ({"lr": "fast"}, "expected float, got 'fast'"),
+    ({"steps": 1.5}, "expected int"),
+    ({"model": "unet_xxl"}, "unet_xl"),
+    ({"batch_size": 3, "micro_batch": 2}, "micro_batch 2 does not divide"),
+    ({"mask_ratio": 1.5}, "mask_ratio 1.5"),
+    ({"patch_size": 20}, "16"),
+    ({"augment": "some"}, "choose none, spatial, all"),
+])
+def test_a_mistake_ends_in_one_line(prepared, tmp_path, settings, message):
+    result = script("pretrain.py", check=2, **TINY | {"data": prepared, "out": tmp_path} | settings)
+    assert message in result.stderr and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_a_run_with_other_settings_is_not_continued(prepared, tmp_path):
+    script("pretrain.py", data=prepared, out=tmp_path, **TINY | {"steps": 1})
+    changed = TINY | {"steps": 1, "mask_ratio": 0.5}
+    result = script("pretrain.py", check=2, data=prepared, out=tmp_path, **changed)
+    assert "mask_ratio 0.6 -> 0.5" in result.stderr
+
+
+def test_an_unreadable_volume_stops_all_processes_with_its_name(raw, tmp_path):
+    script("prepare_data.py", source="bids", input=raw, out=tmp_path / "prepared", workers=2)
+    victim = data.pretraining_cases(str(tmp_path / "prepared"))[3]
+    with open(victim.images[0], "r+b") as file:
+        file.truncate(1000)
+    for processes in (None, 2):
+        result = script("pretrain.py", processes=processes, check=1 if processes else 2, out=tmp_path / "run",
+                        data=tmp_path / "prepared", **TINY | {"val_fraction": 0.01})
+        assert f"cannot read {victim.name}" in result.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(raw, tmp_path):
+    script("prepare_data.py", source="bids", input=raw, out=tmp_path / "prepared", workers=2)
+    settings = TINY | {"data": tmp_path / "prepared", "out": tmp_path / "run", "val_fraction": 0.01,
+                       "save_every": 1}
+    victim = data.pretraining_cases(str(tmp_path / "prepared"))[2]
+    volume = np.load(victim.images[0])
+    np.save(victim.images[0], np.full_like(volume, np.nan))
+    result = script("pretrain.py", check=2, **settings)
+    assert victim.name in result.stderr and "loss nan at step" in result.stderr
+    if (tmp_path / "run" / "last.pt").exists():
+        checkpoint = common.load_checkpoint(tmp_path / "run" / "last.pt")
+        assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())

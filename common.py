@@ -233,7 +233,8 @@ def catch_signals():
 def atomic(path):
     """Yields a temporary name beside `path`, renamed at the end: what exists under its final name is
     whole."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{os.getpid()}-{name}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -311,5 +312,5 @@ def versions():
     """What a run was made with, for its header and its checkpoints."""
     here = os.path.dirname(os.path.abspath(__file__))
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)  # noqa: S603, S607
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda or "",
+    return {"python": sys.version.split()[0], "torch": str(torch.__version__), "cuda": torch.version.cuda or "",
             "commit": git.stdout.strip() or "unknown"}

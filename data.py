@@ -10,12 +10,12 @@ import json
 import os
 from typing import NamedTuple
 
-import augment
 import nibabel
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+import augment
 from common import UserError, derive_seed
 
 IGNORE = 255  # class of voxels that neither the loss nor the score looks at

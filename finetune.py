@@ -10,8 +10,6 @@ import json
 import math
 import os
 
-import augment
-import models
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -20,8 +18,10 @@ import yaml
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import augment
 import common
 import data
+import models
 import predict
 from common import UserError
 

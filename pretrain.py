@@ -11,16 +11,16 @@ import math
 import os
 import time
 
-import augment
-import models
 import torch
 import torch.distributed as dist
 import yaml
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import augment
 import common
 import data
+import models
 from common import UserError
 
 

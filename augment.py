@@ -1,11 +1,12 @@
 """Augmentations (paper, Appendix B, Table 5) as pure functions of tensors and drawn parameters.
 
-`draw` is the policy: what is applied to one sample, how often, how strongly, drawn on the CPU from the sample's seed.
-`spatial` moves image, target and label together, in one lookup; `intensity` changes the input only. Undoing it is the
-"augmentation reversal" of section 3.1. One sample is (C, D, H, W); axes 0, 1, 2 are D, H, W.
+`draw` is the policy: what is applied to one sample, how often, how strongly, drawn on the CPU from the
+sample's seed. `spatial` moves image, target and label together, in one lookup; `intensity` changes the input
+only. Undoing it is the "augmentation reversal" of section 3.1. One sample is (C, D, H, W); axes 0, 1, 2 are
+D, H, W.
 
-The parameters and the elastic field are bitwise the same on every device. Noise fields are drawn on the device from a
-seeded generator: bitwise the same on one kind of device, the same in distribution across kinds.
+The parameters and the elastic field are bitwise the same on every device. Noise fields are drawn on the
+device from a seeded generator: bitwise the same on one kind of device, the same in distribution across kinds.
 """
 
 import math
@@ -29,12 +30,12 @@ class Draw(NamedTuple):
 PRESETS = ("none", "spatial", "all")
 
 
-# ------------------------------------------------------------------------------------------------ the policy, Table 5
+# ---------------------------------------------------------------------------------------- the policy, Table 5
 def draw(seed, preset, patch_size):
     """Table 5 on one screen: the augmentations of one sample with their probabilities and ranges -> Draw.
 
-    preset: none; spatial, the rotation and scale of finetuning (section 3.2); all, Table 5. (The official pretraining
-    preset named spatial holds the elastic deformation too; the paper never uses it alone.)"""
+    preset: none; spatial, the rotation and scale of finetuning (section 3.2); all, Table 5. (The official
+    pretraining preset named spatial holds the elastic deformation too; the paper never uses it alone.)"""
     rng = np.random.default_rng(seed)
     size = (patch_size,) * 3 if isinstance(patch_size, int) else tuple(patch_size)
 
@@ -76,7 +77,7 @@ def draw(seed, preset, patch_size):
             steps.append(("low_resolution", (low,)))
     if chance(0.33):
         steps.append(("bias_field", (tuple(int(rng.integers(n)) for n in size),)))
-    if chance(0.2):  # invert: 0.05 of 0.2 is the 0.01 of Table 5; it does not invert the colours of the output
+    if chance(0.2):  # invert: 0.05 of 0.2 is Table 5's 0.01; the output's colours are not inverted
         gamma_value = rng.uniform(0.5, 1) if chance(0.5) else rng.uniform(1, 2)
         steps.append(("gamma", (gamma_value, chance(0.05))))
     return Draw(size, context_of(size, angles, scale, elastic), angles, scale, elastic, tuple(steps))
@@ -86,8 +87,9 @@ def draw(seed, preset, patch_size):
 def intensity(batch, draws):
     """(B, C, D, H, W) and B draws -> the batch with each sample's intensity transforms applied, in order.
 
-    After each one, a channel is clipped to the range it had just before it, as in the official pretraining (which
-    switches that off in finetuning). Samples without a transform are not touched; without any, neither is the batch."""
+    After each one, a channel is clipped to the range it had just before it, as in the official pretraining
+    (which switches that off in finetuning). Samples without a transform are not touched; without any, neither
+    is the batch."""
     if not any(d.intensity for d in draws):
         return batch
     samples = []
@@ -99,13 +101,14 @@ def intensity(batch, draws):
     return torch.stack(samples)
 
 
-# ------------------------------------------------------------------------------------------------ spatial transforms
+# ----------------------------------------------------------------------------------------- spatial transforms
 @torch.no_grad()
 def spatial(crops, labels, draws):
-    """Crops (C, *context), of unequal sizes, -> batch (B, C, *size) float32; labels (*context) uint8, or None, alike.
+    """Crops (C, *context), of unequal sizes, -> batch (B, C, *size) float32; labels (*context) uint8, or
+    None, alike.
 
-    A sample without a spatial transform passes bitwise, without interpolation (the official code interpolates every
-    sample, half a voxel off at 128)."""
+    A sample without a spatial transform passes bitwise, without interpolation (the official code interpolates
+    every sample, half a voxel off at 128)."""
     images, moved = [], []
     for crop, label, d in zip(crops, labels or [None] * len(crops), draws, strict=True):
         x = crop.float()
@@ -142,10 +145,12 @@ def context_of(size, angles, scale, elastic):
 
 @torch.no_grad()
 def spatial_transform(x, label, angles, scale, displacement, size):
-    """x (C, D, H, W) and label (..., D, H, W) or None, looked up once at rotated, scaled, displaced positions.
+    """x (C, D, H, W) and label (..., D, H, W) or None, looked up once at rotated, scaled, displaced
+    positions.
 
-    The position c of a voxel of the result, from its centre, plus the displacement (3, *size) in voxels, reads the
-    source at scale * R^T c from the source's centre: trilinear for x, nearest for the label, 0 outside."""
+    The position c of a voxel of the result, from its centre, plus the displacement (3, *size) in voxels,
+    reads the source at scale * R^T c from the source's centre: trilinear for x, nearest for the label, 0
+    outside."""
     matrix = torch.tensor(scale * rotation_matrix(angles).T, dtype=torch.float32, device=x.device)
     lines = [torch.arange(n, device=x.device) - (n - 1) / 2 for n in size]
     position = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1)
@@ -163,10 +168,12 @@ def spatial_transform(x, label, angles, scale, displacement, size):
 
 @torch.no_grad()
 def elastic_displacement(alpha, sigma, seed, size, device):
-    """Smooth random displacement (3, *size) in voxels: alpha times white noise U(-1, 1) filtered with a Gaussian.
+    """Smooth random displacement (3, *size) in voxels: alpha times white noise U(-1, 1) filtered with a
+    Gaussian.
 
-    The reference filters full-size noise, the most expensive step of all. A field that smooth is given by noise on
-    nodes sigma / 2 apart: filter and interpolation together are one matrix an axis, with the same standard deviation."""
+    The reference filters full-size noise, the most expensive step of all. A field that smooth is given by
+    noise on nodes sigma / 2 apart: filter and interpolation together are one matrix an axis, with the same
+    standard deviation."""
     step = sigma / 2
     generator = torch.Generator().manual_seed(seed)
     nodes = [math.ceil(n / step) + 1 for n in size]
@@ -174,12 +181,12 @@ def elastic_displacement(alpha, sigma, seed, size, device):
     for axis, (n, m) in enumerate(zip(size, nodes, strict=True)):
         centre = torch.arange(m, device=device) * step + (n - 1 - (m - 1) * step) / 2
         distance = torch.arange(n, device=device)[:, None] - centre
-        kernel = torch.exp(-0.5 * (distance / sigma) ** 2) * math.sqrt(step) / (sigma * math.sqrt(2 * math.pi))
+        kernel = torch.exp(-0.5 * (distance / sigma) ** 2) * (math.sqrt(step / (2 * math.pi)) / sigma)
         field = apply_matrix(field, kernel, axis)
     return alpha * field
 
 
-# ---------------------------------------------------------------------------------------------- intensity transforms
+# --------------------------------------------------------------------------------------- intensity transforms
 def apply_matrix(x, matrix, axis):
     """Multiply one spatial axis of (C, D, H, W) by a matrix (n_out, n_in); in float32, the dtype is kept."""
     moved = x.movedim(axis + 1, -1).float() @ matrix.T.to(x.device, torch.float32)
@@ -193,7 +200,8 @@ def _normal(x, seed):
 
 @torch.no_grad()
 def gaussian_noise(x, sigma, seed):
-    """x + n, n normal with standard deviation sigma. At most 0.001 of [0, 1]: practically nothing, as published."""
+    """x + n, n normal with standard deviation sigma. At most 0.001 of [0, 1]: practically nothing, as
+    published."""
     return (x + sigma * _normal(x, seed)).to(x.dtype)
 
 
@@ -205,7 +213,8 @@ def multiplicative_noise(x, sigma, seed):
 
 @torch.no_grad()
 def gaussian_blur(x, sigma):
-    """Gaussian filter of sigma voxels, cut at 4 sigma; the border is mirrored with the outermost voxel repeated."""
+    """Gaussian filter of sigma voxels, cut at 4 sigma; the border is mirrored with the outermost voxel
+    repeated."""
     radius = int(4 * sigma + 0.5)
     if radius == 0:
         return x
@@ -213,8 +222,8 @@ def gaussian_blur(x, sigma):
     kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
     for axis, n in enumerate(x.shape[1:]):
         index = (np.arange(n)[:, None] + offsets) % (2 * n)
-        matrix = np.zeros((n, n))
-        np.add.at(matrix, (np.arange(n)[:, None], np.minimum(index, 2 * n - 1 - index)), kernel / kernel.sum())
+        index, matrix = np.minimum(index, 2 * n - 1 - index), np.zeros((n, n))
+        np.add.at(matrix, (np.arange(n)[:, None], index), kernel / kernel.sum())
         x = apply_matrix(x, torch.from_numpy(matrix), axis)
     return x
 
@@ -229,7 +238,8 @@ def _filter_frequencies(x, gain, axis):
 
 @torch.no_grad()
 def motion_ghosting(x, alpha, every, axis):
-    """Ghosts along an axis: planes 0, every, 2 every, ... of k-space, the last plane excepted, times alpha."""
+    """Ghosts along an axis: planes 0, every, 2 every, ... of k-space, the last plane excepted, times
+    alpha."""
     gain = torch.ones(x.shape[axis + 1])
     gain[0:-1:every] = alpha
     low = x.amin((1, 2, 3), keepdim=True).clamp(max=0)  # the magnitude would fold negative values
@@ -261,8 +271,8 @@ def low_resolution(x, shape):
 
 
 def _spline_up(n_in, n_out, pad=12):
-    """Cubic spline from n_in to n_out voxels as a matrix; the outermost voxel is repeated beyond the border, which
-    scipy realises by padding 12 of them before the spline is fitted."""
+    """Cubic spline from n_in to n_out voxels as a matrix; the outermost voxel is repeated beyond the border,
+    which scipy realises by padding 12 of them before the spline is fitted."""
     m = n_in + 2 * pad
     spline = np.zeros((m, m))
     for offset, weight in ((-1, 1 / 6), (0, 4 / 6), (1, 1 / 6)):
@@ -301,5 +311,5 @@ def gamma(x, gamma, invert):
 
 
 TRANSFORMS = {function.__name__: function for function in (
-    gaussian_noise, gaussian_blur, multiplicative_noise, motion_ghosting, gibbs_ringing, low_resolution, bias_field,
-    gamma)}
+    gaussian_noise, gaussian_blur, multiplicative_noise, motion_ghosting, gibbs_ringing, low_resolution,
+    bias_field, gamma)}

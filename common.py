@@ -87,8 +87,8 @@ def cast_values(config_class, values, where):
 
 
 def build_config(config_class, values):
-    missing = [field.name for field in dataclasses.fields(config_class)
-               if field.default is dataclasses.MISSING and field.name not in values]
+    missing = [f.name for f in dataclasses.fields(config_class) if f.name not in values
+               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     if missing:
         raise UserError(f"{', '.join('--' + name for name in missing)} must be given; see --help")
     return config_class(**values)
@@ -287,7 +287,7 @@ def resume(path, cfg, free, model, optimizer):
     changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now
                if key not in free and then.get(key) != now[key]]
     if changed:
-        raise UserError(f"{path} is of another run ({', '.join(changed)}): give a new --out or the old values")
+        raise UserError(f"{path} is of another run ({', '.join(changed)}): new --out, or the old values")
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     return checkpoint["step"]
@@ -312,5 +312,5 @@ def versions():
     """What a run was made with, for its header and its checkpoints."""
     here = os.path.dirname(os.path.abspath(__file__))
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)  # noqa: S603, S607
-    return {"python": sys.version.split()[0], "torch": str(torch.__version__), "cuda": torch.version.cuda or "",
-            "commit": git.stdout.strip() or "unknown"}
+    return {"python": sys.version.split()[0], "torch": str(torch.__version__),
+            "cuda": torch.version.cuda or "", "commit": git.stdout.strip() or "unknown"}

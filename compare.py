@@ -57,8 +57,8 @@ def main(cfg):
         raise UserError("name two run folders: python compare.py runs/BASELINE runs/OTHER")
     (first, first_folds), (second, second_folds) = map(read_run, cfg.inputs)
     if first_folds != second_folds:
-        raise UserError(f"{cfg.inputs[0]} and {cfg.inputs[1]} have different tasks or folds; a paired comparison "
-                        "needs the same ones")
+        raise UserError(f"{cfg.inputs[0]} and {cfg.inputs[1]} have different tasks or folds; a paired "
+                        "comparison needs the same ones")
     classes, regions = first["classes"], first["regions"]
     columns = ({"mean": classes} if len(classes) > 1 else {}) | {c: [c] for c in classes + regions}
     lines = [f"| {first['task']}, Dice % | {cfg.inputs[0]} | {cfg.inputs[1]} | gain a fold | gain a case "
@@ -67,8 +67,9 @@ def main(cfg):
         means, differences = paired(first["folds"], second["folds"], names)
         spread = [f"{m:.2f} ± {s:.2f}" for m, s in zip(means.mean(0), _deviation(means), strict=True)]
         gain = means[:, 1:] - means[:, :1]
-        lines.append(f"| {column} | {spread[0]} | {spread[1]} | {gain.mean():+.2f} ± {_deviation(gain)[0]:.2f} "
-                     f"| {differences.mean():+.2f} ± {_deviation(differences[:, None])[0]:.2f} | "
+        lines.append(f"| {column} | {spread[0]} | {spread[1]} | {gain.mean():+.2f} ± "
+                     f"{_deviation(gain)[0]:.2f} | {differences.mean():+.2f} ± "
+                     f"{_deviation(differences[:, None])[0]:.2f} | "
                      f"{(differences > 0).sum()} of {len(differences)} |")
     lines += ["", f"± is one standard deviation: over {len(means)} folds, or over cases in `gain a case`."]
     table = "\n".join(lines)

@@ -67,7 +67,7 @@ def read_index(folder):
     """All index parts of a prepared folder as one list of Volume, sorted by path."""
     parts = sorted(glob.glob(os.path.join(glob.escape(folder), "index", "*.csv")))
     if not parts:
-        raise UserError(f"{folder} has no index/*.csv: not a prepared folder; prepare_data.py --out makes one")
+        raise UserError(f"{folder} has no index/*.csv: not a prepared folder, as prepare_data.py makes")
     volumes = {}
     for part in parts:
         with open(part, newline="", encoding="utf-8") as file:

@@ -1,7 +1,6 @@
-"""Few-shot finetuning and training from scratch (paper, sections 3.2 and 4): every fold of a task, then its
-scores.
+"""Few-shot finetuning and training from scratch (paper, sections 3.2 and 4): every fold of a task, scored.
 
-python finetune.py --ckpt runs/unet_xl/last.pt --task wmh      # pretrained encoder, new decoder with skips
+    python finetune.py --ckpt runs/unet_xl/last.pt --task wmh    # pretrained encoder, new decoder with skips
     python finetune.py --model unet_xl --task wmh                  # the same from scratch
 """
 
@@ -133,6 +132,7 @@ def build(cfg, task, device, dtype, quiet):
     """The network of a fold: new decoder with skips, encoder from the checkpoint if there is one."""
     torch.manual_seed(cfg.seed)
     model = models.build_model(cfg.model, "segment", len(task.sequences), len(task.classes))
+    models.check_patch(model, cfg.patch_size, device, cfg.precision)
     if cfg.ckpt:
         report = models.load_weights(model, cfg.ckpt, part="encoder")
         if not quiet:
@@ -168,8 +168,9 @@ def train_fold(cfg, task, cases, folder, processes, stop):
         if processes.rank == 0:
             common.save_checkpoint(path, {
                 "kind": "finetune", "row": cfg.model, "step": step, "config": dataclasses.asdict(cfg),
-                "task": dataclasses.asdict(task), "cases": [c.name for c in cases], "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "versions": common.versions()})
+                "task": dataclasses.asdict(task), "cases": [c.name for c in cases],
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "versions": common.versions()})
 
     progress = tqdm(total=cfg.steps, initial=step, disable=processes.rank != 0, desc=folder)
     for batch in data.make_loader(dataset, stream, cfg.workers, device):
@@ -242,8 +243,8 @@ def summarise(name, cfg, task, done, folds):
     columns |= {c: [c] for c in classes + regions}
     lines = [f"# {name}, {cfg.model}, {'pretrained by ' + cfg.ckpt if cfg.ckpt else 'from scratch'}", "",
              f"{cfg.steps} steps, batch {cfg.batch_size}, patch {cfg.patch_size}, lr {cfg.lr}, augment "
-             f"{cfg.augment}. Dice in percent, on each scan's own grid; dropped: cases with the label in neither "
-             "truth nor prediction.",
+             f"{cfg.augment}. Dice in percent, on each scan's own grid; dropped: cases with the label in "
+             "neither truth nor prediction.",
              "", "| fold | trained on | evaluated | " + " | ".join(columns) + " | dropped |",
              "|---|---|---|" + "---|" * (len(columns) + 1)]
     values = {column: [] for column in columns}
@@ -270,7 +271,7 @@ def resolve(cfg):
             raise UserError(f"{cfg.ckpt} holds a {row}, not a {model}")
         model = model or row
     if not model:
-        raise UserError("give --model" + (": the checkpoint does not say its row" if cfg.ckpt else " or --ckpt"))
+        raise UserError("give --model" + (": the checkpoint has no row" if cfg.ckpt else " or --ckpt"))
     augmentation = cfg.augment or ("spatial" if cfg.ckpt else "all")
     if augmentation not in ("none", "spatial", "all"):
         raise UserError(f"augment {augmentation!r}: choose none, spatial, all")
@@ -300,7 +301,8 @@ def main(cfg):
         common.write_text(f"{out}/config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
         common.write_text(f"{out}/folds.json", json.dumps({"task": name, "folds": folds}, indent=1))
         print(f"task {name}: {len(cases)} cases; each fold trains on {len(folds[0]['train'])} and evaluates "
-              f"{len(folds[0]['evaluate'])}; {cfg.model}, augment {cfg.augment}, lr {cfg.lr}\n{common.versions()}")
+              f"{len(folds[0]['evaluate'])}; {cfg.model}, augment {cfg.augment}, lr {cfg.lr}\n"
+              f"{common.versions()}")
 
     for fold in chosen:
         folder = os.path.join(out, f"fold_{fold}")

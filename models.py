@@ -1,5 +1,5 @@
-"""The networks of the paper (section 4.3, Table 4) as rows of one table, their decoders (section 3.1, Table 2), and
-strict loading of weights.
+"""The networks of the paper (section 4.3, Table 4) as rows of one table, their decoders (section 3.1, Table
+2), and strict loading of weights.
 
 Shapes are (B, C, D, H, W); comments give channels at full width f and the side as a fraction of the patch.
 Parameter names are the official ones, so that published checkpoints load without a map.
@@ -26,7 +26,7 @@ ROWS = {
 }
 
 
-STEM = "encoder.in_conv.conv1.conv.weight"  # the only tensor whose shape depends on the number of input channels
+STEM = "encoder.in_conv.conv1.conv.weight"  # its shape alone depends on the input channels
 
 
 class ConvNormAct(nn.Module):
@@ -72,7 +72,8 @@ class UNetEncoder(nn.Module):
 
 
 class UNetDecoder(nn.Module):
-    """Five levels -> (B, channels, s^3). Light: one convolution a level (Table 2). Skips: concatenated [up, skip]."""
+    """Five levels -> (B, channels, s^3). Light: one convolution a level (Table 2). Skips: concatenated [up,
+    skip]."""
 
     def __init__(self, channels, f, light, skips):
         super().__init__()
@@ -98,7 +99,8 @@ class UNetDecoder(nn.Module):
 
 
 class Network(nn.Module):
-    """Encoder and a decoder: `rec_head` in pretraining, `pred_head` in segmentation. (B, C, D, H, W) -> the same grid."""
+    """Encoder and a decoder: `rec_head` in pretraining, `pred_head` in segmentation. (B, C, D, H, W) -> the
+    same grid."""
 
     size_multiple = 16  # of every side of the input: four times halved
 
@@ -112,17 +114,20 @@ class Network(nn.Module):
 
     def forward(self, x):
         if any(side % self.size_multiple for side in x.shape[2:]):
-            raise UserError(f"input {tuple(x.shape[2:])}: every side must be a multiple of {self.size_multiple}")
+            raise UserError(f"input {tuple(x.shape[2:])}: choose multiples of {self.size_multiple}")
         return (self.rec_head if hasattr(self, "rec_head") else self.pred_head)(self.encoder(x))
 
 
-def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skips=False, merge="legacy", features=None):
+def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skips=False, merge="legacy",
+                features=None):
     """A row of ROWS for a task, on (B, in_channels, D, H, W) -> (B, out_channels, D, H, W).
 
-    task: "pretrain", with the `decoder` light or standard (Table 2) and `skips` or none (section 3.1); or "segment",
-    with the row's own decoder and skips (section 3.2). features: another width. UserError for an unknown name."""
+    task: "pretrain", with the `decoder` light or standard (Table 2) and `skips` or none (section 3.1); or
+    "segment", with the row's own decoder and skips (section 3.2). features: another width. UserError for an
+    unknown name."""
     for value, known, what in ((name, ROWS, "model"), (task, ("pretrain", "segment"), "task"),
-                               (decoder, ("light", "standard"), "decoder"), (merge, ("legacy", "fixed"), "merge")):
+                               (decoder, ("light", "standard"), "decoder"),
+                               (merge, ("legacy", "fixed"), "merge")):
         if value not in known:
             near = difflib.get_close_matches(str(value), known, n=1)
             raise UserError(f"unknown {what} {value!r}: " + (f"did you mean {near[0]}? " if near else "")
@@ -134,7 +139,19 @@ def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skip
     return Network(encoder, pred_head=UNetDecoder(out_channels, f, light=False, skips=True))
 
 
-# ------------------------------------------------------------------------------------------------- loading weights
+def check_patch(model, size, device, precision):
+    """UserError unless the model takes patches of this side: a multiple of size_multiple, and at least two of
+    them, since instance norm needs more than one voxel at the coarsest level.
+
+    Three on a CPU in bf16: oneDNN's weight gradient of a 3^3 convolution over 2^3 voxels is not finite there
+    (torch 2.13)."""
+    levels = 3 if device.type == "cpu" and precision == "bf16" else 2
+    if size % model.size_multiple or size < levels * model.size_multiple:
+        raise UserError(f"patch_size {size}: choose a multiple of {model.size_multiple}, at least {levels} "
+                        "times that" + " in bf16 on a CPU" * (levels == 3))
+
+
+# -------------------------------------------------------------------------------------------- loading weights
 class Report(NamedTuple):
     """What load_weights did with each tensor of the model, and what it left unread in the file."""
     part: str
@@ -144,16 +161,16 @@ class Report(NamedTuple):
     unused: list
 
     def __str__(self):
-        arrived, wanted = len(self.taken) + len(self.reshaped), len(self.taken) + len(self.reshaped)
+        arrived = len(self.taken) + len(self.reshaped)  # load_weights raises unless that is all of them
         lines = [f"  {what:<9} {len(names):>4}  {names[0] + ' ...' if names else ''}"
                  for what, names in (("taken", self.taken), ("reshaped", self.reshaped), ("new", self.new),
                                      ("unused", self.unused))]
-        return "\n".join(lines + [f"{self.part}: {arrived} of {wanted} tensors taken (100 %)"])
+        return "\n".join(lines + [f"{self.part}: all {arrived} tensors taken (100 %)"])
 
 
 def bare_names(checkpoint):
-    """The tensors of a checkpoint by their bare names: ours ({"model": ...}), Lightning's ({"state_dict": ...}), or a
-    flat dict; the prefixes module., model. and _orig_mod. stripped in any order."""
+    """The tensors of a checkpoint by their bare names: ours ({"model": ...}), Lightning's ({"state_dict":
+    ...}), or a flat dict; the prefixes module., model. and _orig_mod. stripped in any order."""
     state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
     bare = {}
     for name, tensor in state.items() if isinstance(state, dict) else ():
@@ -167,9 +184,10 @@ def bare_names(checkpoint):
 def load_weights(model, path, part="encoder"):
     """Copy weights into the model and report on every tensor; nothing is ever left out silently.
 
-    path: a file, or a checkpoint already read. part: "encoder", each of whose tensors must be there (the rest of the
-    model stays new), or "all". The first convolution may have had fewer input channels: its weights are then repeated
-    and divided by their number, so that repeated input gives the same output. UserError names what does not fit."""
+    path: a file, or a checkpoint already read. part: "encoder", each of whose tensors must be there (the rest
+    of the model stays new), or "all". The first convolution may have had fewer input channels: its weights
+    are then repeated and divided by their number, so that repeated input gives the same output. UserError
+    names what does not fit."""
     checkpoint = path if isinstance(path, dict) else load_checkpoint(path)
     found, own = bare_names(checkpoint), model.state_dict()
     wanted = [name for name in own if part == "all" or name.startswith("encoder.")]
@@ -185,10 +203,12 @@ def load_weights(model, path, part="encoder"):
             own[name] = tensor.repeat(1, repeats, 1, 1, 1) / repeats
             reshaped.append(name)
         else:
-            wrong.append(f"{name} is {'missing' if tensor is None else tuple(tensor.shape)}, not {tuple(target.shape)}")
+            shape = "missing" if tensor is None else tuple(tensor.shape)
+            wrong.append(f"{name} is {shape}, not {tuple(target.shape)}")
     if wrong:
-        row = checkpoint.get("row")
-        raise UserError(f"the checkpoint{f' of a {row}' if row else ''} does not fit: of {len(wanted)} {part} tensors "
-                        f"{len(wrong)} are missing or of another shape; {'; '.join(wrong[:2])}")
+        whose = f" of a {checkpoint['row']}" if "row" in checkpoint else ""
+        raise UserError(f"the checkpoint{whose} does not fit: of {len(wanted)} {part} tensors {len(wrong)} "
+                        f"are missing or of another shape; {'; '.join(wrong[:2])}")
     model.load_state_dict(own)
-    return Report(part, taken, reshaped, [n for n in own if n not in wanted], [n for n in found if n not in wanted])
+    new, unused = [n for n in own if n not in wanted], [n for n in found if n not in wanted]
+    return Report(part, taken, reshaped, new, unused)

@@ -1,22 +1,21 @@
 """Segment a scan (paper, sections 3.2 and 4): sliding window at 1 mm, then back to the scan's own grid.
 
     python predict.py --ckpt runs/wmh-unet_xl-amaes/fold_0/last.pt scan.nii.gz --out seg.nii.gz
-python predict.py --ckpt ... flair.nii.gz t1ce.nii.gz --truth label.nii.gz      # the channels in the task's
-order
+    python predict.py --ckpt ... flair.nii.gz t1ce.nii.gz --truth label.nii.gz    # channels in order
 """
 
 import dataclasses
 import itertools
 
-import models
 import nibabel as nib
 import numpy as np
-import prepare_data
 import torch
 import torch.nn.functional as F
 
 import common
 import data
+import models
+import prepare_data
 from common import UserError
 
 

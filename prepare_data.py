@@ -1,12 +1,10 @@
-"""Raw NIfTI scans -> prepared folder (paper, section 2): RAS, clipped, scaled to [0, 1], cropped to the head,
-1 mm.
+"""Raw NIfTI scans -> prepared folder (paper, section 2): RAS, clipped, in [0, 1], cropped to the head, 1 mm.
 
     python prepare_data.py --source brats21 --input /raw/BraTS2021 --out datasets/brains45k --workers 8
-python prepare_data.py --source manifest --input scans.csv --out datasets/mine     #
-path,subject,session,sequence
+    python prepare_data.py --source manifest --input scans.csv --out datasets/mine
 
-Order as in the official code: crop, normalise, resample (the paper's text says resample, clip, normalise,
-crop). """
+Order as in the official code: crop, normalise, resample (the paper's text: resample, clip, normalise, crop).
+"""
 
 import csv
 import dataclasses
@@ -55,8 +53,8 @@ def load_scan(path):
         image = nib.load(path)
     except FileNotFoundError:
         raise Rejected(f"{path}: no such file") from None
-    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, OSError, EOFError, ValueError,
-            zlib.error) as error:
+    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, OSError, EOFError,
+            ValueError, zlib.error) as error:
         raise Rejected(f"{path}: unreadable ({error})") from None
     shape = image.shape[:3] + tuple(n for n in image.shape[3:] if n > 1)
     if len(shape) != 3:
@@ -64,7 +62,7 @@ def load_scan(path):
     if min(shape) < 15:  # the official code's rule of admission
         raise Rejected(f"{path}: a side of {min(shape)} voxels, under 15", damage=False)
     columns = np.linalg.norm(image.affine[:3, :3], axis=0)
-    if not np.isfinite(image.affine).all() or (columns < 1e-6).any() or abs(np.linalg.det(image.affine)) < 1e-9:
+    if not np.isfinite(columns).all() or (columns < 1e-6).any() or abs(np.linalg.det(image.affine)) < 1e-9:
         raise Rejected(f"{path}: no affine scale")
     return image
 
@@ -116,7 +114,7 @@ def preprocess(nifti, box=None):
     voxels, orientation = read_voxels(image)
     clamped = int(np.count_nonzero(voxels < 0))
     voxels = np.maximum(voxels, 0)
-    box = tight_box(voxels) if box is None else tuple(tuple(map(int, pair)) for pair in np.reshape(box, (3, 2)))
+    box = tight_box(voxels) if box is None else [tuple(map(int, pair)) for pair in np.reshape(box, (3, 2))]
     crop = voxels[tuple(slice(*pair) for pair in box)]
     low = crop.min()
     if not (crop > low).any():
@@ -125,8 +123,9 @@ def preprocess(nifti, box=None):
     spacing = nib.affines.voxel_sizes(image.affine)[np.argsort(orientation[:, 0])]
     shape = [max(1, round(n * s)) for n, s in zip(crop.shape, spacing.tolist(), strict=True)]
     volume = resample((np.minimum(crop, high) - low) / (high - low), shape)
-    geometry = {"shape": list(image.shape[:3]), "affine": image.affine.tolist(), "orientation": orientation.tolist(),
-                "spacing": spacing.tolist(), "box": [list(pair) for pair in box], "resampled": shape,
+    geometry = {"shape": list(image.shape[:3]), "affine": image.affine.tolist(),
+                "orientation": orientation.tolist(), "spacing": spacing.tolist(),
+                "box": [list(pair) for pair in box], "resampled": shape,
                 "clamped": clamped}
     return volume, geometry
 
@@ -170,7 +169,7 @@ def resample(volume, shape):
         if shape[axis] != volume.shape[axis]:
             operator = resampling_matrix(volume.shape[axis], shape[axis], True)
             operator = torch.from_numpy(operator.astype(np.float32))
-            x = (operator @ x.movedim(axis, 0).flatten(1)).view(-1, *x.movedim(axis, 0).shape[1:]).movedim(0, axis)
+            x = torch.tensordot(operator, x, ([1], [axis])).movedim(0, axis)
     return x.clamp(float(volume.min()), float(volume.max())).contiguous().numpy()
 
 
@@ -183,7 +182,7 @@ def preprocess_label(nifti, geometry):
     check_same_grid(image, geometry)
     voxels, _ = read_voxels(image)
     if (voxels != np.round(voxels)).any() or voxels.min() < 0 or voxels.max() > 255:
-        raise Rejected(f"{image.get_filename() or 'label'}: label values unknown (not integers from 0 to 255)")
+        raise Rejected(f"{image.get_filename() or 'label'}: label values unknown (not integers 0-255)")
     crop = voxels[tuple(slice(*pair) for pair in geometry["box"])].astype(np.uint8)
     return nearest(crop, geometry["resampled"])
 
@@ -220,7 +219,8 @@ def restore(array, geometry):
     size = [stop - start for start, stop in box]
     orientation = np.array(geometry["orientation"])
     if array.ndim == 4:
-        crop = F.interpolate(torch.from_numpy(array)[None], size=size, mode="trilinear", align_corners=False)[0].numpy()
+        crop = torch.from_numpy(array)[None]
+        crop = F.interpolate(crop, size=size, mode="trilinear", align_corners=False)[0].numpy()
     else:
         crop = nearest(array, size)[None]
     order = np.argsort(orientation[:, 0])
@@ -253,13 +253,15 @@ class Scan(NamedTuple):
 
 
 SOURCES = {
-    "brats21": Source(r"(?P<subject>BraTS2021_\d{5})/(?P=subject)_(?P<suffix>flair|t1|t1ce|t2|seg)\.nii(\.gz)?$",
+    "brats21": Source(r"(?P<subject>BraTS2021_\d{5})/(?P=subject)_(?P<suffix>flair|t1|t1ce|t2|seg)"
+                      r"\.nii(\.gz)?$",
                       {"flair": "FLAIR", "t1": "T1", "t1ce": "T1ce", "t2": "T2"}, ("seg",),
                       hold_out=0.25),  # 1,251 -> 938 and 313; the text's "20 %" would be 251
     "bids": Source(r"(?P<subject>sub-[A-Za-z0-9]+)/((?P<session>ses-[A-Za-z0-9]+)/)?((anat|dwi|swi|perf)/)?"
                    r"(?P=subject)(_[a-z]+-[A-Za-z0-9]+)*_(?P<suffix>[A-Za-z0-9]+)\.nii(\.gz)?$",
-                   {"T1w": "T1", "T2w": "T2", "FLAIR": "FLAIR", "flair": "FLAIR", "PDw": "PD", "T2star": "T2star",
-                    "T2starw": "T2star", "swi": "SWI", "dwi": "DWI", "adc": "ADC", "angio": "TOF", "T1ce": "T1ce"},
+                   {"T1w": "T1", "T2w": "T2", "FLAIR": "FLAIR", "flair": "FLAIR", "PDw": "PD",
+                    "T2star": "T2star", "T2starw": "T2star", "swi": "SWI", "dwi": "DWI", "adc": "ADC",
+                    "angio": "TOF", "T1ce": "T1ce"},
                    ("lesion", "msk", "mask", "dseg", "label", "roi")),
 }
 
@@ -292,7 +294,8 @@ def find_scans(source, folder):
                 skipped[f"sequence {match['suffix']}"] += 1
             else:
                 sequence = "T1ce" if "_ce-" in path else row.sequences[match["suffix"]]
-                volumes.append(Scan(path, match["subject"], match.groupdict().get("session") or "", sequence, "", ""))
+                session = match.groupdict().get("session") or ""
+                volumes.append(Scan(path, match["subject"], session, sequence, "", ""))
     if not found:
         raise UserError(f"no .nii or .nii.gz file under {folder}; for DICOM, run dcm2niix first")
     return attach_labels(row, folder, volumes, labels), found, skipped
@@ -306,7 +309,7 @@ def attach_labels(row, folder, volumes, labels):
     matches = {}
     for volume in volumes:
         label = labels.get((volume.subject, volume.session), "")
-        matches[volume] = label and _same_header(os.path.join(folder, volume.path), os.path.join(folder, label))
+        matches[volume] = label and _same_header(f"{folder}/{volume.path}", f"{folder}/{label}")
     fits = {(v.subject, v.session) for v, match in matches.items() if match}
     finished = []
     for volume in volumes:
@@ -334,7 +337,7 @@ def read_manifest(path):
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the manifest {path}: {error}") from None
     if not rows or not {"path", "subject", "session", "sequence"} <= set(rows[0]):
-        raise UserError(f"{path}: a manifest is a csv with the columns path,subject,session,sequence[,label][,split]")
+        raise UserError(f"{path}: a manifest needs the columns path,subject,session,sequence[,label][,split]")
     scans = []
     for row in rows:
         label = row.get("label") or ""
@@ -412,8 +415,8 @@ def prepare_volume(root, out, stem, scan, image, box):
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     row = {"path": f"volumes/{stem}.npy", "source": stem.split("/")[0], "subject": scan.subject,
            "session": scan.session, "sequence": scan.sequence, "split": scan.split, "label": label,
-           "shape": "x".join(map(str, volume.shape)), "spacing": "x".join(f"{s:g}" for s in geometry["spacing"]),
-           "sha256": digest}
+           "shape": "x".join(map(str, volume.shape)),
+           "spacing": "x".join(f"{s:g}" for s in geometry["spacing"]), "sha256": digest}
     save_array(f"{out}/volumes/{stem}.npy", volume.astype(np.float16))
     os.makedirs(os.path.dirname(f"{out}/geometry/{stem}"), exist_ok=True)
     common.write_text(f"{out}/geometry/{stem}.json", json.dumps(geometry | {"row": row}))
@@ -426,7 +429,8 @@ def main(cfg):
     if not (shard.isdigit() and shards.isdigit() and int(shard) < int(shards)):
         raise UserError(f"shard {cfg.shard!r}: expected i/n with i from 0 to n - 1, as 3/64")
     root = os.path.dirname(cfg.input) if cfg.source == "manifest" else cfg.input
-    scans, found, skipped = read_manifest(cfg.input) if cfg.source == "manifest" else find_scans(cfg.source, root)
+    manifest = cfg.source == "manifest"
+    scans, found, skipped = read_manifest(cfg.input) if manifest else find_scans(cfg.source, root)
     sessions = {}
     for scan in scans:
         sessions.setdefault((scan.subject, scan.session), []).append(scan)
@@ -450,7 +454,7 @@ def main(cfg):
     if elsewhere:
         skipped["other shards"] = elsewhere
     reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
-    print(f"{cfg.source}: {found} files found = {len(rows)} prepared + {sum(skipped.values())} skipped by rule"
+    print(f"{cfg.source}: {found} files found = {len(rows)} prepared + {skipped.total()} skipped by rule"
           + (f" ({reasons})" if reasons else "") + f" + {len(rejected)} rejected")
     return int(any(damage for *_, damage in rejected))
 

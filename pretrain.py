@@ -111,7 +111,7 @@ def open_data(cfg):
     kept = set(kept)
     train = [c for c in cases if c.subject in kept]
     if not train:
-        raise UserError(f"{cfg.data} holds {len(cases)} volumes of {len(held)} subject: none left to train on")
+        raise UserError(f"{cfg.data} holds {len(cases)} volumes of one subject: none left to train on")
     return train, [c for c in cases if c.subject not in kept], held
 
 
@@ -166,8 +166,8 @@ def plan(cfg, n, processes):
     warmup = math.ceil(cfg.warmup_epochs * n / cfg.batch_size)
     if processes.rank == 0:
         print(f"{n} volumes, batch {cfg.batch_size} = {processes.world} processes x {local // micro} micro-"
-              f"batches x {micro}: {steps} steps ({steps * cfg.batch_size / n:.1f} epochs), {warmup} of them warm-up"
-              + (" (longer than the run: the rate never reaches its base)" if warmup >= steps else ""))
+              f"batches x {micro}: {steps} steps ({steps * cfg.batch_size / n:.1f} epochs), {warmup} of them "
+              "warm-up" + (" (all: the rate never reaches its base)" if warmup >= steps else ""))
     return steps, warmup, micro
 
 
@@ -179,8 +179,8 @@ def check(cfg):
         if getattr(cfg, key) not in known:
             raise UserError(f"{key} {getattr(cfg, key)!r}: choose {', '.join(known)}")
     if not 0 < cfg.mask_ratio < 1 or cfg.patch_size % cfg.token_size:
-        raise UserError(f"mask_ratio {cfg.mask_ratio} must lie between 0 and 1, and patch_size {cfg.patch_size} "
-                        f"be a multiple of token_size {cfg.token_size}")
+        raise UserError(f"mask_ratio {cfg.mask_ratio} must lie between 0 and 1, and patch_size "
+                        f"{cfg.patch_size} be a multiple of token_size {cfg.token_size}")
 
 
 def main(cfg):
@@ -198,6 +198,7 @@ def main(cfg):
 
     torch.manual_seed(cfg.seed)
     model = models.build_model(cfg.model, "pretrain", decoder=cfg.decoder, skips=cfg.skips).to(device, dtype)
+    models.check_patch(model, cfg.patch_size, device, cfg.precision)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, eps=cfg.eps,
                                   amsgrad=cfg.amsgrad, fused=True)
     step = common.resume(os.path.join(out, "last.pt"), cfg, FREE, model, optimizer)
@@ -269,7 +270,8 @@ def main(cfg):
             progress.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
         if step % cfg.save_every == 0:
             save(step)
-            progress.close()
+            saved = step
+    progress.close()
     if step > saved:
         save(step)
     if unreadable:

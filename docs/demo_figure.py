@@ -20,7 +20,8 @@ import pretrain  # noqa: E402
 
 
 def reconstructions(folder, count):
-    """Held-out patches of the demo's pretraining: [(augmented, masked, reconstruction, target) middle slices]."""
+    """Held-out patches of the demo's pretraining: [(augmented, masked, reconstruction, target) middle
+    slices]."""
     checkpoint = common.load_checkpoint(f"{folder}/runs/pretrain/last.pt")
     cfg = dataclasses.replace(pretrain.Config(), **checkpoint["config"])
     model = models.build_model(cfg.model, "pretrain", decoder=cfg.decoder, skips=cfg.skips).eval()
@@ -31,8 +32,8 @@ def reconstructions(folder, count):
     for index in range(min(count, len(held_out))):
         batch = data.collate([dataset[0, index]])
         image, target, mask = pretrain.make_views(cfg, batch, torch.device("cpu"), torch.float32)
-        unmasked, _, _ = pretrain.make_views(dataclasses.replace(cfg, mask_ratio=1e-9), batch, torch.device("cpu"),
-                                             torch.float32)
+        unmasked, _, _ = pretrain.make_views(dataclasses.replace(cfg, mask_ratio=1e-9), batch,
+                                             torch.device("cpu"), torch.float32)
         with torch.no_grad():
             output = model(image)
         middle = cfg.patch_size // 2

@@ -34,7 +34,7 @@ def log_of(folder):
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory):
     folder = tmp_path_factory.mktemp("phantoms") / "bids"
-    script("tests/phantom.py", out=folder, subjects=6, labelled=5, layout="bids", size=32, seed=0)
+    script("tests/phantom.py", out=folder, subjects=6, labelled=5, layout="bids", size=48, seed=0)
     return folder
 
 

@@ -2,9 +2,9 @@
 
     python tests/phantom.py --out raw --subjects 24 --labelled 12 --layout bids --size 64 --seed 0
 
-A head is a set of ellipsoids in mm: scalp, skull, cortex with folds, white matter, ventricles; its shape differs from
-subject to subject, and so do noise, bias field, voxel size, axis order and obliqueness. The labelled subjects have
-lesions in the white matter, bright in FLAIR, with an exact label map.
+A head is a set of ellipsoids in mm: scalp, skull, cortex with folds, white matter, ventricles; its shape
+differs from subject to subject, and so do noise, bias field, voxel size, axis order and obliqueness. The
+labelled subjects have lesions in the white matter, bright in FLAIR, with an exact label map.
 """
 
 import argparse
@@ -21,7 +21,8 @@ CONTRASTS = {
 }
 SUFFIX = {"T1": "T1w", "T2": "T2w", "FLAIR": "FLAIR", "DWI": "dwi"}
 # Axis order and flips of the stored grid, and voxel size relative to the first axis.
-GRIDS = (("RAS", (1, 1, 1)), ("LPS", (1, 1, 1)), ("LAS", (0.9, 0.9, 1.6)), ("PSR", (1, 1, 1.2)), ("RAS", (1.2, 1, 1)))
+GRIDS = (("RAS", (1, 1, 1)), ("LPS", (1, 1, 1)), ("LAS", (0.9, 0.9, 1.6)), ("PSR", (1, 1, 1.2)),
+         ("RAS", (1.2, 1, 1)))
 
 
 def anatomy(rng, size):
@@ -41,7 +42,8 @@ def tissue(head, points, lesions):
     unit = points / head["axes"]
     radius = np.linalg.norm(unit, axis=-1)
     angle = unit / np.maximum(radius, 1e-6)[..., None]
-    folds = sum(np.cos(angle @ wave + phase.sum()) for wave, phase in zip(head["waves"] * 2, head["folds"], strict=True))
+    folds = sum(np.cos(angle @ (2 * wave) + phase.sum())
+                for wave, phase in zip(head["waves"], head["folds"], strict=True))
     classes = np.zeros(radius.shape, np.uint8)
     classes[radius < 1.0] = 1
     classes[radius < 0.93] = 2
@@ -49,8 +51,8 @@ def tissue(head, points, lesions):
     classes[radius < 0.83 + 0.012 * folds] = 4
     classes[radius < 0.68 + 0.03 * folds] = 5
     for side in (-1, 1):
-        offset = (unit - np.array([0.13 * side, 0.05, 0.08])) / (np.array([0.07, 0.3, 0.14]) * head["ventricle"])
-        classes[np.linalg.norm(offset, axis=-1) < 1] = 3
+        offset = (unit - np.array([0.13 * side, 0.05, 0.08])) / np.array([0.07, 0.3, 0.14])
+        classes[np.linalg.norm(offset, axis=-1) < head["ventricle"]] = 3
     found = np.zeros(radius.shape, np.uint8)
     for number, (place, size, shape) in enumerate(head["lesions"] if lesions else (), start=1):
         inside = (np.linalg.norm((points - place) / shape, axis=-1) < size) & (radius < 0.8)
@@ -58,11 +60,12 @@ def tissue(head, points, lesions):
     return classes, found
 
 
-def scan(head, rng, contrast, size, spacing=(1, 1, 1), axes="RAS", degrees=0.0, lesions=False, stripped=False):
+def scan(head, rng, contrast, size, spacing=(1, 1, 1), axes="RAS", degrees=0.0, lesions=False,
+         stripped=False):
     """One scan of a head and its lesion map: two nibabel images on one grid.
 
-    spacing in mm; axes: order and direction of the stored axes; degrees: obliqueness about the first one. stripped:
-    brain only, on exact 0, as BraTS; otherwise with scalp, skull and noisy air."""
+    spacing in mm; axes: order and direction of the stored axes; degrees: obliqueness about the first one.
+    stripped: brain only, on exact 0, as BraTS; otherwise with scalp, skull and noisy air."""
     shape = np.maximum(16, np.ceil(size * 1.04 / np.array(spacing)).astype(int))
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = -(shape - 1) / 2 * spacing
@@ -81,12 +84,14 @@ def scan(head, rng, contrast, size, spacing=(1, 1, 1), axes="RAS", degrees=0.0, 
     for array in (values.astype(np.int16), found):
         image = nib.Nifti1Image(array, affine)
         wanted = nib.orientations.axcodes2ornt(axes)
-        images.append(image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(affine), wanted)))
+        turn = nib.orientations.ornt_transform(nib.io_orientation(affine), wanted)
+        images.append(image.as_reoriented(turn))
     return images
 
 
 def write_bids(out, subjects, labelled, size, seed):
-    """sub-001/ses-01/anat/sub-001_ses-01_{T1w,T2w,FLAIR}.nii.gz; the labelled have FLAIR and *_lesion.nii.gz only."""
+    """sub-001/ses-01/anat/sub-001_ses-01_{T1w,T2w,FLAIR}.nii.gz; the labelled have FLAIR and *_lesion.nii.gz
+    only."""
     for number in range(subjects + labelled):
         rng = np.random.default_rng([seed, number])
         head, lesions = anatomy(rng, size), number >= subjects
@@ -103,7 +108,8 @@ def write_bids(out, subjects, labelled, size, seed):
 
 
 def write_brats21(out, subjects, labelled, size, seed):
-    """BraTS2021_00001/BraTS2021_00001_{flair,t1,t1ce,t2,seg}.nii.gz: LPS, 1 mm, skull-stripped, labels 0, 1, 2, 4."""
+    """BraTS2021_00001/BraTS2021_00001_{flair,t1,t1ce,t2,seg}.nii.gz: LPS, 1 mm, skull-stripped, labels 0, 1,
+    2, 4."""
     for number in range(subjects + labelled):
         rng = np.random.default_rng([seed, number])
         head = anatomy(rng, size)
@@ -119,7 +125,7 @@ def write_brats21(out, subjects, labelled, size, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True)
     parser.add_argument("--subjects", type=int, default=24, help="unlabelled subjects")
     parser.add_argument("--labelled", type=int, default=12, help="subjects with lesions and label maps")

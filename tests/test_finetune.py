@@ -20,13 +20,13 @@ import predict
 
 TASK = {"data": "set by --data", "sequences": ["FLAIR"], "classes": ["background", "lesion"],
         "labels": {0: 0, 1: 1}, "n_train": 3, "folds": 2}
-TINY = {"steps": 6, "patch_size": 16, "batch_size": 2, "save_every": 4, "log_every": 1, "compile": "false",
+TINY = {"steps": 6, "patch_size": 32, "batch_size": 2, "save_every": 4, "log_every": 1, "compile": "false",
         "precision": "fp32", "workers": 1, "lr": 1e-3}
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    path = tmp_path_factory.mktemp("task") / "lesion.yaml"
+    path = tmp_path_factory.mktemp("task") / "lesions.yaml"
     path.write_text(json.dumps(TASK))
     return path
 
@@ -34,8 +34,8 @@ def task(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pretrained(prepared, tmp_path_factory):
     out = tmp_path_factory.mktemp("pretrained")
-    script("pretrain.py", data=prepared, out=out, model="unet_demo", patch_size=16, batch_size=2, steps=2,
-           val_fraction=0.2, compile="false", workers=0)
+    script("pretrain.py", data=prepared, out=out, model="unet_demo", patch_size=32, batch_size=2, steps=2,
+           val_fraction=0.2, compile="false", precision="fp32", workers=0)
     return out / "last.pt"
 
 
@@ -233,7 +233,8 @@ def test_prediction_scores_as_the_evaluation_does(finetuned, prepared, raw, tmp_
     subject = case.volumes[0].subject
     scan = glob.glob(f"{raw}/**/*{subject}*FLAIR.nii.gz", recursive=True)[0]
     truth = scan.replace("FLAIR", "lesion")
-    result = script("predict.py", scan, truth=truth, ckpt=out / "fold_0" / "last.pt", out=tmp_path / "s.nii.gz")
+    result = script("predict.py", scan, truth=truth, ckpt=out / "fold_0" / "last.pt",
+                    out=tmp_path / "s.nii.gz")
     score = result.stdout.split("Dice lesion: ")[1].split()[0]
     assert score == "nan" if record["dice"]["lesion"] is None else (
         float(score) == pytest.approx(record["dice"]["lesion"], abs=2e-3)), "float16 storage may move a voxel"
@@ -245,7 +246,7 @@ def test_compare_pairs_runs_and_refuses_other_folds(finetuned, prepared, task, t
     result = script("compare.py", tmp_path / "scratch", out, out=tmp_path / "table.md")
     assert "| lesion |" in result.stdout and (tmp_path / "table.md").exists()
     folds = json.loads((tmp_path / "scratch" / "folds.json").read_text())
-    folds["folds"][0]["train"] = folds["folds"][1]["train"]
+    folds["folds"][0]["train"] = folds["folds"][0]["evaluate"]
     (tmp_path / "scratch" / "folds.json").write_text(json.dumps(folds))
     result = script("compare.py", tmp_path / "scratch", out, check=2)
     assert "different tasks or folds" in result.stderr

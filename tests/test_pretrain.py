@@ -17,8 +17,9 @@ import common
 import data
 import pretrain
 
-TINY = {"model": "unet_demo", "patch_size": 16, "batch_size": 4, "steps": 20, "log_every": 1, "save_every": 5,
-        "val_fraction": 0.2, "compile": "false", "workers": 1, "lr": 1e-3, "warmup_epochs": 0.5}
+TINY = {"model": "unet_demo", "patch_size": 32, "batch_size": 4, "steps": 20, "log_every": 1, "save_every": 5,
+        "val_fraction": 0.2, "compile": "false", "precision": "fp32",
+        "workers": 1, "lr": 1e-3, "warmup_epochs": 0.5}
 
 
 # -------------------------------------------------------------------------------------------------- objective
@@ -106,9 +107,9 @@ def test_read_box_pads_with_zero():
 def test_two_processes_equal_one(prepared, tmp_path):
     for processes in (None, 2):
         out = tmp_path / f"{processes}"
-        script("pretrain.py", processes=processes, data=prepared, out=out / "f64", precision="fp64", **TINY)
-        script("pretrain.py", processes=processes, data=prepared, out=out / "f32", precision="fp32",
-               **TINY | {"steps": 1})
+        script("pretrain.py", processes=processes, data=prepared, out=out / "f64",
+               **TINY | {"precision": "fp64"})
+        script("pretrain.py", processes=processes, data=prepared, out=out / "f32", **TINY | {"steps": 1})
     one, two = (log_of(tmp_path / f"{p}" / "f64") for p in (None, 2))
     assert len(one) == len(two) == 20
     for a, b in zip(one, two, strict=True):
@@ -119,7 +120,7 @@ def test_two_processes_equal_one(prepared, tmp_path):
 
 
 def test_killed_and_resumed_ends_bitwise_equal(prepared, tmp_path):
-    settings = TINY | {"precision": "bf16", "data": prepared}
+    settings = TINY | {"precision": "bf16", "data": prepared, "patch_size": 48, "batch_size": 2}
     script("pretrain.py", out=tmp_path / "whole", **settings)
     words = [w for k, v in (settings | {"out": tmp_path / "cut"}).items() for w in (f"--{k}", str(v))]
     process = subprocess.Popen([sys.executable, "pretrain.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL,
@@ -148,7 +149,8 @@ def test_preempted_run_saves_and_exits_0(prepared, tmp_path, number):
     settings = TINY | {"data": prepared, "out": tmp_path, "steps": 100000, "save_every": 100000}
     words = [w for k, v in settings.items() for w in (f"--{k}", str(v))]
     process = subprocess.Popen([sys.executable, "pretrain.py", *words], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     while not (tmp_path / "log.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)
@@ -160,8 +162,8 @@ def test_preempted_run_saves_and_exits_0(prepared, tmp_path, number):
 
 
 def test_validation_loss_falls(prepared, tmp_path):
-    script("pretrain.py", data=prepared, out=tmp_path, precision="fp32",
-           **TINY | {"steps": 60, "val_every": 20, "lr": 3e-3, "save_every": 1000})
+    script("pretrain.py", data=prepared, out=tmp_path,
+           **TINY | {"steps": 60, "val_every": 5, "lr": 3e-3, "save_every": 1000})
     values = [record["val_masked"] for record in log_of(tmp_path) if "val_masked" in record]
     assert values[-1] < 0.7 * values[0], values
 
@@ -183,7 +185,9 @@ def test_checkpoint_knows_what_it_saw(prepared, tmp_path):
     ({"model": "unet_xxl"}, "unet_xl"),
     ({"batch_size": 3, "micro_batch": 2}, "micro_batch 2 does not divide"),
     ({"mask_ratio": 1.5}, "mask_ratio 1.5"),
-    ({"patch_size": 20}, "16"),
+    ({"patch_size": 20}, "multiple of 16"),
+    ({"patch_size": 16}, "multiple of 16, at least 2 times that"),
+    ({"patch_size": 32, "precision": "bf16"}, "at least 3 times that in bf16 on a CPU"),
     ({"augment": "some"}, "choose none, spatial, all"),
 ])
 def test_a_mistake_ends_in_one_line(prepared, tmp_path, settings, message):

@@ -107,9 +107,11 @@ def read_task(name):
 
 def make_folds(name, task, cases):
     """Fold f: the subjects permuted by (task, f), the first n_train to train on; the rest, or the test split,
-    to evaluate. The paper's own folds were not released. -> [{"train": [case names], "evaluate": [case
-    names]}]."""
-    pool = sorted({c.subject for c in cases if c.volumes[0].split != "test"})
+    to evaluate. Leave-one-out takes every subject, held out or not. The paper's own folds were not released.
+
+    -> [{"train": [case names], "evaluate": [case names]}]."""
+    held = {c.subject for c in cases if c.volumes[0].split == "test"} if task.folds else set()
+    pool = sorted({c.subject for c in cases} - held)
     n_train = task.n_train if task.folds else len(pool) - 1
     if not 0 < n_train <= len(pool) - (task.evaluate == "rest"):
         raise UserError(f"task {name} trains on {task.n_train} subjects and needs more, but {task.data} has "
@@ -121,9 +123,9 @@ def make_folds(name, task, cases):
             chosen = {pool[i] for i in order[:n_train]}
         else:
             chosen = set(pool) - {pool[f]}
-        rest = [c.name for c in cases if (c.volumes[0].split == "test" if task.evaluate == "test" else
-                                          c.volumes[0].split != "test" and c.subject not in chosen)]
-        folds.append({"train": [c.name for c in cases if c.subject in chosen], "evaluate": rest})
+        rest = held if task.evaluate == "test" else set(pool) - chosen
+        folds.append({"train": [c.name for c in cases if c.subject in chosen],
+                      "evaluate": [c.name for c in cases if c.subject in rest]})
     return folds
 
 

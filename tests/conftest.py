@@ -1,13 +1,19 @@
 """A small phantom cohort, raw and prepared, shared by the tests that run the scripts."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+import common
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -24,6 +30,24 @@ def script(*words, processes=None, check=0, **settings):
     report = f"exit {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
     assert result.returncode == check, report
     return result
+
+
+def mistake(name, *words, **settings):
+    """The one line with which a script refuses, exit code 2; in this process, which is quicker."""
+    module, errors = importlib.import_module(name), io.StringIO()
+    options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    argv, sys.argv = sys.argv, [name, *map(str, words), *options]
+    try:
+        with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as end:
+            common.run(module.main, module.Config)
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    line = errors.getvalue()
+    assert end.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
+    return line
 
 
 def log_of(folder):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, mistake, script
 from skimage.transform import resize
 
 import data
@@ -268,8 +268,7 @@ def test_a_mistake_ends_in_one_line(tmp_path, settings, message):
     merged = {"source": "bids", "input": tmp_path, "out": tmp_path / "out"} | settings
     if merged["input"] == ".":
         merged["input"] = tmp_path
-    result = script("prepare_data.py", check=2, **merged)
-    assert message in result.stderr and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert message in mistake("prepare_data", **merged)
 
 
 # ----------------------------------------------------------------------------------------- real scans

@@ -30,6 +30,8 @@ class Config:
     task: str  # name of a file in configs/tasks, or a path to one
     ckpt: str | None = None  # pretrained checkpoint: ours, the published AMAES .pth, Lightning, MONAI
     model: str | None = None  # row of models.py; by default the checkpoint's. Without ckpt: from scratch
+    merge: str | None = None  # SwinUNETR's patch merging: legacy or fixed; default: the checkpoint's
+    features: int | None = None  # width of the first level; by default the checkpoint's, or the row's
     data: str | None = None  # prepared folder, instead of the task's own
     folds: tuple[int, ...] | None = None  # some of the task's folds, as 0,3; by default all
     augment: str | None = None  # none, spatial, all; default: spatial if pretrained, else all (4.3)
@@ -42,14 +44,14 @@ class Config:
     eps: float = 1e-8  # AdamW; Appendix A
     oversample: float = 0.33  # share of patches that must hold foreground; the official code's
     precision: str = "bf16"  # bf16 (autocast), fp32 or fp64; Appendix A: bf16-mixed
-    compile: bool = True  # torch.compile; Appendix A: yes, but for SwinUNETR
+    compile: bool | None = None  # torch.compile; by default, as in Appendix A, all but SwinUNETR
     overlap: float = 0.5  # of the sliding windows in evaluation
     save_every: int = 500  # steps between checkpoints
     log_every: int = 50  # steps between log lines
     workers: int = 4  # loader processes for each training process
     seed: int = 0  # of every draw but the folds, which the task fixes
     device: str = "auto"  # auto, cpu or cuda
-    out: str | None = None  # run folder; by default runs/<task>-<model>-<amaes or scratch>
+    out: str | None = None  # run folder; by default runs/<task>-<model>-<amaes, swin or scratch>
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +135,8 @@ def make_folds(name, task, cases):
 def build(cfg, task, device, dtype, quiet):
     """The network of a fold: new decoder with skips, encoder from the checkpoint if there is one."""
     torch.manual_seed(cfg.seed)
-    model = models.build_model(cfg.model, "segment", len(task.sequences), len(task.classes))
+    model = models.build_model(cfg.model, "segment", len(task.sequences), len(task.classes), merge=cfg.merge,
+                               features=cfg.features)
     models.check_patch(model, cfg.patch_size, device, cfg.precision)
     if cfg.ckpt:
         report = models.load_weights(model, cfg.ckpt, part="encoder")
@@ -264,20 +267,26 @@ def summarise(name, cfg, task, done, folds):
 
 
 def resolve(cfg):
-    """Defaults that follow from others: the row from the checkpoint, the rate from the row, the preset from
-    both."""
-    model = cfg.model
-    if cfg.ckpt:
-        row = common.load_checkpoint(cfg.ckpt).get("row")
-        if model and row and model != row:
-            raise UserError(f"{cfg.ckpt} holds a {row}, not a {model}")
-        model = model or row
+    """Defaults that follow from others: the network from the checkpoint, the rate from the row, the preset
+    from both."""
+    saved = common.load_checkpoint(cfg.ckpt) if cfg.ckpt else {}
+    row, then = saved.get("row"), saved.get("config", {})
+    model = cfg.model or row
     if not model:
         raise UserError("give --model" + (": the checkpoint has no row" if cfg.ckpt else " or --ckpt"))
+    encoders = {name: models.ROWS[name][:4] for name in (model, row) if name in models.ROWS}
+    if row and encoders.get(model) != encoders.get(row):
+        raise UserError(f"{cfg.ckpt} holds a {row}, not a {model}")
     augmentation = cfg.augment or ("spatial" if cfg.ckpt else "all")
     if augmentation not in ("none", "spatial", "all"):
         raise UserError(f"augment {augmentation!r}: choose none, spatial, all")
-    return dataclasses.replace(cfg, model=model, lr=cfg.lr or RATES.get(model, 1e-4), augment=augmentation)
+    origin = then.get("objective", "amaes") if cfg.ckpt else "scratch"
+    task = os.path.splitext(os.path.basename(cfg.task))[0]
+    return dataclasses.replace(cfg, model=model, out=cfg.out or f"runs/{task}-{model}-{origin}",
+                               lr=cfg.lr or RATES.get(model, 1e-4), augment=augmentation,
+                               compile=model != "swinunetr" if cfg.compile is None else cfg.compile,
+                               merge=cfg.merge or then.get("merge", "legacy"),
+                               features=cfg.features or then.get("features"))
 
 
 def main(cfg):
@@ -297,7 +306,7 @@ def main(cfg):
     chosen = range(len(folds)) if cfg.folds is None else cfg.folds
     if not set(chosen) <= set(range(len(folds))):
         raise UserError(f"folds {cfg.folds}: task {name} has the folds 0 to {len(folds) - 1}")
-    out = cfg.out or f"runs/{name}-{cfg.model}-{'amaes' if cfg.ckpt else 'scratch'}"
+    out = cfg.out
     if processes.rank == 0:
         os.makedirs(out, exist_ok=True)
         common.write_text(f"{out}/config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))

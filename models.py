@@ -6,6 +6,7 @@ Parameter names are the official ones, so that published checkpoints load withou
 """
 
 import difflib
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -15,20 +16,27 @@ from common import UserError, load_checkpoint
 
 
 class Row(NamedTuple):
-    family: str
-    features: int  # f, channels at full resolution
+    family: str  # unet, mednext or swin
+    features: int  # f, channels of the first level
+    blocks: tuple = ()  # MedNeXt: blocks of each of the five levels
+    expansion: tuple = ()  # MedNeXt: channel expansion inside them
+    decoder: str = "unet"  # of segmentation: unet or mednext; SwinUNETR has its own
 
 
+M = ((3, 4, 4, 4, 4), (2, 3, 4, 4, 4))
+L = ((3, 4, 8, 8, 8), (3, 4, 8, 8, 8))
 ROWS = {
     "unet_demo": Row("unet", 8),  # not in the paper: for demonstrations and tests
     "unet_b": Row("unet", 32),
     "unet_xl": Row("unet", 64),
+    "mednext_m": Row("mednext", 32, *M),
+    "mednext_l": Row("mednext", 32, *L),
+    "mednext_l_mednextdec": Row("mednext", 32, *L, decoder="mednext"),
+    "swinunetr": Row("swin", 48),
 }
 
 
-STEM = "encoder.in_conv.conv1.conv.weight"  # its shape alone depends on the input channels
-
-
+# ------------------------------------------------------------------------------------------ U-Net, B and XL
 class ConvNormAct(nn.Module):
     """Convolution 3^3, instance norm, leaky ReLU."""
 
@@ -73,9 +81,9 @@ class UNetEncoder(nn.Module):
 
 class UNetDecoder(nn.Module):
     """Five levels -> (B, channels, s^3). Light: one convolution a level (Table 2). Skips: concatenated [up,
-    skip]."""
+    skip]. stem: stride of the encoder's first convolution, undone at the end; 1 but for Swin."""
 
-    def __init__(self, channels, f, light, skips):
+    def __init__(self, channels, f, light, skips, stem=1):
         super().__init__()
         self.skips = skips
         wide, convolutions = 2 if skips else 1, 1 if light else 2
@@ -88,6 +96,8 @@ class UNetDecoder(nn.Module):
         self.upsample4 = nn.ConvTranspose3d(2 * f, f, 2, 2)
         self.decoder_conv4 = Block(f * wide, f, convolutions)
         self.out_conv = nn.Conv3d(f, channels, 1)
+        if stem > 1:
+            self.out_conv = nn.ConvTranspose3d(f, channels, stem, stem)
 
     def forward(self, levels):
         *skips, x = levels
@@ -98,11 +108,342 @@ class UNetDecoder(nn.Module):
         return self.out_conv(x)
 
 
+# --------------------------------------------------------------------- MedNeXt, M and L, kernel 3 (no UpKern)
+class MedNeXtBlock(nn.Module):
+    """Depthwise 3^3, group norm with a group a channel, 1^3 expansion, GELU, 1^3 compression; residual.
+
+    stride 2 halves the grid and up doubles it; the residual then is a convolution too. A transposed
+    convolution gives 2n - 1 voxels: a plane of zeros is put before them on each axis, as in the official
+    code."""
+
+    def __init__(self, channels_in, channels_out, expansion, stride=1, up=False):
+        super().__init__()
+        self.stride, self.up = stride, up
+        convolution = nn.ConvTranspose3d if up else nn.Conv3d
+        self.conv1 = convolution(channels_in, channels_in, 3, stride, padding=1, groups=channels_in)
+        self.norm = nn.GroupNorm(channels_in, channels_in)
+        self.conv2 = nn.Conv3d(channels_in, channels_in * expansion, 1)
+        self.conv3 = nn.Conv3d(channels_in * expansion, channels_out, 1)
+        if stride == 2:
+            self.res_conv = convolution(channels_in, channels_out, 1, stride)
+
+    def forward(self, x):
+        y = self.conv3(nn.functional.gelu(self.conv2(self.norm(self.conv1(x)))))
+        y = y + (x if self.stride == 1 else self.res_conv(x))
+        return nn.functional.pad(y, (1, 0, 1, 0, 1, 0)) if self.up else y
+
+
+def mednext_level(channels, blocks, expansion):
+    return nn.Sequential(*(MedNeXtBlock(channels, channels, expansion) for _ in range(blocks)))
+
+
+class MedNeXtEncoder(nn.Module):
+    """(B, C, s^3) -> five levels, as the U-Net's: f at s, ..., 16f at s/16."""
+
+    def __init__(self, channels, f, blocks, expansion):
+        super().__init__()
+        self.stem = nn.Conv3d(channels, f, 1)
+        self.enc_block_0 = mednext_level(f, blocks[0], expansion[0])
+        self.down_0 = MedNeXtBlock(f, 2 * f, expansion[1], stride=2)
+        self.enc_block_1 = mednext_level(2 * f, blocks[1], expansion[1])
+        self.down_1 = MedNeXtBlock(2 * f, 4 * f, expansion[2], stride=2)
+        self.enc_block_2 = mednext_level(4 * f, blocks[2], expansion[2])
+        self.down_2 = MedNeXtBlock(4 * f, 8 * f, expansion[3], stride=2)
+        self.enc_block_3 = mednext_level(8 * f, blocks[3], expansion[3])
+        self.down_3 = MedNeXtBlock(8 * f, 16 * f, expansion[4], stride=2)
+        self.bottleneck = mednext_level(16 * f, blocks[4], expansion[4])
+
+    def forward(self, x):
+        levels = [self.enc_block_0(self.stem(x))]
+        for down, level in ((self.down_0, self.enc_block_1), (self.down_1, self.enc_block_2),
+                            (self.down_2, self.enc_block_3), (self.down_3, self.bottleneck)):
+            levels.append(level(down(levels[-1])))
+        return levels
+
+
+class MedNeXtDecoder(nn.Module):
+    """MedNeXt's own decoder (Table 4, "MedNeXt dec"): five levels -> (B, channels, s^3). Skips are added."""
+
+    def __init__(self, channels, f, blocks, expansion):
+        super().__init__()
+        self.up_3 = MedNeXtBlock(16 * f, 8 * f, expansion[3], stride=2, up=True)
+        self.dec_block_3 = mednext_level(8 * f, blocks[3], expansion[3])
+        self.up_2 = MedNeXtBlock(8 * f, 4 * f, expansion[2], stride=2, up=True)
+        self.dec_block_2 = mednext_level(4 * f, blocks[2], expansion[2])
+        self.up_1 = MedNeXtBlock(4 * f, 2 * f, expansion[1], stride=2, up=True)
+        self.dec_block_1 = mednext_level(2 * f, blocks[1], expansion[1])
+        self.up_0 = MedNeXtBlock(2 * f, f, expansion[0], stride=2, up=True)
+        self.dec_block_0 = mednext_level(f, blocks[0], expansion[0])
+        self.out_0 = nn.Sequential(OrderedDict(conv_out=nn.ConvTranspose3d(f, channels, 1)))
+
+    def forward(self, levels):
+        *skips, x = levels
+        for up, level in ((self.up_3, self.dec_block_3), (self.up_2, self.dec_block_2),
+                          (self.up_1, self.dec_block_1), (self.up_0, self.dec_block_0)):
+            x = level(up(x) + skips.pop())
+        return self.out_0(x)
+
+
+# --------------------------------------------------------------------------- SwinUNETR [23], names as MONAI's
+WINDOW = 7  # tokens a side
+MERGE = {  # order of the eight sub-lattices in patch merging; the state dicts do not tell the two apart
+    "fixed": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)),
+    # MONAI up to 1.4, so the weights of [23] and the paper's run: two of them twice, two not at all.
+    "legacy": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)),
+}
+
+
+class WindowAttention(nn.Module):
+    """Self-attention inside windows of up to 7^3 tokens, (windows, n, d), with a learned bias for each offset
+    between two tokens of a window."""
+
+    def __init__(self, d, heads):
+        super().__init__()
+        self.heads = heads
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * WINDOW - 1) ** 3, heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        position = torch.cartesian_prod(*[torch.arange(WINDOW)] * 3)
+        offset = position[:, None] - position + WINDOW - 1
+        weights = torch.tensor([(2 * WINDOW - 1) ** 2, 2 * WINDOW - 1, 1])
+        self.register_buffer("relative_position_index", (offset * weights).sum(-1))
+        self.qkv = nn.Linear(d, 3 * d)
+        self.proj = nn.Linear(d, d)
+
+    def forward(self, x, mask):
+        windows, n, d = x.shape
+        q, k, v = self.qkv(x).view(windows, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        # A window under 7^3 takes the corner of the 7^3 index, though its tokens lie otherwise: MONAI's way.
+        bias = self.relative_position_bias_table[self.relative_position_index[:n, :n]].permute(2, 0, 1)
+        if mask is None:
+            bias = bias[None]
+        else:
+            bias = (bias + mask[:, None]).repeat(windows // len(mask), 1, 1, 1)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        return self.proj(y.transpose(1, 2).reshape(windows, n, d))
+
+
+class SwinBlock(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)), on (B, D, H, W, d). Every second block shifts its
+    windows by 3 tokens on the axes that are longer than a window."""
+
+    def __init__(self, d, heads, shifted):
+        super().__init__()
+        self.shifted = shifted
+        self.norm1 = nn.LayerNorm(d)
+        self.attn = WindowAttention(d, heads)
+        self.norm2 = nn.LayerNorm(d)
+        self.mlp = nn.Sequential(OrderedDict(linear1=nn.Linear(d, 4 * d), act=nn.GELU(),
+                                             linear2=nn.Linear(4 * d, d)))
+
+    def forward(self, x):
+        x = x + self.attend(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+    def attend(self, x):
+        size = x.shape[1:4]
+        window = [min(s, WINDOW) for s in size]
+        shift = [WINDOW // 2 if self.shifted and s > WINDOW else 0 for s in size]
+        pad = [-s % w for s, w in zip(size, window, strict=True)]  # padding tokens take part, as in MONAI
+        x = nn.functional.pad(x, (0, 0, 0, pad[2], 0, pad[1], 0, pad[0]))
+        padded, mask = x.shape[1:4], None
+        if any(shift):
+            x = x.roll([-s for s in shift], (1, 2, 3))
+            mask = shift_mask(padded, window, shift, x.device)
+        y = self.attn(windows_of(x, window), mask)
+        y = grid_of(y, x.shape, window)
+        if any(shift):
+            y = y.roll(shift, (1, 2, 3))
+        return y[:, :size[0], :size[1], :size[2]]
+
+
+def windows_of(x, window):
+    """(B, D, H, W, d) -> (B * windows, tokens, d), both in raster order."""
+    (b, *size, d), (i, j, k) = x.shape, window
+    x = x.view(b, size[0] // i, i, size[1] // j, j, size[2] // k, k, d)
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, i * j * k, d)
+
+
+def grid_of(x, shape, window):
+    """The inverse of windows_of."""
+    (b, *size, d), (i, j, k) = shape, window
+    x = x.view(b, size[0] // i, size[1] // j, size[2] // k, i, j, k, d)
+    return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(shape)
+
+
+def shift_mask(size, window, shift, device):
+    """(windows, n, n): -100 between tokens that the cyclic shift brought together from opposite borders."""
+    region = torch.zeros(1, *size, 1, device=device)
+    for axis, (p, w, s) in enumerate(zip(size, window, shift, strict=True)):
+        if s:
+            i = torch.arange(p, device=device)
+            label = (i >= p - w).float() + (i >= p - s).float()
+            region = 3 * region + label.view([-1 if a == axis + 1 else 1 for a in range(5)])
+    region = windows_of(region, window)
+    return -100.0 * (region != region.transpose(1, 2)).float()
+
+
+class PatchMerging(nn.Module):
+    """Halves the grid: eight neighbours side by side, normalised, reduced to twice the channels."""
+
+    def __init__(self, d, merge):
+        super().__init__()
+        self.order = MERGE[merge]
+        self.reduction = nn.Linear(8 * d, 2 * d, bias=False)
+        self.norm = nn.LayerNorm(8 * d)
+
+    def forward(self, x):
+        x = torch.cat([x[:, i::2, j::2, k::2] for i, j, k in self.order], -1)
+        return self.reduction(self.norm(x))
+
+
+class SwinStage(nn.Module):
+    """Two blocks and a merging: (B, D, H, W, d) -> (B, D/2, H/2, W/2, 2d)."""
+
+    def __init__(self, d, heads, merge):
+        super().__init__()
+        self.blocks = nn.Sequential(SwinBlock(d, heads, False), SwinBlock(d, heads, True))
+        self.downsample = PatchMerging(d, merge)
+
+    def forward(self, x):
+        return self.downsample(self.blocks(x))
+
+
+class SwinEncoder(nn.Module):
+    """(B, C, s^3) -> five hidden states: f at s/2, 2f at s/4, ..., 16f at s/32; normalised over channels."""
+
+    def __init__(self, channels, f, merge):
+        super().__init__()
+        heads = f // 16  # 16 channels a head at every stage
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv3d(channels, f, 2, 2)))
+        self.layers1 = nn.Sequential(SwinStage(f, heads, merge))
+        self.layers2 = nn.Sequential(SwinStage(2 * f, 2 * heads, merge))
+        self.layers3 = nn.Sequential(SwinStage(4 * f, 4 * heads, merge))
+        self.layers4 = nn.Sequential(SwinStage(8 * f, 8 * heads, merge))
+
+    def forward(self, x):
+        states = [self.patch_embed(x).movedim(1, -1)]
+        for stage in (self.layers1, self.layers2, self.layers3, self.layers4):
+            states.append(stage(states[-1]))
+        return [nn.functional.layer_norm(x, x.shape[-1:]).movedim(-1, 1) for x in states]
+
+
+def plain_conv(channels_in, channels_out, kernel):
+    """MONAI's extra level in the names: conv1.conv.weight."""
+    return nn.Sequential(OrderedDict(conv=nn.Conv3d(channels_in, channels_out, kernel, padding=kernel // 2,
+                                                    bias=False)))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions 3^3 with instance norm and leaky ReLU around a shortcut; norms without parameters."""
+
+    def __init__(self, channels_in, channels_out):
+        super().__init__()
+        self.conv1 = plain_conv(channels_in, channels_out, 3)
+        self.conv2 = plain_conv(channels_out, channels_out, 3)
+        self.conv3 = plain_conv(channels_in, channels_out, 1) if channels_in != channels_out else None
+
+    def forward(self, x):
+        y = nn.functional.leaky_relu(nn.functional.instance_norm(self.conv1(x)), 0.01)
+        y = nn.functional.instance_norm(self.conv2(y))
+        x = x if self.conv3 is None else nn.functional.instance_norm(self.conv3(x))
+        return nn.functional.leaky_relu(y + x, 0.01)
+
+
+class SwinUpBlock(nn.Module):
+    """Transposed convolution, concatenation with the skip, residual block."""
+
+    def __init__(self, channels_in, channels_out):
+        super().__init__()
+        self.transp_conv = nn.Sequential(OrderedDict(
+            conv=nn.ConvTranspose3d(channels_in, channels_out, 2, 2, bias=False)))
+        self.conv_block = ResidualBlock(2 * channels_out, channels_out)
+
+    def forward(self, x, skip):
+        return self.conv_block(torch.cat([self.transp_conv(x), skip], 1))
+
+
+def skip_block(channels_in, channels_out):
+    return nn.Sequential(OrderedDict(layer=ResidualBlock(channels_in, channels_out)))
+
+
+class SwinUNETR(nn.Module):
+    """Segmentation network of [23]: (B, C, s^3) -> (B, channels_out, s^3). Only swinViT, 8 of its 62 million
+    parameters, is ever pretrained."""
+
+    size_multiple, encoder_prefix = 32, "swinViT."
+
+    def __init__(self, channels_in, channels_out, f, merge):
+        super().__init__()
+        self.swinViT = SwinEncoder(channels_in, f, merge)
+        self.encoder1 = skip_block(channels_in, f)
+        self.encoder2 = skip_block(f, f)
+        self.encoder3 = skip_block(2 * f, 2 * f)
+        self.encoder4 = skip_block(4 * f, 4 * f)
+        self.encoder10 = skip_block(16 * f, 16 * f)
+        self.decoder5 = SwinUpBlock(16 * f, 8 * f)
+        self.decoder4 = SwinUpBlock(8 * f, 4 * f)
+        self.decoder3 = SwinUpBlock(4 * f, 2 * f)
+        self.decoder2 = SwinUpBlock(2 * f, f)
+        self.decoder1 = SwinUpBlock(f, f)
+        self.out = nn.Sequential(OrderedDict(conv=nn.Sequential(OrderedDict(
+            conv=nn.Conv3d(f, channels_out, 1)))))
+
+    def forward(self, x):
+        check_multiple(x, self.size_multiple)
+        h0, h1, h2, h3, h4 = self.swinViT(x)
+        y = self.decoder5(self.encoder10(h4), h3)
+        y = self.decoder4(y, self.encoder4(h2))
+        y = self.decoder3(y, self.encoder3(h1))
+        y = self.decoder2(y, self.encoder2(h0))
+        return self.out(self.decoder1(y, self.encoder1(x)))
+
+
+class SwinHeads(nn.Module):
+    """Pretraining network of [23]: (B, C, s^3) -> rotation logits (B, 4), contrastive vectors (B, 512),
+    reconstruction (B, C, s^3). The first two read one corner token each; [23] pools nothing."""
+
+    size_multiple, encoder_prefix = 32, "swinViT."
+
+    def __init__(self, channels, f, merge):
+        super().__init__()
+        self.swinViT = SwinEncoder(channels, f, merge)
+        self.rotation_head = nn.Linear(16 * f, 4)
+        self.contrastive_head = nn.Linear(16 * f, 512)
+        layers = []
+        for a, b in ((16 * f, 8 * f), (8 * f, 4 * f), (4 * f, 2 * f), (2 * f, f), (f, f)):
+            layers += [nn.Conv3d(a, b, 3, padding=1), nn.InstanceNorm3d(b), nn.LeakyReLU(0.01),
+                       nn.Upsample(scale_factor=2, mode="trilinear")]
+        self.conv = nn.Sequential(*layers, nn.Conv3d(f, channels, 1))
+
+    def forward(self, x):
+        check_multiple(x, self.size_multiple)
+        h4 = self.swinViT(x)[-1]
+        tokens = h4.flatten(2)
+        return self.rotation_head(tokens[..., 0]), self.contrastive_head(tokens[..., 1]), self.conv(h4)
+
+
+class SwinReconstruction(nn.Module):
+    """AMAES on the SwinUNETR encoder, which the paper leaves open: the decoder of section 3.1 on the hidden
+    states; its last convolution undoes the patch embedding."""
+
+    size_multiple, encoder_prefix = 32, "swinViT."
+
+    def __init__(self, encoder, rec_head):
+        super().__init__()
+        self.swinViT = encoder
+        self.rec_head = rec_head
+
+    def forward(self, x):
+        check_multiple(x, self.size_multiple)
+        return self.rec_head(self.swinViT(x))
+
+
+# --------------------------------------------------------------------------------------------------- networks
 class Network(nn.Module):
     """Encoder and a decoder: `rec_head` in pretraining, `pred_head` in segmentation. (B, C, D, H, W) -> the
     same grid."""
 
-    size_multiple = 16  # of every side of the input: four times halved
+    size_multiple, encoder_prefix = 16, "encoder."  # every side is four times halved
 
     def __init__(self, encoder, rec_head=None, pred_head=None):
         super().__init__()
@@ -113,29 +454,48 @@ class Network(nn.Module):
             self.pred_head = pred_head
 
     def forward(self, x):
-        if any(side % self.size_multiple for side in x.shape[2:]):
-            raise UserError(f"input {tuple(x.shape[2:])}: choose multiples of {self.size_multiple}")
+        check_multiple(x, self.size_multiple)
         return (self.rec_head if hasattr(self, "rec_head") else self.pred_head)(self.encoder(x))
+
+
+def check_multiple(x, multiple):
+    if any(side % multiple for side in x.shape[2:]):
+        raise UserError(f"input {tuple(x.shape[2:])}: choose multiples of {multiple}")
 
 
 def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skips=False, merge="legacy",
                 features=None):
     """A row of ROWS for a task, on (B, in_channels, D, H, W) -> (B, out_channels, D, H, W).
 
-    task: "pretrain", with the `decoder` light or standard (Table 2) and `skips` or none (section 3.1); or
-    "segment", with the row's own decoder and skips (section 3.2). features: another width. UserError for an
-    unknown name."""
-    for value, known, what in ((name, ROWS, "model"), (task, ("pretrain", "segment"), "task"),
-                               (decoder, ("light", "standard"), "decoder"),
-                               (merge, ("legacy", "fixed"), "merge")):
+    task: "pretrain", with the `decoder` light or standard (Table 2) and `skips` or none (section 3.1);
+    "segment", with the row's own decoder and skips (section 3.2); or "swin", SwinUNETR's encoder under the
+    three heads of [23]. merge: SwinUNETR's patch merging, legacy as the paper's MONAI 1.3.2 had it or fixed
+    as MONAI >= 1.5 has it. features: another width f. UserError for an unknown name."""
+    for value, known, what in ((name, ROWS, "model"), (task, ("pretrain", "segment", "swin"), "task"),
+                               (decoder, ("light", "standard"), "decoder"), (merge, MERGE, "merge")):
         if value not in known:
             near = difflib.get_close_matches(str(value), known, n=1)
             raise UserError(f"unknown {what} {value!r}: " + (f"did you mean {near[0]}? " if near else "")
                             + f"known are {', '.join(known)}")
-    f = features or ROWS[name].features
-    encoder = UNetEncoder(in_channels, f)
+    row = ROWS[name]
+    f = features or row.features
+    if row.family == "swin" and f % 16:
+        raise UserError(f"features {f}: SwinUNETR needs a multiple of 16, the channels of a head")
+    if task == "swin":
+        if row.family != "swin":
+            raise UserError(f"objective swin pretrains swinunetr, not {name}")
+        return SwinHeads(in_channels, f, merge)
+    if row.family == "swin":
+        if task == "segment":
+            return SwinUNETR(in_channels, out_channels, f, merge)
+        return SwinReconstruction(SwinEncoder(in_channels, f, merge),
+                                  UNetDecoder(out_channels, f, decoder == "light", skips, stem=2))
+    encoder = (UNetEncoder(in_channels, f) if row.family == "unet"
+               else MedNeXtEncoder(in_channels, f, row.blocks, row.expansion))
     if task == "pretrain":
         return Network(encoder, rec_head=UNetDecoder(out_channels, f, decoder == "light", skips))
+    if row.decoder == "mednext":
+        return Network(encoder, pred_head=MedNeXtDecoder(out_channels, f, row.blocks, row.expansion))
     return Network(encoder, pred_head=UNetDecoder(out_channels, f, light=False, skips=True))
 
 
@@ -168,14 +528,27 @@ class Report(NamedTuple):
         return "\n".join(lines + [f"{self.part}: all {arrived} tensors taken (100 %)"])
 
 
+# Weights whose shape depends on the number of input channels.
+STEMS = ("encoder.in_conv.conv1.conv.weight", "encoder.stem.weight", "swinViT.patch_embed.proj.weight",
+         "encoder1.layer.conv1.conv.weight", "encoder1.layer.conv3.conv.weight")
+
+
 def bare_names(checkpoint):
-    """The tensors of a checkpoint by their bare names: ours ({"model": ...}), Lightning's ({"state_dict":
-    ...}), or a flat dict; the prefixes module., model. and _orig_mod. stripped in any order."""
+    """The tensors of a checkpoint by the names used here.
+
+    Ours ({"model": ...}), Lightning's and MONAI's ({"state_dict": ...}), or a flat dict; the prefixes
+    module., model. and _orig_mod. are stripped in any order. The SSL weights of [23] name swinViT swin_vit or
+    nothing, and the layers of its MLP fc1 and fc2."""
     state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
     bare = {}
     for name, tensor in state.items() if isinstance(state, dict) else ():
         while name.startswith(("module.", "model.", "_orig_mod.")):
             name = name.split(".", 1)[1]
+        if name.startswith("swin_vit."):
+            name = name.replace("swin_vit.", "swinViT.", 1)
+        elif name.startswith(("patch_embed.", "layers1.", "layers2.", "layers3.", "layers4.")):
+            name = f"swinViT.{name}"
+        name = name.replace(".mlp.fc1.", ".mlp.linear1.").replace(".mlp.fc2.", ".mlp.linear2.")
         if isinstance(tensor, torch.Tensor):
             bare[name] = tensor
     return bare
@@ -190,14 +563,14 @@ def load_weights(model, path, part="encoder"):
     names what does not fit."""
     checkpoint = path if isinstance(path, dict) else load_checkpoint(path)
     found, own = bare_names(checkpoint), model.state_dict()
-    wanted = [name for name in own if part == "all" or name.startswith("encoder.")]
+    wanted = [name for name in own if part == "all" or name.startswith(model.encoder_prefix)]
     taken, reshaped, wrong = [], [], []
     for name in wanted:
         tensor, target = found.get(name), own[name]
         if tensor is not None and tensor.shape == target.shape:
             own[name] = tensor
             taken.append(name)
-        elif tensor is not None and name == STEM and tensor.shape[:1] + tensor.shape[2:] == \
+        elif tensor is not None and name in STEMS and tensor.shape[:1] + tensor.shape[2:] == \
                 target.shape[:1] + target.shape[2:] and target.shape[1] % tensor.shape[1] == 0:
             repeats = target.shape[1] // tensor.shape[1]
             own[name] = tensor.repeat(1, repeats, 1, 1, 1) / repeats

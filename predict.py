@@ -109,9 +109,9 @@ def load_network(path, device):
     if checkpoint.get("kind") != "finetune":
         raise UserError(f"{path} is no finetuned network but {checkpoint.get('kind', 'something else')}: "
                         "finetune.py makes one")
-    task = checkpoint["task"]
-    model = models.build_model(checkpoint["row"], "segment", in_channels=len(task["sequences"]),
-                               out_channels=len(task["classes"]))
+    task, trained = checkpoint["task"], checkpoint["config"]
+    model = models.build_model(checkpoint["row"], "segment", len(task["sequences"]), len(task["classes"]),
+                               merge=trained["merge"], features=trained["features"])
     models.load_weights(model, checkpoint, part="all")
     return model.to(device).eval(), checkpoint
 

@@ -438,10 +438,10 @@ def main(cfg):
     elsewhere = len(scans) - sum(map(len, mine))
 
     rows, rejected = [], []
-    pool = ProcessPoolExecutor(cfg.workers) if cfg.workers > 1 else None
     work = functools.partial(prepare_session, cfg.source, root, cfg.out)
-    with tqdm(total=len(scans) - elsewhere, desc=f"prepare {cfg.source}", unit="volume") as progress:
-        for done, refused in (pool.map(work, mine) if pool else map(work, mine)):
+    with (ProcessPoolExecutor(cfg.workers) as pool,
+          tqdm(total=len(scans) - elsewhere, desc=f"prepare {cfg.source}", unit="volume") as progress):
+        for done, refused in (pool.map(work, mine) if cfg.workers > 1 else map(work, mine)):
             rows += done
             rejected += refused
             progress.update(len(done) + len(refused))

@@ -1,5 +1,6 @@
 """AMAES pretraining (paper, section 3.1): hide 60 % of the 4x4x4 tokens of an augmented patch and reconstruct
 the patch as it was before the intensity augmentations and the mask, with a light decoder and no skips.
+Beside it, `objective: swin`, the pretraining of SwinUNETR [23] that the paper compares with (section 4.3).
 
     torchrun --nproc_per_node=2 pretrain.py configs/unet_xl.yaml
     python pretrain.py configs/unet_b.yaml --data datasets/mine --batch_size 4
@@ -11,8 +12,10 @@ import math
 import os
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import yaml
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -28,13 +31,16 @@ from common import UserError
 class Config:
     data: str = "datasets/brains45k"  # prepared folder; section 2, BRAINS-45K
     model: str = "unet_xl"  # row of models.py; Table 4
+    objective: str = "amaes"  # amaes (section 3.1) or swin, that of [23] for swinunetr
     decoder: str = "light"  # light or standard; Table 2
     skips: bool = False  # skip connections in pretraining; the ablation of section 3.1
     augment: str = "all"  # none, spatial or all; Table 3 and Table 5
     patch_size: int = 128  # voxels a side, at 1 mm; section 4.2
     token_size: int = 4  # voxels a side of a masked token; section 3.1
-    mask_ratio: float = 0.6  # share of hidden tokens; section 3.1
+    mask_ratio: float = 0.6  # share of hidden tokens; section 3.1. swin: the largest share cut out (0.3)
     loss_region: str = "all"  # all or masked voxels; the official code: all
+    merge: str = "legacy"  # SwinUNETR's patch merging: legacy (MONAI 1.3.2, the paper's) or fixed (>= 1.5)
+    features: int | None = None  # width of the first level, instead of the row's
     epochs: float = 100.0  # passes over the data, one patch of each volume a pass; section 4.2
     steps: int | None = None  # instead of epochs: number of optimizer steps
     batch_size: int = 16  # over all processes; Appendix A (the official code: per device)
@@ -102,6 +108,92 @@ def masked_and_visible(output, target, mask):
     return torch.stack([(error * hidden).sum(), hidden.sum(), (error * ~hidden).sum(), (~hidden).sum()])
 
 
+def make_views(cfg, batch, device, dtype):
+    """One batch on the device: input (augmented, masked), target (spatially transformed only), mask. Figure
+    2."""
+    crops, _ = data.to_device(batch, device)
+    target, _ = augment.spatial(crops, None, batch.draws)
+    image = augment.intensity(target, batch.draws).to(dtype)
+    mask = random_mask(batch.mask_seeds, image.shape[2:], cfg.token_size, cfg.mask_ratio, device)
+    return image.masked_fill(mask, 0), target.to(dtype), mask
+
+
+def amaes(cfg, model, batch, device, dtype, logging):
+    """Loss of one micro-batch, and what a log line is made of (or None)."""
+    image, target, mask = make_views(cfg, batch, device, dtype)
+    with autocast(cfg, device):
+        output = model(image)
+    sums = masked_and_visible(output, target, mask) if logging else None
+    return reconstruction_loss(output, target, mask, cfg.loss_region), sums
+
+
+# ------------------------------------------------------------- the objective of [23], section 4.3, Appendix D
+def cut_boxes(rng, shape, share):
+    """Boxes until their volumes sum to U(0, share) of the patch: [(slices)]. A side is 5 to 25 % of the
+    patch's, cut at its border. So the paper's "mask ratio 0.3" hides 14 % on average."""
+    target, volume, boxes = rng.uniform(0, share) * math.prod(shape), 0, []
+    while volume < target:
+        box = []
+        for n in shape:
+            start = int(rng.integers(0, n - int(0.05 * n)))
+            extent = int(rng.integers(int(0.05 * n), int(0.25 * n)))
+            box.append(slice(start, min(n, start + extent)))
+        boxes.append(tuple(box))
+        volume += math.prod(part.stop - part.start for part in box)
+    return boxes
+
+
+def swin_view(target, seeds, share):
+    """One view of each sample (B, C, D, H, W): rotated by k * 90 degrees about the first axis; then boxes of
+    it filled with noise in [0, 1], and, where another sample of the batch is drawn, boxes of that one pasted.
+
+    -> (rotated, cut, k). One seed a sample. A pasted sample that comes earlier in the batch is cut already,
+    as in [23], whose loop works in place."""
+    rngs = [np.random.default_rng(seed) for seed in seeds]
+    turns = [int(rng.integers(4)) for rng in rngs]
+    rotated = torch.stack([torch.rot90(x, k, (2, 3)) for x, k in zip(target, turns, strict=True)])
+    cut = rotated.clone()
+    for i, (x, rng) in enumerate(zip(cut, rngs, strict=True)):
+        generator = torch.Generator(x.device).manual_seed(int(rng.integers(2 ** 62)))
+        for box in cut_boxes(rng, x.shape[1:], share):
+            part = x[(slice(None), *box)]
+            noise = torch.randn(part.shape, generator=generator, device=x.device, dtype=x.dtype)
+            part.copy_((noise - noise.min()) / (noise.max() - noise.min()).clamp(min=1e-12))
+        j = int(rng.integers(len(cut)))
+        for box in cut_boxes(rng, x.shape[1:], share) if j != i else ():
+            x[(slice(None), *box)] = cut[(j, slice(None), *box)]
+    return rotated, cut, torch.tensor(turns, device=target.device)
+
+
+def contrastive_loss(vectors, temperature=0.5):
+    """NT-Xent: vectors (2B, d), two views of B samples one after the other -> scalar. 0 if B is 1."""
+    vectors = F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=1)
+    similarity = (vectors @ vectors.T / temperature).fill_diagonal_(-math.inf)
+    partner = torch.arange(len(vectors), device=vectors.device).roll(len(vectors) // 2)
+    return F.cross_entropy(similarity, partner)
+
+
+def swin(cfg, model, batch, device, dtype, logging):
+    """Rotation (which of four), contrast between two views of a sample, L1 reconstruction of the uncut views:
+    the unweighted sum. Paste and contrast are among the samples that a process holds at once, as in [23]."""
+    crops, _ = data.to_device(batch, device)
+    target, _ = augment.spatial(crops, None, batch.draws)
+    target = augment.intensity(target, batch.draws).to(dtype)
+    views = [swin_view(target, [common.derive_seed(seed, view) for seed in batch.mask_seeds], cfg.mask_ratio)
+             for view in range(2)]
+    rotated, cut, turns = (torch.cat(parts) for parts in zip(*views, strict=True))
+    with autocast(cfg, device):
+        rotation, vectors, output = model(cut)
+    parts = torch.stack([F.cross_entropy(rotation.to(dtype), turns), contrastive_loss(vectors),
+                         (output.to(dtype) - rotated).abs().mean()])
+    sums = torch.cat([parts.detach(), parts.new_ones(1)]) * len(target) if logging else None
+    return parts.sum(), sums
+
+
+def autocast(cfg, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+
+
 # --------------------------------------------------------------------------------------------------- the data
 def open_data(cfg):
     """Training and validation cases: a seeded share of the subjects is held out (the official code: of
@@ -115,20 +207,10 @@ def open_data(cfg):
     return train, [c for c in cases if c.subject not in kept], held
 
 
-def make_views(cfg, batch, device, dtype):
-    """One batch on the device: input (augmented, masked), target (spatially transformed only), mask. Figure
-    2."""
-    crops, _ = data.to_device(batch, device)
-    target, _ = augment.spatial(crops, None, batch.draws)
-    image = augment.intensity(target, batch.draws).to(dtype)
-    mask = random_mask(batch.mask_seeds, image.shape[2:], cfg.token_size, cfg.mask_ratio, device)
-    return image.masked_fill(mask, 0), target.to(dtype), mask
-
-
 @torch.no_grad()
-def validate(cfg, model, cases, micro, processes, autocast, dtype):
-    """Masked and visible mean squared error on the held-out subjects: always the same crops and masks, no
-    augmentation. Every process takes its share; sums are reduced."""
+def validate(cfg, model, cases, micro, processes, dtype):
+    """The objective on the held-out subjects: always the same crops and masks, no augmentation. Every
+    process takes its share; sums are reduced."""
     dataset = data.Crops(cases, cfg.patch_size, common.derive_seed(cfg.seed, "validation"), "none")
     mine = [(0, index) for index in range(processes.rank, len(cases), processes.world)]
     model.eval()
@@ -137,19 +219,22 @@ def validate(cfg, model, cases, micro, processes, autocast, dtype):
         batch = data.collate([dataset[key] for key in mine[i:i + micro]])
         if batch.fault:
             raise UserError(batch.fault)
-        image, target, mask = make_views(cfg, batch, processes.device, dtype)
-        with autocast:
-            output = model(image)
-        sums += masked_and_visible(output, target, mask).to("cpu", torch.float64)
+        sums += OBJECTIVES[cfg.objective](cfg, model, batch, processes.device, dtype, True)[1].to("cpu")
     model.train()
-    return losses_of(common.total(sums), cfg.loss_region)
+    return losses_of(cfg, common.total(sums))
 
 
-def losses_of(sums, region):
-    """(masked sum, count, visible sum, count) -> the three numbers of a log line."""
+def losses_of(cfg, sums):
+    """The sums of an objective -> the numbers of a log line: the loss, and its parts apart."""
+    if cfg.objective == "swin":
+        rotation, contrast, l1 = (sums[:3] / sums[3]).tolist()
+        return {"loss": rotation + contrast + l1, "rotation": rotation, "contrast": contrast, "l1": l1}
     masked, hidden, visible, seen = sums.tolist()
-    return {"loss": (masked + visible) / (hidden + seen) if region == "all" else masked / hidden,
+    return {"loss": (masked + visible) / (hidden + seen) if cfg.loss_region == "all" else masked / hidden,
             "masked": masked / max(1, hidden), "visible": visible / max(1, seen)}
+
+
+OBJECTIVES = {"amaes": amaes, "swin": swin}
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -162,6 +247,9 @@ def plan(cfg, n, processes):
     micro = min(cfg.micro_batch or local, local)
     if local % micro:
         raise UserError(f"micro_batch {micro} does not divide the {local} samples of a process")
+    if cfg.objective == "swin" and micro < 2:
+        raise UserError("objective swin contrasts the samples that a process holds at once, here one: give "
+                        f"--batch_size {2 * processes.world} or more, or fewer processes")
     steps = cfg.steps or math.ceil(cfg.epochs * n / cfg.batch_size)
     warmup = math.ceil(cfg.warmup_epochs * n / cfg.batch_size)
     if processes.rank == 0:
@@ -173,8 +261,9 @@ def plan(cfg, n, processes):
 
 def check(cfg):
     """Values that would only fail later, or silently."""
-    choices = {"decoder": ("light", "standard"), "augment": ("none", "spatial", "all"),
-               "loss_region": ("all", "masked"), "precision": ("bf16", "fp32", "fp64")}
+    choices = {"objective": tuple(OBJECTIVES), "decoder": ("light", "standard"),
+               "augment": ("none", "spatial", "all"), "loss_region": ("all", "masked"),
+               "precision": ("bf16", "fp32", "fp64")}
     for key, known in choices.items():
         if getattr(cfg, key) not in known:
             raise UserError(f"{key} {getattr(cfg, key)!r}: choose {', '.join(known)}")
@@ -189,15 +278,17 @@ def main(cfg):
     rank, device = processes.rank, processes.device
     stop = common.catch_signals()
     out = cfg.out or f"runs/{cfg.model}"
+    objective = OBJECTIVES[cfg.objective]
     dtype = torch.float64 if cfg.precision == "fp64" else torch.float32
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
 
     train, validation, held_out = open_data(cfg)
     steps, warmup, micro = plan(cfg, len(train), processes)
     val_every = cfg.val_every or max(1, len(train) // cfg.batch_size)
 
     torch.manual_seed(cfg.seed)
-    model = models.build_model(cfg.model, "pretrain", decoder=cfg.decoder, skips=cfg.skips).to(device, dtype)
+    task = {"amaes": "pretrain", "swin": "swin"}[cfg.objective]
+    model = models.build_model(cfg.model, task, decoder=cfg.decoder, skips=cfg.skips, merge=cfg.merge,
+                               features=cfg.features).to(device, dtype)
     models.check_patch(model, cfg.patch_size, device, cfg.precision)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, eps=cfg.eps,
                                   amsgrad=cfg.amsgrad, fused=True)
@@ -244,15 +335,13 @@ def main(cfg):
         logging = (step + 1) % cfg.log_every == 0 or step + 1 == steps
         sums, local = torch.zeros(4, dtype=torch.float64, device=device), len(batch.crops)
         for start in range(0, local, micro):
-            image, target, mask = make_views(cfg, data.piece(batch, start, micro), device, dtype)
             ddp.require_backward_grad_sync = start + micro == local
-            with autocast:
-                output = train_model(image)
-            loss = reconstruction_loss(output, target, mask, cfg.loss_region) * micro / local
-            loss.backward()
+            part = data.piece(batch, start, micro)
+            loss, parts = objective(cfg, train_model, part, device, dtype, logging)
+            (loss * micro / local).backward()
             losses.append(common.to_host(step, batch.names, loss))
             if logging:
-                sums += masked_and_visible(output, target, mask)
+                sums += parts
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -260,9 +349,9 @@ def main(cfg):
 
         record = {}
         if logging:
-            record = losses_of(common.total(sums), cfg.loss_region) | {"lr": rate}
+            record = losses_of(cfg, common.total(sums)) | {"lr": rate}
         if step % val_every == 0 or step == steps:
-            scores = validate(cfg, model, validation, micro, processes, autocast, dtype)
+            scores = validate(cfg, model, validation, micro, processes, dtype)
             record |= {f"val_{key}": value for key, value in scores.items()}
         if record and rank == 0:
             record = {"step": step} | record | {"seconds": (time.perf_counter() - began) / (step - first)}

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from common import UserError, load_checkpoint
@@ -46,7 +47,7 @@ class ConvNormAct(nn.Module):
         self.norm = nn.InstanceNorm3d(channels_out, affine=True)
 
     def forward(self, x):
-        return nn.functional.leaky_relu(self.norm(self.conv(x)), 0.01)
+        return nn.functional.leaky_relu(self.norm(self.conv(x)), 0.01, inplace=True)
 
 
 class Block(nn.Module):
@@ -100,7 +101,7 @@ class UNetDecoder(nn.Module):
             self.out_conv = nn.ConvTranspose3d(f, channels, stem, stem)
 
     def forward(self, levels):
-        *skips, x = levels
+        *skips, x = [level.contiguous() for level in levels]  # MedNeXt and Swin give channels-last
         for up, block in ((self.upsample1, self.decoder_conv1), (self.upsample2, self.decoder_conv2),
                           (self.upsample3, self.decoder_conv3), (self.upsample4, self.decoder_conv4)):
             x, skip = up(x), skips.pop()
@@ -109,6 +110,27 @@ class UNetDecoder(nn.Module):
 
 
 # --------------------------------------------------------------------- MedNeXt, M and L, kernel 3 (no UpKern)
+class DepthwiseConv(torch.autograd.Function):
+    """3^3 depthwise convolution of a channels-last tensor on a CPU. oneDNN's own gradients are slow there:
+    the input's is the convolution with the mirrored kernel, the kernel's is taken from NCDHW copies."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return nn.functional.conv3d(x, weight, bias, padding=1, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        kernel, groups, one = weight.to(grad.dtype), len(weight), [1, 1, 1]
+        grad_x = nn.functional.conv3d(grad, kernel.flip(2, 3, 4), padding=1, groups=groups)
+        plain = torch.empty(weight.shape, dtype=grad.dtype)  # only its shape and its NCDHW order count
+        _, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad.contiguous(), x.to(grad.dtype).contiguous(), plain, None, one, one, one, False, [0, 0, 0],
+            groups, [False, True, False])
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad.sum((0, 2, 3, 4)).to(weight.dtype)
+
+
 class MedNeXtBlock(nn.Module):
     """Depthwise 3^3, group norm with a group a channel, 1^3 expansion, GELU, 1^3 compression; residual.
 
@@ -128,9 +150,29 @@ class MedNeXtBlock(nn.Module):
             self.res_conv = convolution(channels_in, channels_out, 1, stride)
 
     def forward(self, x):
-        y = self.conv3(nn.functional.gelu(self.conv2(self.norm(self.conv1(x)))))
+        y = self.branch_cpu(x) if x.device.type == "cpu" else self.branch(x)
         y = y + (x if self.stride == 1 else self.res_conv(x))
         return nn.functional.pad(y, (1, 0, 1, 0, 1, 0)) if self.up else y
+
+    def branch(self, x):
+        return self.conv3(nn.functional.gelu(self.conv2(self.norm(self.conv1(x)))))
+
+    def branch_cpu(self, x):
+        """The same in channels-last order, where a 1^3 convolution is a matrix product; the norm's scale goes
+        into the matrix of the expansion. bench/models.py says what it gains."""
+        if self.stride == 1:
+            y = DepthwiseConv.apply(x, self.conv1.weight, self.conv1.bias)
+        else:
+            y = self.conv1(x)
+        v = y.movedim(1, -1).flatten(1, 3)  # (B, voxels, C)
+        v = v.to(torch.promote_types(v.dtype, torch.float32))
+        v = v - v.mean(1, keepdim=True)
+        scale = self.norm.weight * (v.square().mean(1) + self.norm.eps).rsqrt()
+        expand = self.conv2.weight.flatten(1)
+        bias = (expand * self.norm.bias).sum(1) + self.conv2.bias
+        h = torch.baddbmm(bias, v, (expand * scale.unsqueeze(1)).transpose(1, 2))
+        h = nn.functional.linear(nn.functional.gelu(h), self.conv3.weight.flatten(1), self.conv3.bias)
+        return h.unflatten(1, y.shape[2:]).movedim(-1, 1)
 
 
 def mednext_level(channels, blocks, expansion):
@@ -154,6 +196,8 @@ class MedNeXtEncoder(nn.Module):
         self.bottleneck = mednext_level(16 * f, blocks[4], expansion[4])
 
     def forward(self, x):
+        if x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last_3d)
         levels = [self.enc_block_0(self.stem(x))]
         for down, level in ((self.down_0, self.enc_block_1), (self.down_1, self.enc_block_2),
                             (self.down_2, self.enc_block_3), (self.down_3, self.bottleneck)):
@@ -212,14 +256,19 @@ class WindowAttention(nn.Module):
     def forward(self, x, mask):
         windows, n, d = x.shape
         q, k, v = self.qkv(x).view(windows, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        # A window under 7^3 takes the corner of the 7^3 index, though its tokens lie otherwise: MONAI's way.
-        bias = self.relative_position_bias_table[self.relative_position_index[:n, :n]].permute(2, 0, 1)
-        if mask is None:
-            bias = bias[None]
-        else:
-            bias = (bias + mask[:, None]).repeat(windows // len(mask), 1, 1, 1)
-        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        # The n x n matrices are most of the memory: made again in the backward pass, not kept for it.
+        y = torch.utils.checkpoint.checkpoint(self.mix, q, k, v, mask, use_reentrant=False)
         return self.proj(y.transpose(1, 2).reshape(windows, n, d))
+
+    def mix(self, q, k, v, mask):
+        """Softmax of scores, bias and mask, times v: (windows, heads, n, channels) -> the same."""
+        n = q.shape[2]
+        scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
+        # A window under 7^3 takes the corner of the 7^3 index, though its tokens lie otherwise: MONAI's way.
+        scores += self.relative_position_bias_table[self.relative_position_index[:n, :n]].permute(2, 0, 1)
+        if mask is not None:
+            scores.unflatten(0, (-1, len(mask))).add_(mask[:, None])
+        return scores.softmax(-1).to(v.dtype) @ v
 
 
 class SwinBlock(nn.Module):
@@ -343,10 +392,10 @@ class ResidualBlock(nn.Module):
         self.conv3 = plain_conv(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     def forward(self, x):
-        y = nn.functional.leaky_relu(nn.functional.instance_norm(self.conv1(x)), 0.01)
+        y = nn.functional.leaky_relu(nn.functional.instance_norm(self.conv1(x)), 0.01, inplace=True)
         y = nn.functional.instance_norm(self.conv2(y))
         x = x if self.conv3 is None else nn.functional.instance_norm(self.conv3(x))
-        return nn.functional.leaky_relu(y + x, 0.01)
+        return nn.functional.leaky_relu(y + x, 0.01, inplace=True)
 
 
 class SwinUpBlock(nn.Module):
@@ -411,7 +460,7 @@ class SwinHeads(nn.Module):
         self.contrastive_head = nn.Linear(16 * f, 512)
         layers = []
         for a, b in ((16 * f, 8 * f), (8 * f, 4 * f), (4 * f, 2 * f), (2 * f, f), (f, f)):
-            layers += [nn.Conv3d(a, b, 3, padding=1), nn.InstanceNorm3d(b), nn.LeakyReLU(0.01),
+            layers += [nn.Conv3d(a, b, 3, padding=1), nn.InstanceNorm3d(b), nn.LeakyReLU(0.01, inplace=True),
                        nn.Upsample(scale_factor=2, mode="trilinear")]
         self.conv = nn.Sequential(*layers, nn.Conv3d(f, channels, 1))
 

@@ -1,0 +1,69 @@
+"""The paper's Figure 1 as a calculation, without a GPU: parameters, FLOPs of a training step, activations.
+
+    python bench/cost.py [--batch 2] [--side 128]
+
+Runs every row on the meta device, where tensors have shapes and no data. FLOPs are those of forward and
+backward (torch.utils.flop_counter: matrix products and convolutions, two a multiply-add). Memory is what
+autograd keeps for the backward pass in float32, each storage once, parameters apart; bf16 autocast keeps
+about half. The peak of a step lies above it by the largest temporary tensors, and by 20 bytes a parameter for
+weights, gradients and the three moments of AdamW with amsgrad. The pretraining of [23] takes two views of
+each sample.
+"""
+
+import argparse
+import os
+import sys
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import models  # noqa: E402
+
+
+def cost(row, task, batch, side, decoder="light"):
+    """(parameters, FLOPs of forward and backward, bytes kept for the backward pass)."""
+    with torch.device("meta"):
+        model = models.build_model(row, task, out_channels=2 if task == "segment" else 1, decoder=decoder)
+        x = torch.empty(batch * (2 if task == "swin" else 1), 1, side, side, side)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(x)
+        loss = sum(part.float().square().mean() for part in (output if task == "swin" else [output]))
+        held = sum(storage.nbytes() for storage in kept.values())
+        loss.backward()
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops(), held
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--side", type=int, default=128)
+    arguments = parser.parse_args()
+    print(f"Batch {arguments.batch}, {arguments.side}^3, float32.\n\n| row | step | parameters, millions "
+          "| TFLOP | activations, GiB |\n|---|---|---|---|---|")
+    steps = [("pretraining, light decoder", "pretrain", "light"),
+             ("pretraining, standard decoder", "pretrain", "standard"), ("finetuning", "segment", "light")]
+    for row in models.ROWS:
+        if row == "unet_demo":
+            continue
+        extra = [("pretraining of [23]", "swin", "light")] if row == "swinunetr" else []
+        for name, task, decoder in steps + extra:
+            if row == "mednext_l_mednextdec" and task == "pretrain":
+                continue  # the same as mednext_l
+            parameters, flops, held = cost(row, task, arguments.batch, arguments.side, decoder)
+            print(f"| {row} | {name} | {parameters / 1e6:.1f} | {flops / 1e12:.2f} | {held / 2 ** 30:.1f} |",
+                  flush=True)
+
+
+if __name__ == "__main__":
+    main()

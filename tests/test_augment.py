@@ -1,0 +1,504 @@
+"""Table 5: equality with the official transforms and with scipy, the policy's statistics, and what must never
+happen to a sample. The golden file holds the official outputs, every third voxel of them along each axis."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+from conftest import ROOT
+from skimage.transform import resize
+
+import augment
+
+GOLDEN = np.load(ROOT / "tests" / "golden" / "augment.npz")
+INPUT = torch.from_numpy(GOLDEN["input"])[None]
+ANGLES = GOLDEN["spatial_angles_deg"]
+N = 2000  # draws of the statistics
+NONE = (0, 0, 0)
+
+
+def volume(*shape, seed=0, low=0.0, high=1.0):
+    """Noise without any border of zeros, so that what happens at the border counts."""
+    return low + (high - low) * torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def difference(a, b):
+    """Largest absolute difference."""
+    return np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max()
+
+
+def with_steps(*steps, size=(1, 1, 1)):
+    return augment.Draw(size, size, intensity=steps)
+
+
+# ------------------------------------------------------------------------------------ the official transforms
+@pytest.mark.parametrize(("name", "transform", "parameters"), [
+    ("blur_sigma0.5", augment.gaussian_blur, (0.5,)),
+    ("blur_sigma1.0", augment.gaussian_blur, (1.0,)),
+    ("ghost_n2_alpha0.9_axis0", augment.motion_ghosting, (0.9, 2, 0)),
+    ("ghost_n3_alpha0.85_axis1", augment.motion_ghosting, (0.85, 3, 1)),
+    ("ghost_n10_alpha0.95_axis2", augment.motion_ghosting, (0.95, 10, 2)),
+    ("gibbs_keep24_axis0", augment.gibbs_ringing, (24, 1)),  # the official code swaps the axes 0 and 1
+    ("gibbs_keep25_axis1", augment.gibbs_ringing, (25, 0)),
+    ("gibbs_keep30_axis2", augment.gibbs_ringing, (30, 2)),
+    ("lowres_18x32x40", augment.low_resolution, ((18, 32, 40),)),
+    ("lowres_36x21x40", augment.low_resolution, ((36, 21, 40),)),
+    ("lowres_25x23x28", augment.low_resolution, ((25, 23, 28),)),
+    ("bias_seed5_clipped", augment.bias_field, (tuple(GOLDEN["bias_center"].tolist()),)),
+    ("gamma1.7", augment.gamma, (1.7, False)),
+    ("gamma1.7_inverted", augment.gamma, (1.7, True)),
+])
+def test_equals_the_official_transform(name, transform, parameters):
+    result = transform(INPUT, *parameters)
+    assert difference(result[0, ::3, ::3, ::3], GOLDEN[name]) < 1e-5
+
+
+# The official head has a border of zeros. The same formulas on odd sides, with data up to the border:
+SHAPE = (17, 24, 21)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 0.77, 1.0, 4.5])
+def test_blur_equals_scipy_up_to_the_border(sigma):
+    x = volume(2, *SHAPE)
+    expected = [scipy.ndimage.gaussian_filter(c.double().numpy(), sigma, mode="reflect") for c in x]
+    assert difference(augment.gaussian_blur(x, sigma), expected) < 1e-5
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("every", [2, 3, 7, 10])
+def test_ghosting_equals_the_three_dimensional_transform(axis, every):
+    x = volume(1, *SHAPE, low=-0.4)
+    low = x.min().item()
+    spectrum = np.moveaxis(np.fft.fftn(x[0].double().numpy() - low), axis, 0)
+    spectrum[0:-1:every] *= 0.87
+    expected = np.abs(np.fft.ifftn(np.moveaxis(spectrum, 0, axis))) + low
+    assert difference(augment.motion_ghosting(x, 0.87, every, axis)[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("share", [0.75, 0.8, 1])
+def test_gibbs_equals_the_three_dimensional_transform(axis, share):
+    x = volume(1, *SHAPE)
+    side, keep = SHAPE[axis], round(share * SHAPE[axis])
+    spectrum = np.moveaxis(np.fft.fftshift(np.fft.fftn(x[0].double().numpy())), axis, 0)
+    spectrum[:max(0, math.ceil(side / 2) - math.ceil(keep / 2))] = 0
+    spectrum[math.ceil(side / 2) + math.ceil(keep / 2):] = 0
+    expected = np.abs(np.fft.ifftn(np.fft.ifftshift(np.moveaxis(spectrum, 0, axis))))
+    result = augment.gibbs_ringing(x, keep, axis)[0]
+    assert difference(result, expected) < 1e-5
+    assert (difference(result, x[0]) < 1e-5) == (share == 1), "all frequencies kept is the identity"
+
+
+@pytest.mark.parametrize("low", [(9, 24, 21), (17, 15, 12), (13, 18, 16)])
+def test_low_resolution_equals_skimage_up_to_the_border(low):
+    x = volume(2, *SHAPE, seed=1)
+    for channel, result in zip(x.double().numpy(), augment.low_resolution(x, low), strict=True):
+        small = resize(channel, low, order=0, mode="edge", anti_aliasing=False)
+        assert difference(result, resize(small, SHAPE, order=3, mode="edge", anti_aliasing=False)) < 1e-5
+
+
+def test_bias_field_is_a_paraboloid_that_stops_at_zero():
+    center = (16, 0, 20)
+    grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1)
+    field = 1 - (((grid - center) / SHAPE) ** 2).sum(-1)
+    result = augment.bias_field(torch.ones(1, *SHAPE), center)[0]
+    assert difference(result, field.clip(min=0)) < 1e-6 and (field < 0).any() and result[center] == 1
+
+
+def test_inverted_gamma_keeps_the_colours():
+    x = volume(2, *SHAPE)
+    for low, high in ((0, 1), (-3, 5)):
+        scaled = low + (high - low) * x
+        straight, inverted = (augment.gamma(scaled, 1.7, invert) for invert in (False, True))
+        assert (straight <= scaled + 1e-5).all() and (inverted >= scaled - 1e-5).all()
+        order = scaled[0].flatten().argsort()
+        assert (inverted[0].flatten()[order].diff() >= 0).all(), "brighter stays brighter"
+        assert difference(augment.gamma(-scaled, 1.7, True), -straight) < 1e-5
+
+
+def test_noise_is_normal_with_the_given_deviation():
+    x = volume(2, 40, 40, 40)
+    added = augment.gaussian_noise(x, 0.02, 5) - x
+    share = (augment.multiplicative_noise(x, 0.02, 5) - x)[x > 0.1] / x[x > 0.1]
+    for noise in (added[0], added[1], share):
+        assert noise.std().item() == pytest.approx(0.02, rel=0.02) and abs(noise.mean().item()) < 5e-4
+        assert ((noise / 0.02).abs() < 1).double().mean().item() == pytest.approx(0.683, abs=0.01)
+    assert (added[0] != added[1]).any() and (added != augment.gaussian_noise(x, 0.02, 6) - x).any()
+    assert torch.equal(augment.gaussian_noise(x, 0.02, 5), augment.gaussian_noise(x, 0.02, 5))
+
+
+# ------------------------------------------------------------------------------------------ rotation and zoom
+def positions(shape, angles, scale, displacement, size):
+    """Where each voxel of the result reads the source, by the textbook: (3, *size)."""
+    turns = []
+    for axis, angle in enumerate(np.deg2rad(angles)):
+        c, s = np.cos(angle), np.sin(angle)
+        turns.append(np.roll(np.array([[1, 0, 0], [0, c, -s], [0, s, c]]), (axis, axis), (0, 1)))
+    centred = np.stack(np.meshgrid(*[np.arange(n) - (n - 1) / 2 for n in size], indexing="ij"))
+    if displacement is not None:
+        centred = centred + displacement.double().numpy()
+    read = scale * (turns[0] @ turns[1] @ turns[2]).T @ centred.reshape(3, -1)
+    return read.reshape(3, *size) + (np.array(shape).reshape(3, 1, 1, 1) - 1) / 2
+
+
+LOOKUPS = [((30, 0, 0), 1.0, False), ((0, -25, 0), 1.0, False), ((0, 0, 8), 1.0, False), (ANGLES, 1.0, False),
+           (NONE, 0.93, False), (NONE, 1.07, False), (NONE, 1.0, True), (ANGLES, 0.93, True)]
+
+
+@pytest.mark.parametrize(("angles", "scale", "displaced"), LOOKUPS)
+@pytest.mark.parametrize("size", [(17, 24, 21), (11, 30, 15)])
+def test_lookup_equals_scipy(angles, scale, displaced, size):
+    x = volume(2, *SHAPE, low=0.3)
+    label = (x[0] * 5).to(torch.uint8)
+    displacement = volume(3, *size, seed=2, low=-2, high=2) if displaced else None
+    moved, found = augment.spatial_transform(x, label, angles, scale, displacement, size)
+    read = positions(SHAPE, angles, scale, displacement, size)
+    for channel, result in zip(x.double().numpy(), moved, strict=True):
+        expected = scipy.ndimage.map_coordinates(channel, read, order=1, mode="grid-constant")
+        assert difference(result, expected) < 1e-5
+    nearest = np.floor(read + 0.5).astype(int)
+    inside = np.all((nearest >= 0) & (nearest < np.reshape(SHAPE, (3, 1, 1, 1))), 0)
+    expected = np.where(inside, label.numpy()[tuple(np.where(inside, nearest, 0))], 0)
+    decided = (np.abs(read - nearest) < 0.4999).all(0)
+    assert decided.mean() > 0.9 and np.array_equal(found.numpy()[decided], expected[decided])
+    assert found.dtype == torch.uint8 and found.shape == size
+
+
+@pytest.mark.parametrize(("name", "angles", "scale"), [
+    ("spatial_rot", ANGLES, 1.0), ("spatial_rot_scale0.93", ANGLES, 0.93), ("spatial_scale1.08", NONE, 1.08)])
+@pytest.mark.parametrize(("suffix", "size"), [("_24", (24, 24, 24)), ("_full", INPUT.shape[1:])])
+def test_trilinear_is_close_to_the_official_cubic_lookup(name, angles, scale, suffix, size):
+    moved, label = augment.spatial_transform(INPUT, (INPUT[0] > 0.5).byte(), angles, scale, None, size)
+    golden = GOLDEN[name + suffix]
+    assert np.abs(moved[0, ::3, ::3, ::3].numpy() - golden).mean() < 0.02
+    if name + suffix + "_label" in GOLDEN:
+        assert np.array_equal(label, GOLDEN[name + suffix + "_label"])
+    for wrong in ((angles[::-1], scale), (tuple(-a for a in angles), scale), (angles, 1 / scale)):
+        if tuple(wrong[0]) != tuple(angles) or wrong[1] != scale:
+            other = augment.spatial_transform(INPUT, None, *wrong, None, size)[0][0, ::3, ::3, ::3]
+            assert np.abs(other.numpy() - golden).mean() > 0.03, "another convention would be seen"
+
+
+def test_displacement_is_the_official_one():
+    displacement = torch.from_numpy(GOLDEN["elastic_displacement"]).float()
+    golden = GOLDEN["spatial_elastic_seed7_alpha500_sigma8"]
+    errors = []
+    for field in (displacement, -displacement, displacement.flip(0)):
+        moved, _ = augment.spatial_transform(INPUT, None, NONE, 1.0, field, INPUT.shape[1:])
+        errors.append(np.abs(moved[0, ::3, ::3, ::3].numpy() - golden).mean())
+    assert errors[0] < 0.02 and min(errors[1:]) > 0.05
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(12, 12, 12), (13, 13, 13), (10, 16, 12), (9, 15, 11)])
+def test_a_quarter_turn_equals_rot90(axis, shape):
+    x, label = volume(2, *shape), torch.arange(math.prod(shape)).reshape(shape)
+    plane = ((axis + 1) % 3, (axis + 2) % 3)
+    expected = torch.rot90(x, 1, (plane[0] + 1, plane[1] + 1))
+    angles = tuple(90.0 if a == axis else 0.0 for a in range(3))
+    moved, found = augment.spatial_transform(x, label, angles, 1.0, None, expected.shape[1:])
+    assert difference(moved, expected) < 1e-5
+    assert torch.equal(found, torch.rot90(label, 1, plane))
+
+
+@pytest.mark.parametrize(("angles", "scale", "displaced"), LOOKUPS)
+def test_image_and_label_move_together_to_the_voxel(angles, scale, displaced):
+    """The image holds each voxel's coordinates, the label its number: both must tell the same voxel."""
+    shape, size = (30, 34, 27), (16, 18, 15)
+    image = torch.stack(torch.meshgrid(*[torch.arange(float(n)) for n in shape], indexing="ij"))
+    displacement = augment.elastic_displacement(600, 20, 3, size, "cpu") * 4 if displaced else None
+    label = torch.arange(image[0].numel()).reshape(shape)
+    moved, number = augment.spatial_transform(image, label, angles, scale, displacement, size)
+    voxel = np.stack(np.unravel_index(number.numpy(), shape))
+    assert np.abs(voxel - moved.numpy()).max() <= 0.5 + 1e-4
+    assert len(np.unique(number)) > 0.6 * number.numel()
+
+
+# ---------------------------------------------------------------------------------------- elastic deformation
+@pytest.mark.parametrize(("alpha", "sigma", "deviation"), [(600, 20, 0.58), (400, 25, 0.28), (200, 30, 0.11)])
+def test_elastic_displacement_has_the_official_deviation(alpha, sigma, deviation):
+    """In the middle of a patch; at its border the reference, too, filters into nothing."""
+    size, middle = (128, 122, 135), (slice(None), slice(54, 74), slice(51, 71), slice(57, 78))
+    fields = torch.stack([augment.elastic_displacement(alpha, sigma, seed, size, "cpu")[middle]
+                          for seed in range(120)])
+    assert fields.std().item() == pytest.approx(deviation, rel=0.1)
+    assert fields.std((0, 2, 3, 4)).numpy() == pytest.approx(np.full(3, deviation), rel=0.2)
+    assert abs(fields.mean().item()) < 0.15 * deviation
+    axes = np.corrcoef(fields.movedim(1, 0).flatten(1).numpy())
+    assert np.abs(axes - np.eye(3)).max() < 0.2, "the three axes move independently"
+
+
+def test_elastic_displacement_is_as_smooth_as_the_filter():
+    """Neighbours t voxels apart correlate by exp(-t^2 / 4 sigma^2), as after a Gaussian filter of sigma."""
+    sigma, size = 8, (96, 90, 100)
+    fields = torch.stack([augment.elastic_displacement(100, sigma, seed, size, "cpu") for seed in range(12)])
+    inside = fields[..., 24:-24, 24:-24, 24:-24]
+    for axis in (2, 3, 4):
+        n = inside.shape[axis] - 8
+        product = (inside.narrow(axis, 0, n) * inside.narrow(axis, 8, n)).mean() / (inside ** 2).mean()
+        assert product.item() == pytest.approx(math.exp(-0.25), abs=0.06)
+    steps = fields.diff(n=2, dim=2).abs().max() / fields.std()
+    assert steps < 0.12, "no kinks between the nodes"
+
+
+# ------------------------------------------------------------------------------------------------- the policy
+@pytest.fixture(scope="module")
+def draws():
+    return [augment.draw(seed, "all", (128, 96, 65)) for seed in range(N)]
+
+
+def values(draws, name):
+    """Parameters of the samples that drew the transform `name`."""
+    return [dict(d.intensity)[name] for d in draws if name in dict(d.intensity)]
+
+
+def within(count, p, n):
+    """Within three standard errors of n chances of p."""
+    return abs(count / n - p) < 3 * math.sqrt(p * (1 - p) / n)
+
+
+def test_frequencies_are_table_5s(draws):
+    counts = {name: len(values(draws, name)) for name in augment.TRANSFORMS}
+    for name in ("angles", "scale", "elastic"):
+        counts[name] = sum(getattr(d, name) is not None for d in draws)
+    table = {"angles": 0.2, "scale": 0.2, "elastic": 0.33, "gaussian_noise": 0.2, "gaussian_blur": 0.1,
+             "multiplicative_noise": 0.2, "motion_ghosting": 0.2, "gibbs_ringing": 0.2, "low_resolution": 0.1,
+             "bias_field": 0.33, "gamma": 0.2}
+    assert counts.keys() == table.keys()
+    assert all(within(counts[name], p, N) for name, p in table.items()), counts
+    rotations = [a for d in draws if d.angles for a in d.angles]
+    assert within(sum(a != 0 for a in rotations), 0.66, len(rotations))
+    size = draws[0].size
+    lows = [m < n for low, in values(draws, "low_resolution") for m, n in zip(low, size, strict=True)]
+    assert within(sum(lows), 0.33, len(lows))
+    assert within(sum(invert for _, invert in values(draws, "gamma")), 0.01, N)
+    # Independent of each other: 0.433 of the samples are moved by nothing.
+    untouched = sum(d.angles is d.scale is d.elastic is None for d in draws)
+    assert within(untouched, 0.8 * 0.8 * 0.67, N)
+
+
+def test_order_is_the_official_one(draws):
+    order = list(augment.TRANSFORMS)
+    assert order == ["gaussian_noise", "gaussian_blur", "multiplicative_noise", "motion_ghosting",
+                     "gibbs_ringing", "low_resolution", "bias_field", "gamma"]
+    for d in draws:
+        names = [name for name, _ in d.intensity]
+        assert names == [name for name in order if name in names]
+
+
+def test_parameters_fill_table_5s_ranges(draws):
+    def fills(numbers, low, high):
+        span, error = high - low, (high - low) / math.sqrt(12 * len(numbers))
+        assert low <= min(numbers) < low + 0.1 * span and high - 0.1 * span < max(numbers) <= high
+        assert np.mean(numbers) == pytest.approx((low + high) / 2, abs=4 * error)
+
+    fills([a for d in draws if d.angles for a in d.angles if a], -30, 30)
+    fills([d.scale for d in draws if d.scale], 0.9, 1.1)
+    fills([d.elastic[0] for d in draws if d.elastic], 200, 600)
+    fills([d.elastic[1] for d in draws if d.elastic], 20, 30)
+    for noise in ("gaussian_noise", "multiplicative_noise"):
+        fills([sigma for sigma, _ in values(draws, noise)], 1e-4, 1e-3)
+        assert len({seed for _, seed in values(draws, noise)}) == len(values(draws, noise))
+    fills([sigma for sigma, in values(draws, "gaussian_blur")], 0, 1)
+    ghosting = values(draws, "motion_ghosting")
+    fills([alpha for alpha, _, _ in ghosting], 0.85, 0.95)
+    assert {every for _, every, _ in ghosting} == set(range(2, 11))
+    gibbs, size = values(draws, "gibbs_ringing"), draws[0].size
+    fills([keep / size[axis] for keep, axis in gibbs], 0.745, 1)
+    assert {axis for _, axis in gibbs} == {axis for *_, axis in ghosting} == {0, 1, 2}
+    zooms = [[m / n for m, n in zip(low, size, strict=True) if m < n]
+             for low, in values(draws, "low_resolution")]
+    fills([zoom for drawn in zooms for zoom in drawn], 0.49, 1)
+    assert all(max(drawn) - min(drawn) < 0.016 for drawn in zooms if drawn), "one for all axes, but rounding"
+    for axis, side in enumerate(size):
+        fills([center[axis] for center, in values(draws, "bias_field")], 0, side - 1)
+    gammas = [value for value, _ in values(draws, "gamma")]
+    fills([value for value in gammas if value < 1], 0.5, 1)
+    fills([value for value in gammas if value >= 1], 1, 2)
+    assert within(sum(value < 1 for value in gammas), 0.5, len(gammas))
+
+
+def test_presets(draws):
+    for seed in range(100):
+        assert augment.draw(seed, "none", 32) == augment.Draw((32,) * 3, (32,) * 3)
+        spatial = augment.draw(seed, "spatial", 32)
+        assert spatial.elastic is None and spatial.intensity == ()
+        assert (spatial.angles, spatial.scale) == augment.draw(seed, "all", 32)[2:4]
+    moved = [augment.draw(seed, "spatial", 32) for seed in range(N)]
+    assert within(sum(d.angles is not None for d in moved), 0.2, N)
+    assert within(sum(d.scale is not None for d in moved), 0.2, N)
+
+
+def test_a_draw_depends_on_its_seed_alone():
+    draws = [augment.draw(seed, "all", 64) for seed in range(50)]
+    assert draws == [augment.draw(seed, "all", (64, 64, 64)) for seed in range(50)]
+    assert len(set(draws)) > 35
+    x, label = volume(2, 30, 30, 30).half(), torch.arange(27000).reshape(30, 30, 30)
+    for seed in (7, 12):
+        draw = augment.draw(seed, "all", 20)._replace(angles=(5.0, 0.0, 3.0), elastic=(500, 20, seed))
+        once, again = (augment.spatial([x], [label], [draw]) for _ in range(2))
+        assert torch.equal(once[0], again[0]) and torch.equal(once[1], again[1])
+        assert torch.equal(augment.intensity(once[0], [draw]), augment.intensity(once[0], [draw]))
+
+
+@pytest.mark.parametrize("size", [(32, 32, 32), (15, 24, 33)])
+def test_context_holds_all_that_the_lookup_reads(size):
+    """A world of ones stays ones: no padding enters. And the box is no larger than it must be."""
+    moved = 0
+    for seed in range(250):
+        draw = augment.draw(seed, "all", size)
+        assert all(c >= s and (c - s) % 2 == 0 for c, s in zip(draw.context, size, strict=True))
+        if draw.context == size:
+            continue
+        moved += 1
+        patch, _ = augment.spatial([torch.ones(1, *draw.context)], None, [draw])
+        assert patch.min() > 1 - 1e-5, draw
+        if draw.elastic is None:
+            smaller = torch.ones(1, *[c - 2 * (c > s) for c, s in zip(draw.context, size, strict=True)])
+            assert augment.spatial([smaller], None, [draw])[0].min() < 1 - 1e-5, draw
+    assert moved > 100
+
+
+def test_context_covers_the_strongest_elastic_deformation():
+    size, beyond = (56, 64, 60), 0
+    for seed in range(30):
+        angles = (20.0, -10.0, 5.0) if seed % 2 else None
+        context = augment.context_of(size, angles, None, (600, 20, seed))
+        beyond += context != augment.context_of(size, angles, None, None)
+        draw = augment.Draw(size, context, angles, None, (600, 20, seed))
+        assert augment.spatial([torch.ones(1, *context)], None, [draw])[0].min() > 1 - 1e-5
+    assert beyond == 30
+
+
+# --------------------------------------------------------------------------- what must not happen to a sample
+SIZES = [(16, 16, 16), (15, 22, 9)]
+
+
+def every_step(size, seed):
+    """Each transform once, at drawn strengths: [(name, parameters)]."""
+    found = {}
+    while len(found) < len(augment.TRANSFORMS):
+        found |= dict(augment.draw(seed, "all", size).intensity)
+        seed += 1000
+    return list(found.items())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_intensity_keeps_range_type_and_gradients_out(size, count, dtype):
+    x = volume(count, 2, *size)
+    x[:, 1] = x[:, 1] * 7 - 3  # each channel its own range, one with negative values
+    x[-1, 0] = 0.25  # and one that is constant, as a patch of air
+    x = x.to(dtype).requires_grad_()
+    before = x.detach().clone()
+    low, high = (getattr(before, name)((2, 3, 4), keepdim=True) for name in ("amin", "amax"))
+    for seed in range(3):
+        steps = every_step(size, seed)
+        for case in ([step] for step in steps) if seed else [steps]:
+            result = augment.intensity(x, [with_steps(*case, size=size)] * count)
+            assert result.isfinite().all() and (result >= low).all() and (result <= high).all(), case
+            assert result.dtype == dtype and result.device == x.device and result.shape == x.shape
+            assert not result.requires_grad and torch.equal(x, before), "a function leaves its input as it is"
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transforms_alone_keep_type_and_gradients_out(size, dtype):
+    x = volume(2, *size).to(dtype).requires_grad_()
+    for name, parameters in every_step(size, 0) + [("gaussian_blur", (0.05,)), ("low_resolution", (size,))]:
+        result = augment.TRANSFORMS[name](x, *parameters)
+        assert result.dtype == dtype and result.shape == x.shape and not result.requires_grad, name
+        assert result.data_ptr() != x.data_ptr() and result.isfinite().all(), name
+    for angles, scale, displaced in LOOKUPS:
+        field = augment.elastic_displacement(600, 20, 1, size, "cpu") if displaced else None
+        result, _ = augment.spatial_transform(x, None, angles, scale, field, size)
+        assert result.dtype == dtype and not result.requires_grad and result.isfinite().all()
+        assert result.min() >= 0 and result.max() <= x.max()
+        flat, _ = augment.spatial_transform(torch.full_like(x, 0.7), None, angles, scale, field, size)
+        assert flat.max() <= torch.tensor(0.7, dtype=dtype), "the weights sum to 1 but for rounding"
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [1, 8])
+def test_whole_draws_stay_inside_the_samples_range(size, count):
+    for seed in range(6):
+        draws = [augment.draw((seed, i), "all", size) for i in range(count)]
+        crops = [volume(1, *d.context, seed=i, low=0.2, high=1).half() for i, d in enumerate(draws)]
+        target, _ = augment.spatial(crops, None, draws)
+        image = augment.intensity(target, draws)
+        for crop, patches in zip(crops, zip(target, image, strict=True), strict=True):
+            for patch in patches:
+                assert patch.isfinite().all() and patch.max() <= crop.max() and patch.min() >= 0
+        assert target.dtype == image.dtype == torch.float32 and image.shape == (count, 1, *size)
+
+
+def test_each_step_is_clipped_to_the_range_before_it():
+    x = volume(1, 2, 20, 18, 16, seed=3)
+    x[:, 1] *= 0.3
+    steps = [("gibbs_ringing", (14, 0)), ("gamma", (0.6, False)), ("low_resolution", ((12, 18, 9),)),
+             ("gaussian_noise", (0.05, 4)), ("bias_field", ((3, 4, 5),))]
+    expected = x[0]
+    for name, parameters in steps:
+        after = augment.TRANSFORMS[name](expected, *parameters)
+        after = [c.clamp(b.min(), b.max()) for b, c in zip(expected, after, strict=True)]
+        expected = torch.stack(after)
+    result = augment.intensity(x, [with_steps(*steps)])[0]
+    assert torch.equal(result, expected)
+    assert result[1].max() <= x[0, 1].max() < result[0].max()
+
+
+def test_bfloat16_is_rounded_once():
+    x = volume(1, 1, 20, 18, 16).bfloat16()
+    draw = with_steps(("gaussian_noise", (1e-3, 1)), ("gaussian_blur", (0.8,)), ("gamma", (1.5, True)))
+    assert torch.equal(augment.intensity(x, [draw]), augment.intensity(x.float(), [draw]).bfloat16())
+
+
+def test_only_the_drawn_samples_change():
+    size = (12, 14, 10)
+    batch = volume(6, 1, *size)
+    draws = [augment.draw(seed, "all", size) for seed in range(6)]
+    draws[1] = draws[4] = augment.draw(0, "none", size)
+    assert sum(bool(d.intensity) for d in draws) >= 3
+    result = augment.intensity(batch, draws)
+    for i, d in enumerate(draws):
+        assert torch.equal(result[i], batch[i]) == (not d.intensity)
+        assert torch.equal(result[i:i + 1], augment.intensity(batch[i:i + 1], [d])), "whatever its batch"
+    crops = [volume(1, *d.context, seed=i) for i, d in enumerate(draws)]
+    labels = [(crop[0] * 4).byte() for crop in crops]
+    moved, found = augment.spatial(crops, labels, draws)
+    for i, d in enumerate(draws):
+        alone, label = augment.spatial(crops[i:i + 1], labels[i:i + 1], [d])
+        assert torch.equal(moved[i:i + 1], alone) and torch.equal(found[i:i + 1], label)
+        if d.context == size:
+            assert torch.equal(moved[i], crops[i]) and torch.equal(found[i], labels[i])
+
+
+def test_nothing_drawn_is_the_identity_bitwise():
+    size = (9, 12, 10)
+    none = augment.draw(3, "none", size)
+    crops, labels = [volume(2, *size, seed=i).half() for i in range(3)], [torch.ones(size).byte()] * 3
+    batch, found = augment.spatial(crops, labels, [none] * 3)
+    assert torch.equal(batch, torch.stack(crops).float()) and torch.equal(found, torch.stack(labels))
+    assert augment.intensity(batch, [none] * 3) is batch
+    unturned = none._replace(angles=(0.0, 0.0, 0.0))  # a rotation drawn, but no axis
+    assert torch.equal(augment.spatial(crops[:1], None, [unturned])[0][0], crops[0].float())
+    unchanged = with_steps(("low_resolution", (size,)), ("gaussian_blur", (0.1,)), ("gibbs_ringing", (12, 1)))
+    assert difference(augment.intensity(batch[:1], [unchanged]), batch[:1]) < 1e-6
+
+
+def test_nothing_waits_for_the_device(monkeypatch):
+    """Meta tensors have no values: whatever asks for one, and would wait for a GPU, fails on them."""
+    x, size = torch.empty(2, 15, 22, 9, device="meta"), (12, 20, 9)
+    field = augment.elastic_displacement(400, 25, 0, size, x.device)
+    for angles, scale in ((ANGLES, 0.93), (NONE, 1.05)):
+        moved, found = augment.spatial_transform(x, x[0].byte(), angles, scale, None, size)
+        assert moved.is_meta and found.is_meta and moved.shape == (2, *size) and found.shape == size
+    assert augment.spatial_transform(x, None, NONE, 1.0, field, size)[0].shape == (2, *size)
+    monkeypatch.setattr(augment, "_noise", lambda x, sigma, seed: torch.zeros_like(x))  # no generator on meta
+    steps = every_step(x.shape[1:], 0)
+    assert len(steps) == 8 and augment.intensity(x[None], [with_steps(*steps)]).is_meta
+    with pytest.raises(RuntimeError):
+        x.amax().item()

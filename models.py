@@ -111,8 +111,8 @@ class UNetDecoder(nn.Module):
 
 # --------------------------------------------------------------------- MedNeXt, M and L, kernel 3 (no UpKern)
 class DepthwiseConv(torch.autograd.Function):
-    """3^3 depthwise convolution of a channels-last tensor on a CPU. oneDNN's own gradients are slow there:
-    the input's is the convolution with the mirrored kernel, the kernel's is taken from NCDHW copies."""
+    """3^3 depthwise convolution of a channels-last tensor on a CPU, with quicker gradients than oneDNN's: the
+    input's is the convolution with the mirrored kernel, the kernel's comes from matrix products."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -122,13 +122,31 @@ class DepthwiseConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        kernel, groups, one = weight.to(grad.dtype), len(weight), [1, 1, 1]
-        grad_x = nn.functional.conv3d(grad, kernel.flip(2, 3, 4), padding=1, groups=groups)
-        plain = torch.empty(weight.shape, dtype=grad.dtype)  # only its shape and its NCDHW order count
-        _, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad.contiguous(), x.to(grad.dtype).contiguous(), plain, None, one, one, one, False, [0, 0, 0],
-            groups, [False, True, False])
+        kernel = weight.to(grad.dtype).flip(2, 3, 4)
+        grad_x = nn.functional.conv3d(grad, kernel, padding=1, groups=len(weight))
+        grad_weight = kernel_gradient(x.to(grad.dtype).contiguous(), grad.contiguous())
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad.sum((0, 2, 3, 4)).to(weight.dtype)
+
+
+def kernel_gradient(x, grad, b=8):
+    """Gradient (C, 1, 3, 3, 3) of a depthwise kernel: for each of 27 offsets, the sum over voxels v of
+    grad[v] * x[v + offset]. x, grad: (B, C, D, H, W).
+
+    The planes are cut into blocks of b^2 voxels. The products of all voxels of a block with all of the block
+    and its rim are one matrix product for all blocks; the sums wanted lie on its diagonals."""
+    channels, depth, tail = x.shape[1], x.shape[2], [-x.shape[4] % b, -x.shape[3] % b]
+    x = nn.functional.pad(x, (1, 1 + tail[0], 1, 1 + tail[1], 1, 1))
+    grad = nn.functional.pad(grad, (0, tail[0], 0, tail[1])) if any(tail) else grad
+    rims = x.unfold(3, b + 2, b).unfold(4, b + 2, b).permute(1, 2, 0, 3, 4, 5, 6)
+    rims = rims.reshape(channels, depth + 2, -1, (b + 2) ** 2)
+    blocks = grad.unfold(3, b, b).unfold(4, b, b).permute(1, 2, 0, 3, 4, 5, 6).reshape(channels, -1, b * b)
+    sums = []
+    for i in range(3):
+        products = rims[:, i:i + depth].flatten(1, 2).transpose(1, 2) @ blocks
+        products = products.view(channels, b + 2, b + 2, b, b)
+        sums += [products[:, j:j + b, k:k + b].diagonal(0, 1, 3).diagonal(0, 1, 2).sum((1, 2))
+                 for j in range(3) for k in range(3)]
+    return torch.stack(sums, 1).view(channels, 1, 3, 3, 3)
 
 
 class MedNeXtBlock(nn.Module):

@@ -147,6 +147,23 @@ def test_mednext_decoder_is_monais():
         assert (ours(x) - expected).abs().max() < 1e-4 * expected.std()
 
 
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"stride": 2, "up": True}])
+def test_the_quick_form_of_a_mednext_block_is_the_plain_one(options):
+    """On CPUs the block runs in another form: the same output and gradients, on sides of no special size."""
+    torch.manual_seed(0)
+    block = models.MedNeXtBlock(8, 16 if options else 8, 3, **options).double()
+    found = []
+    for form in (models.MedNeXtBlock.branch, models.MedNeXtBlock.branch_cpu):
+        x = torch.rand(2, 8, 10, 13, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        x = x.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+        block.zero_grad()
+        output = form(block, x)
+        output.square().sum().backward()
+        found.append([output, x.grad] + [p.grad for p in block.parameters() if p.grad is not None])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() < 1e-12 * max(1, b.abs().max())
+
+
 # ------------------------------------------------------------------------------------------ every row learns
 def train(model, loss_of, lr=2e-3, steps=30):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)

@@ -25,7 +25,7 @@ demo: .venv/ready
 	$(PY) finetune.py configs/demo_finetune.yaml --model unet_demo --out demo/runs/scratch
 	$(PY) finetune.py configs/demo_finetune.yaml --ckpt demo/runs/pretrain/last.pt --out demo/runs/amaes
 	@echo "== 5/6 segment a new scan"
-	$(PY) predict.py --ckpt demo/runs/amaes/fold_0/last.pt demo/new/*/*/*FLAIR.nii.gz --out demo/segmentation.nii.gz
+	$(PY) predict.py --ckpt demo/runs/amaes/fold_0/last.pt demo/new/*/*/*/*FLAIR.nii.gz --out demo/segmentation.nii.gz
 	@echo "== 6/6 compare"
 	$(PY) compare.py demo/runs/scratch demo/runs/amaes --out demo/table.md
 	$(PY) docs/demo_figure.py demo

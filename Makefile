@@ -37,7 +37,17 @@ test: .venv/ready
 soak: .venv/ready
 	$(PY) -m pytest -m soak
 
-bench: .venv/ready
+# What is measured beside ours; without their own requirements, so that torch and numpy stay as they are.
+PEERS := monai==1.6.1 einops==0.8.2 yucca==1.1.7 batchgenerators==0.25.5 batchgeneratorsv2==0.3.6 torchio==1.2.1 \
+	connected-components-3d==4.1.1 deprecated==1.3.1 fft-conv-pytorch==1.2.0 humanize==4.17.0 jaxtyping==0.3.11 \
+	importlib_resources==7.1.0 pandas==3.1.1 pytz==2026.6 simpleitk==2.5.7 tzdata==2026.6 wadler_lindig==0.1.8 \
+	wrapt==2.5.2
+.venv/peers: .venv/ready Makefile
+	@echo "== installing the peers"
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps $(PEERS)
+	@touch $@
+
+bench: .venv/peers
 	for script in bench/*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
 
 clean:

@@ -111,7 +111,7 @@ def load_network(path, device):
                         "finetune.py makes one")
     task, trained = checkpoint["task"], checkpoint["config"]
     model = models.build_model(checkpoint["row"], "segment", len(task["sequences"]), len(task["classes"]),
-                               merge=trained["merge"], features=trained["features"])
+                               merge=trained.get("merge", "legacy"), features=trained.get("features"))
     models.load_weights(model, checkpoint, part="all")
     return model.to(device).eval(), checkpoint
 

@@ -189,6 +189,11 @@ def test_checkpoint_knows_what_it_saw(prepared, tmp_path):
     ({"patch_size": 16}, "multiple of 16, at least 2 times that"),
     ({"patch_size": 32, "precision": "bf16"}, "at least 3 times that in bf16 on a CPU"),
     ({"augment": "some"}, "choose none, spatial, all"),
+    ({"objective": "swin"}, "objective swin pretrains swinunetr, not unet_demo"),
+    ({"objective": "swin", "model": "swinunetr", "batch_size": 1}, "give --batch_size 2 or more"),
+    ({"objective": "mae"}, "choose amaes, swin"),
+    ({"model": "swinunetr", "merge": "new"}, "unknown merge 'new'"),
+    ({"model": "swinunetr", "features": 20}, "SwinUNETR needs a multiple of 16"),
 ])
 def test_a_mistake_ends_in_one_line(prepared, tmp_path, settings, message):
     assert message in mistake("pretrain", **TINY | {"data": prepared, "out": tmp_path} | settings)

@@ -38,6 +38,13 @@ ROWS = {
 
 
 # ------------------------------------------------------------------------------------------ U-Net, B and XL
+def channels_first(x):
+    """x.contiguous(), slow for channels-last volumes on a CPU: there a transposed matrix for each sample."""
+    if x.is_contiguous() or x.device.type != "cpu":
+        return x.contiguous()
+    return torch.stack([sample.t().contiguous() for sample in x.movedim(1, -1).flatten(1, 3)]).view(x.shape)
+
+
 class ConvNormAct(nn.Module):
     """Convolution 3^3, instance norm, leaky ReLU."""
 
@@ -101,7 +108,7 @@ class UNetDecoder(nn.Module):
             self.out_conv = nn.ConvTranspose3d(f, channels, stem, stem)
 
     def forward(self, levels):
-        *skips, x = [level.contiguous() for level in levels]  # MedNeXt and Swin give channels-last
+        *skips, x = [channels_first(level) for level in levels]  # MedNeXt and Swin give channels-last
         for up, block in ((self.upsample1, self.decoder_conv1), (self.upsample2, self.decoder_conv2),
                           (self.upsample3, self.decoder_conv3), (self.upsample4, self.decoder_conv4)):
             x, skip = up(x), skips.pop()
@@ -124,7 +131,7 @@ class DepthwiseConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         kernel = weight.to(grad.dtype).flip(2, 3, 4)
         grad_x = nn.functional.conv3d(grad, kernel, padding=1, groups=len(weight))
-        grad_weight = kernel_gradient(x.to(grad.dtype).contiguous(), grad.contiguous())
+        grad_weight = kernel_gradient(channels_first(x.to(grad.dtype)), channels_first(grad))
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad.sum((0, 2, 3, 4)).to(weight.dtype)
 
 

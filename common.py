@@ -187,7 +187,7 @@ def init_processes(device):
 
 def keep_freed_memory():
     """glibc gives every large tensor back to the kernel when it is freed, and each new one costs a page fault
-    for every 4 KB: a third of a training step on a CPU. Keep it instead; elsewhere than glibc, do nothing."""
+    for every 4 KB: much of a training step on a CPU. Keep it instead; elsewhere than glibc, do nothing."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing through mmap

@@ -6,16 +6,24 @@ import dataclasses
 import difflib
 import hashlib
 import inspect
+import itertools
 import json
 import math
+import mmap
 import os
 import re
+import reprlib
+import resource
 import signal
+import statistics
+import struct
 import subprocess
 import sys
 import threading
+import time
 import types
 import typing
+import zipfile
 from pickle import UnpicklingError  # what torch.load(weights_only=True) raises when it refuses
 
 import torch
@@ -32,14 +40,26 @@ def run(main, config_class):
     try:
         code = main(parse_config(config_class, sys.argv[1:]))
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        if str(error):  # stop_all leaves the message to one process
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
         code = 2
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = "out of GPU memory: a smaller --micro_batch, --batch_size or --patch_size fits"
+        elif "gloo/transport" in str(error):
+            reason = "stopped: another process ended, see its own message"
+        else:
+            raise
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)  # what is left of the process group may abort or wait for ever when it is taken down
+    if dist.is_initialized():
+        dist.destroy_process_group()
     sys.exit(code)
 
 
 def parse_config(config_class, argv):
-    """`[file.yaml ...] [--key value ...]` -> config_class; later files win over earlier, the command line
-    over files.
+    """`[file.yaml ...] [--key value ...] [--switch]` -> config_class; later files win over earlier, the
+    command line over files.
 
     Words that are neither go to the field `inputs`. Raises UserError for an unknown key (naming the nearest
     known one), a value of the wrong type, or a missing file."""
@@ -47,13 +67,17 @@ def parse_config(config_class, argv):
         print(_help(config_class))
         sys.exit(0)
     values, given, inputs, rest = {}, {}, [], list(argv)
+    switches = {field.name for field in dataclasses.fields(config_class) if field.type is bool}
     while rest:
         word = rest.pop(0)
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
-            if not equals and not rest:
+            key = key.replace("-", "_")
+            if not equals and key in switches and (not rest or rest[0].startswith("--")):
+                value = "true"
+            elif not equals and not rest:
                 raise UserError(f"{word} needs a value: {word} VALUE")
-            given[key.replace("-", "_")] = value if equals else rest.pop(0)
+            given[key] = value if equals or value else rest.pop(0)
         elif word.endswith((".yaml", ".yml")):
             values |= read_yaml(config_class, word)
         else:
@@ -66,10 +90,13 @@ def read_yaml(config_class, path):
     """A YAML file of `key: value` lines -> {key: value cast to the type of config_class's field}."""
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
+            text = file.read()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise yaml.YAMLError("aliases (*name) are not read: a few lines of them can fill any memory")
+        values = yaml.safe_load(text) or {}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected lines of `key: value`, found {type(values).__name__}")
@@ -97,7 +124,8 @@ def build_config(config_class, values):
 
 def _cast(value, kind, key, where):
     """bool, int, float, str, dict, tuple[T, ...], or one of these | None."""
-    wrong = UserError(f"{key} in {where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+    wrong = UserError(f"{key} in {where}: expected {getattr(kind, '__name__', kind)}, got "
+                      f"{reprlib.repr(value)}")
     if isinstance(kind, types.UnionType):
         inner = next(k for k in typing.get_args(kind) if k is not types.NoneType)
         return None if value in (None, "none", "None", "null") else _cast(value, inner, key, where)
@@ -159,7 +187,10 @@ def pick_device(device):
         raise UserError(f"device {device!r}: choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but torch sees no GPU; use --device cpu")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda")
+    keep_freed_memory()
+    return torch.device("cpu")
 
 
 def init_processes(device):
@@ -168,8 +199,6 @@ def init_processes(device):
     Control messages travel over gloo on the CPU, gradients over nccl on CUDA."""
     device = pick_device(device)
     cuda = device.type == "cuda"
-    if not cuda:
-        keep_freed_memory()
     local = int(os.environ.get("LOCAL_RANK", 0))
     if cuda and local >= torch.cuda.device_count():
         raise UserError(f"at least {local + 1} processes on this node, but {torch.cuda.device_count()} GPUs")
@@ -201,8 +230,28 @@ def agree(*flags):
     return [bool(flag) for flag in raised.tolist()]
 
 
+def stop_all(message=""):
+    """If any process brings a message, UserError on all: with the first one on process 0, which prints it."""
+    if agree(message)[0]:
+        messages = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, message)
+        raise UserError(next(filter(None, messages)) if dist.get_rank() == 0 else "")
+
+
+@contextlib.contextmanager
+def together():
+    """For work that may fail on one process alone (its files, a full disk): a UserError in it stops all,
+    instead of leaving the others in their next collective. It is a barrier, too."""
+    message = ""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    stop_all(message)
+
+
 def check_in(losses, *flags, keep=1):
-    """agree() on flags, and raise UserError on every process if a loss of any is not finite.
+    """agree() on flags, and stop_all() if a loss of any process is not finite.
 
     losses: list of to_host() records; all but the last `keep` are read and dropped."""
     bad = ""
@@ -214,7 +263,7 @@ def check_in(losses, *flags, keep=1):
             bad = f"loss {loss.item()} at step {step}, samples {', '.join(names)}; last.pt is from before it"
     *flags, diverged = agree(*flags, bad)
     if diverged:
-        raise UserError(bad or "stopped: another process met a loss that is not finite")
+        stop_all(bad)
     return flags
 
 
@@ -231,6 +280,51 @@ def total(tensor):
     return tensor
 
 
+def compile_or_warn(model, wanted, device):
+    """torch.compile; where that fails on something tiny (no compiler, no Triton), the model as it is and one
+    line of warning. All processes compile, or none."""
+    reason = ""
+    if wanted:
+        try:
+            torch.compile(torch.nn.ReLU())(torch.ones(8, device=device))
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            reason = first_line(error)
+    if agree(reason)[0]:
+        if dist.get_rank() == 0:
+            print(f"warning: torch.compile fails here, going on without it: {reason or 'on another process'}",
+                  file=sys.stderr)
+        return model
+    return torch.compile(model) if wanted else model
+
+
+def estimate(batches, workers, steps, device):
+    """Hand a few batches to the training loop, then print what `steps` steps will cost: time, the share of it
+    spent waiting for data, peak memory of training (not of evaluation).
+
+    The last ten are measured: the loader has read ahead for the first ones while they compiled."""
+    ticks, mark = [], time.perf_counter()
+    for batch in itertools.islice(batches, 12 + 2 * workers):
+        waited = time.perf_counter() - mark
+        yield batch
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        ticks.append((waited, time.perf_counter() - mark))
+        mark = time.perf_counter()
+    if not ticks or dist.get_rank():
+        return
+    waits, times = zip(*ticks[-10:], strict=True)
+    if device.type == "cuda":
+        peak, memory = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    step = statistics.median(times)
+    print(f"step {step:.3g} s, {sum(waits) / sum(times):.0%} of it waiting for data; {steps} steps: "
+          f"{steps * step / 3600:.2f} hours; peak memory of a process {peak / 2 ** 30:.2f} of "
+          f"{memory / 2 ** 30:.1f} GiB: {'fits' if peak < 0.9 * memory else 'tight'}")
+
+
 def catch_signals():
     """SIGTERM and SIGINT (preemption, Ctrl-C) set the returned event; the loop ends after its current
     step."""
@@ -242,48 +336,117 @@ def catch_signals():
 
 # --------------------------------------------------------------------------------------------- files and logs
 @contextlib.contextmanager
-def atomic(path):
-    """Yields a temporary name beside `path`, renamed at the end: what exists under its final name is
-    whole."""
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{os.getpid()}-{name}")
+def writing(path):
+    """A full disk, a quota, a folder that is not there: UserError naming the path."""
     try:
-        yield temporary
-        os.replace(temporary, path)
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def atomic(path, owner=""):
+    """Yields a temporary name beside `path`, renamed at the end: what exists under its final name is
+    whole. What a killed process left under the temporary name, the next one overwrites.
+
+    owner: sets apart processes that write the same file at once."""
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".part{owner}-{name}")
+    try:
+        with writing(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
 
 
 def write_text(path, text):
-    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with atomic(path, os.getpid()) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
 
 
+FORMAT = 1  # of our checkpoints; counts up when older code could not read them any more
+SEAL = b"sha256:"  # and 64 hex digits: the comment of the zip file that a checkpoint is, its last bytes
+
+
+def digest(file, tail):
+    """sha256 of an open file but for its last `tail` bytes, as hex digits."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view, \
+            view[:-tail] as body:
+        return hashlib.sha256(body).hexdigest().encode()
+
+
 def save_checkpoint(path, payload):
-    """Tensors, numbers, strings and containers of them in one file; atomic, on the disk before it is
-    renamed."""
-    with atomic(path) as temporary, open(temporary, "wb") as file:
-        torch.save(payload, file)
+    """Tensors, numbers, strings and containers of them in one file, with its checksum; atomic, on the disk
+    before it is renamed."""
+    with atomic(path) as temporary, open(temporary, "w+b") as file:
+        try:
+            torch.save({"format": FORMAT} | payload, file)
+        except RuntimeError as error:  # torch's own, over the one that says that the disk is full
+            raise error.__context__ or error from None
+        file.flush()
+        comment = SEAL + digest(file, 2)  # the last two bytes are the length of the comment, 0 so far
+        file.seek(-2, os.SEEK_END)
+        file.write(struct.pack("<H", len(comment)) + comment)
         file.flush()
         os.fsync(file.fileno())
 
 
+def check_file(path):
+    """-> does the file have our checksum? ValueError if a wrong one, or if it would unpack to more than it
+    is."""
+    tail = 2 + len(SEAL) + 64
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - tail + 2))
+        comment = file.read()
+        if comment.startswith(SEAL) and comment != SEAL + digest(file, tail):
+            raise ValueError("its checksum does not fit")
+        if zipfile.is_zipfile(file) and size < sum(r.file_size for r in zipfile.ZipFile(file).infolist()):
+            raise ValueError("it is compressed, as no checkpoint is")
+    return comment.startswith(SEAL)
+
+
+def largest(tree):
+    """Bytes of the largest tensor in nested containers."""
+    if isinstance(tree, torch.Tensor):
+        return tree.nbytes
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return max(map(largest, children), default=0)
+
+
 def load_checkpoint(path):
-    """torch.load onto the CPU with weights_only=True, always: nothing in the file is ever run."""
+    """torch.load onto the CPU with weights_only=True, always: nothing in the file is ever run. UserError if
+    it is damaged, hostile, or of a later format; a file of others needs neither checksum nor format."""
     try:
+        sealed = check_file(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if largest(checkpoint) > os.path.getsize(path):
+            raise ValueError("a tensor in it is larger than the file")
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except UnpicklingError:
-        raise UserError(f"{path} holds more than tensors, numbers and strings: refused, nothing in it was "
-                        "run. Save its plain state_dict and load that") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} is damaged, truncated or no torch file: {reason}") from None
+        raise UserError(f"{path} is damaged, or holds more than tensors, numbers and strings: refused, and "
+                        "nothing in it was run. If it is sound, save its plain state_dict") from None
+    except (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError,
+            RuntimeError, TypeError, ValueError, struct.error, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged, truncated or no torch file: {first_line(error)}") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    for key, kind in {"format": int, "kind": str, "row": str, "config": dict, "task": dict}.items():
+        if not isinstance(checkpoint.get(key, kind()), kind):
+            raise UserError(f"{path} is no checkpoint: its {key} is a {type(checkpoint[key]).__name__}")
+    if checkpoint.get("format", 0) > FORMAT:
+        raise UserError(f"{path} has format {checkpoint['format']}, newer than {FORMAT}, the last that this "
+                        "code reads: update it")
+    if "format" in checkpoint and not sealed:
+        raise UserError(f"{path} is damaged: it lost its checksum")
     return checkpoint
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0]
 
 
 def resume(path, cfg, free, model, optimizer):
@@ -300,14 +463,18 @@ def resume(path, cfg, free, model, optimizer):
                if key not in free and then.get(key) != now[key]]
     if changed:
         raise UserError(f"{path} is of another run ({', '.join(changed)}): new --out, or the old values")
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["step"]
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        return int(checkpoint["step"])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not fit this network: {first_line(error)}; new --out") from None
 
 
 def append_log(folder, record):
     """One JSON line in log.jsonl."""
-    with open(os.path.join(folder, "log.jsonl"), "a", encoding="utf-8") as file:
+    path = os.path.join(folder, "log.jsonl")
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 

@@ -86,10 +86,11 @@ def pretraining_cases(folder):
 
 
 def labelled_cases(folder, source, sequences):
-    """Subjects' sessions that have a label and every one of `sequences`, the channels, in that order."""
+    """Subjects' sessions that have a label and every one of `sequences`, the channels, in that order; not
+    those whose split is pretrain, which the paper sets aside (63 of ISLES22)."""
     sessions = {}
     for v in read_index(folder):
-        if source in (None, v.source):
+        if source in (None, v.source) and v.split != "pretrain":
             sessions.setdefault((v.source, v.subject, v.session), {}).setdefault(v.sequence, v)
     cases = []
     for (origin, subject, session), found in sorted(sessions.items()):

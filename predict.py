@@ -18,6 +18,10 @@ import models
 import prepare_data
 from common import UserError
 
+TOLERANCE = 2.0  # mm, of the normalised surface Dice
+SCORES = {"dice": "Dice", "hd95": "HD95 mm", "asd": "ASD mm", "nsd": f"NSD at {TOLERANCE:g} mm",
+          "f1": "lesion F1", "ml": "ml", "ml_error": "ml in excess"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -27,6 +31,8 @@ class Config:
     truth: str | None = None  # label map to score against
     overlap: float = 0.5  # of neighbouring windows; the official code: 0.5
     gaussian: bool = False  # weigh window centres more; the official code does not
+    batch: int = 1  # windows that pass through the network at once
+    skip_empty: bool = False  # take windows without a voxel above 0 for background: quicker, not the same
     device: str = "auto"  # auto, cpu or cuda
 
 
@@ -37,49 +43,63 @@ def window_starts(size, patch, overlap):
     return [*range(0, size - patch, step), size - patch]
 
 
-def gaussian_weights(patch):
-    """Product of three Gaussians with sigma = side / 8, at most 1: (D, H, W). A switch; the official code has
-    none."""
-    lines = [torch.exp(-0.5 * ((torch.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) for n in patch]
-    return lines[0][:, None, None] * lines[1][:, None] * lines[2]
+def axis_weights(n, gaussian):
+    """Weights of a window along one axis; a window's are the product of three: 1, or a Gaussian with sigma =
+    side / 8 and at most 1, a switch that the official code does not have."""
+    return torch.exp(-0.5 * ((torch.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) if gaussian else torch.ones(n)
 
 
 @torch.inference_mode()
-def sliding_window(model, volume, patch_size, overlap=0.5, gaussian=False):
-    """Mean of the logits of all windows over a voxel: volume (C, D, H, W) -> logits (K, D, H, W) float32.
+def sliding_window(model, volume, patch_size, overlap=0.5, gaussian=False, batch=1, skip_empty=False):
+    """Mean of the logits of all windows over a voxel: volume (C, D, H, W) -> logits (K, D, H, W) float32, on
+    the model's device.
 
-    patch_size: voxels a side, or three of them. A volume smaller than the patch is padded with 0. The
+    patch_size: voxels a side, or three of them. batch: windows at once. A volume smaller than the patch is
+    padded with 0. skip_empty: windows without a voxel above 0 count as logits of 0 and are not computed. The
     official code sums the logits, so that the trilinear way back blends unequal counts; the mean is its clean
     equivalent."""
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
     patch = (patch_size,) * 3 if isinstance(patch_size, int) else tuple(patch_size)
     shape = volume.shape[1:]
     before = [max(0, p - s) // 2 for p, s in zip(patch, shape, strict=True)]
     after = [max(0, p - s) - b for p, s, b in zip(patch, shape, before, strict=True)]
-    padded = F.pad(volume, [n for pair in zip(reversed(before), reversed(after), strict=True) for n in pair])
-    weights = gaussian_weights(patch) if gaussian else torch.ones(patch)
-    logits, counts = None, torch.zeros(padded.shape[1:])
-    for corner in itertools.product(*(window_starts(s, p, overlap)
-                                      for s, p in zip(padded.shape[1:], patch, strict=True))):
-        window = tuple(slice(c, c + p) for c, p in zip(corner, patch, strict=True))
-        output = model(padded[(None, slice(None), *window)].to(device))[0].float().cpu()
+    if any(after):
+        volume = F.pad(volume, [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair])
+    size = volume.shape[1:]
+    starts = [window_starts(s, p, overlap) for s, p in zip(size, patch, strict=True)]
+    windows = [(slice(None), *(slice(c, c + p) for c, p in zip(corner, patch, strict=True)))
+               for corner in itertools.product(*starts)]
+    if skip_empty:
+        windows = [window for window in windows if (volume[window] > 0).any()] or windows[:1]
+    lines = [axis_weights(p, gaussian).to(weight.device) for p in patch]
+    weights = lines[0][:, None, None] * lines[1][:, None] * lines[2] if gaussian else None
+    logits = None
+    for i in range(0, len(windows), batch):
+        part = windows[i:i + batch]
+        outputs = model(torch.stack([volume[window] for window in part]).to(weight.device, weight.dtype))
         if logits is None:
-            logits = torch.zeros(len(output), *padded.shape[1:])
-        logits[(slice(None), *window)] += output * weights
-        counts[window] += weights
-    logits /= counts
+            logits = torch.zeros(outputs.shape[1], *size, device=weight.device)
+        for window, output in zip(part, outputs, strict=True):
+            logits[window] += output if weights is None else output * weights
+        del outputs, output  # or they would be alive beside the next forward pass
+    for axis, (n, p) in enumerate(zip(size, patch, strict=True)):
+        count = torch.zeros(n, device=weight.device)
+        for start in starts[axis]:
+            count[start:start + p] += lines[axis]
+        logits /= count.view(-1, *[1] * (2 - axis))  # the sum of the weights is a product, too
     return logits[(slice(None), *(slice(b, b + s) for b, s in zip(before, shape, strict=True)))]
 
 
-def segment(model, volume, geometry, patch_size, precision="fp32", overlap=0.5, gaussian=False):
+def segment(model, volume, geometry, patch_size, precision="fp32", overlap=0.5, gaussian=False, batch=1,
+            skip_empty=False):
     """Prepared volume (C, D, H, W) in [0, 1] at 1 mm -> classes uint8 (D, H, W) on the scan's own grid.
 
     The logits go back trilinearly, then the largest wins; outside the scan's crop box that is the
     background."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        logits = sliding_window(model, volume, patch_size, overlap, gaussian)
-    return np.asarray(prepare_data.restore(logits, geometry)).argmax(0).astype(np.uint8)
+        logits = sliding_window(model, volume, patch_size, overlap, gaussian, batch, skip_empty)
+    return np.asarray(prepare_data.restore(logits.cpu(), geometry)).argmax(0).astype(np.uint8)
 
 
 def dice(prediction, truth, labels, ignore=None):
@@ -100,6 +120,123 @@ def dice(prediction, truth, labels, ignore=None):
         voxels = p.sum() + t.sum()
         scores[label] = float(2 * (p & t).sum() / voxels) if voxels else float("nan")
     return scores
+
+
+def surface(mask):
+    """The voxels of a mask (D, H, W) with one of their six neighbours outside it or outside the grid."""
+    padded, inside = np.pad(mask, 1), mask.copy()
+    for axis in range(3):
+        for step in (-1, 1):
+            inside &= np.roll(padded, step, axis)[1:-1, 1:-1, 1:-1]
+    return mask & ~inside
+
+
+def distances(points, target, spacing):
+    """Distance in mm from every True voxel of `points` to the nearest of `target`: exact, in no order.
+
+    The square is minimised axis by axis: along the longest, the nearest voxel is the last before or the first
+    after; along the shortest, every shift is tried; along the third, only the points are looked up."""
+    order = np.argsort(target.shape)[[0, 2, 1]]
+    points, target = points.transpose(order), target.transpose(order)
+    x, y, z = (np.arange(n, dtype=np.float32) * np.float32(s)
+               for n, s in zip(target.shape, np.array(spacing)[order], strict=True))
+    place = y[:, None]
+    before = np.maximum.accumulate(np.where(target, place, -np.inf), 1)
+    after = np.minimum.accumulate(np.where(target, place, np.inf)[:, ::-1], 1)[:, ::-1]
+    along = np.minimum(place - before, after - place) ** 2
+    best = along.copy()
+    for shift in range(1, len(x)):
+        np.minimum(best[shift:], along[:-shift] + x[shift] ** 2, out=best[shift:])
+        np.minimum(best[:-shift], along[shift:] + x[shift] ** 2, out=best[:-shift])
+    i, j, k = np.nonzero(points)
+    parts = [(best[i[part], j[part]] + (z - z[k[part], None]) ** 2).min(1)
+             for part in np.array_split(np.arange(len(i)), len(i) // 4096 + 1)]
+    return np.sqrt(np.concatenate(parts))
+
+
+def components(mask):
+    """The connected component, by 26 neighbours, of each True voxel of (D, H, W): (N,) voxel numbers.
+
+    Every voxel starts on its own; of two neighbours the larger number is hooked to the smaller."""
+    padded = np.pad(mask, 1)
+    voxels = np.flatnonzero(padded)
+    number = np.full(padded.size, -1, np.int32)
+    number[voxels] = np.arange(len(voxels))
+    pairs = []
+    for offset in itertools.product((-1, 0, 1), repeat=3):
+        if offset > (0, 0, 0):
+            other = number[voxels + np.dot(padded.strides, offset)]  # a bool is one byte
+            pairs.append((np.flatnonzero(other >= 0), other[other >= 0]))
+    a, b = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    component = np.arange(len(voxels))
+    while len(a):
+        one, other = component[a], component[b]
+        np.minimum.at(component, np.maximum(one, other), np.minimum(one, other))
+        while (component[component] != component).any():
+            component = component[component]
+        apart = component[a] != component[b]
+        a, b = a[apart], b[apart]
+    return component
+
+
+def lesion_f1(prediction, truth):
+    """F1 of connected lesions, as in the WMH challenge: a lesion of either mask is found if one of its voxels
+    is in the other mask; the harmonic mean of the share found of the true and of the predicted lesions."""
+    shares = []
+    for mask, other in ((truth, prediction), (prediction, truth)):
+        lesion = components(mask)
+        shares.append(len(np.unique(lesion[other[mask]])) / len(np.unique(lesion)))
+    return 2 * shares[0] * shares[1] / sum(shares) if sum(shares) else 0.0
+
+
+def score(prediction, truth, spacing):
+    """All of SCORES for two masks, bool (D, H, W), on a grid of voxels of `spacing` mm.
+
+    hd95: the 95th percentile of the distances from one surface to the other, the larger of both directions.
+    asd: their mean over both surfaces. nsd: the share of both within TOLERANCE of the other. ml: the volume
+    predicted; ml_error: less the true one. Both masks empty: NaN, but for the volumes. One empty: dice, nsd
+    and f1 are 0, the distances NaN."""
+    voxel = float(np.prod(spacing)) / 1000
+    ml, true_ml = float(prediction.sum() * voxel), float(truth.sum() * voxel)
+    found = {name: float("nan") for name in SCORES} | {"ml": ml, "ml_error": ml - true_ml}
+    if ml and true_ml:
+        box = tuple(slice(at.min(), at.max() + 1) for at in np.nonzero(prediction | truth))
+        prediction, truth = prediction[box], truth[box]
+        p, t = surface(prediction), surface(truth)
+        to_truth, to_prediction = distances(p, t, spacing), distances(t, p, spacing)
+        both = np.concatenate([to_truth, to_prediction])
+        found |= {"hd95": float(max(np.percentile(to_truth, 95), np.percentile(to_prediction, 95))),
+                  "asd": float(both.mean()), "nsd": float((both < TOLERANCE + 1e-4).mean()),  # rounding
+                  "f1": lesion_f1(prediction, truth)}
+    elif ml or true_ml:
+        found |= {"nsd": 0.0, "f1": 0.0}
+    return found | {"dice": dice(prediction, truth, [True])[True]}
+
+
+def score_case(classes, truth, task, affine):
+    """Classes and the source's label values on one grid -> {key of SCORES: {class or region: value}}.
+
+    Voxels that the task ignores are taken out of both masks. UserError for a value that it does not name."""
+    values = np.asarray(truth).astype(np.uint8)
+    true = data.class_table(task["labels"], task["ignore"])[values]
+    unknown = np.unique(truth[(values != truth) | (true == data.UNKNOWN)])
+    if len(unknown):
+        raise UserError(f"the true label map holds {unknown[0]:g}, which the task's labels do not name")
+    regions = {name: (number,) for number, name in enumerate(task["classes"]) if number}
+    regions |= {name: tuple(numbers) for name, numbers in task["regions"].items()}
+    counted, spacing = true != data.IGNORE, nib.affines.voxel_sizes(np.asarray(affine))
+    found = {name: score(np.isin(classes, numbers) & counted, np.isin(true, numbers), spacing)
+             for name, numbers in regions.items()}
+    return {kind: {name: scores[kind] for name, scores in found.items()} for kind in SCORES}
+
+
+def read_label(path, image):
+    """The values of a label map on the stored axes of `image`. UserError if it is not on its grid."""
+    label = prepare_data.load_scan(path)
+    prepare_data.check_same_grid(label, {"shape": image.shape[:3], "affine": image.affine})
+    values = np.asarray(label.dataobj).reshape(label.shape[:3])
+    axes = [nib.io_orientation(one.affine) for one in (label, image)]
+    return nib.apply_orientation(values, nib.orientations.ornt_transform(*axes))
 
 
 def load_network(path, device):
@@ -125,7 +262,7 @@ def prepare_scan(paths):
     for path, image in zip(paths, images, strict=True):
         if image.shape != images[0].shape or not np.allclose(image.affine, images[0].affine, atol=1e-2):
             raise UserError(f"{path} is not on the grid of {paths[0]}: register and resample the channels")
-    box = prepare_data.union_box(images)
+    box = prepare_data.union_box([prepare_data.tight_box(prepare_data.read_voxels(i)[0]) for i in images])
     prepared = [prepare_data.preprocess(image, box) for image in images]
     return torch.from_numpy(np.stack([volume for volume, _ in prepared])), prepared[0][1], images[0]
 
@@ -139,8 +276,9 @@ def main(cfg):
         raise UserError(f"the network reads {len(task['sequences'])} channels "
                         f"({', '.join(task['sequences'])}), got {len(cfg.inputs)} files")
     volume, geometry, image = prepare_scan(cfg.inputs)
-    classes = segment(model, volume, geometry, trained["patch_size"], trained["precision"],
-                      cfg.overlap, cfg.gaussian)
+    truth = read_label(cfg.truth, image) if cfg.truth else None
+    classes = segment(model, volume, geometry, trained["patch_size"], trained["precision"], cfg.overlap,
+                      cfg.gaussian, cfg.batch, cfg.skip_empty)
     values = np.zeros(256, np.uint8)  # class -> the source's own label value (BraTS: 4 for enhancing tumour)
     for value, number in sorted(task["labels"].items(), reverse=True):
         values[number] = value
@@ -149,25 +287,15 @@ def main(cfg):
     header.set_slope_inter(1, 0)
     with common.atomic(cfg.out) as temporary:
         nib.Nifti1Image(values[classes], image.affine, header).to_filename(temporary)
-    names = {number: name for number, name in enumerate(task["classes"])}
-    volume_ml = abs(np.linalg.det(image.affine[:3, :3])) / 1000
-    for number, name in list(names.items())[1:]:
-        print(f"{name}: {(classes == number).sum() * volume_ml:.2f} ml")
+    voxel_ml = np.prod(nib.affines.voxel_sizes(image.affine)) / 1000
+    for number, name in list(enumerate(task["classes"]))[1:]:
+        print(f"{name}: {(classes == number).sum() * voxel_ml:.2f} ml")
     print(f"wrote {cfg.out}: {classes.shape}, the grid of {cfg.inputs[0]}")
     if cfg.truth:
-        truth = np.asarray(prepare_data.load_scan(cfg.truth).dataobj)
-        for name, score in score_case(classes, truth, task).items():
-            print(f"Dice {name}: {score:.4f}")
-
-
-def score_case(classes, truth, task):
-    """Classes and the source's label values on one grid -> {class or region name: Dice}. Ignored voxels do
-    not count."""
-    truth = data.class_table(task["labels"], task["ignore"])[truth.astype(np.uint8)]
-    regions = {name: (number,) for number, name in enumerate(task["classes"]) if number}
-    regions |= {name: tuple(numbers) for name, numbers in task["regions"].items()}
-    scores = dice(classes, truth, list(regions.values()), data.IGNORE)
-    return {name: scores[numbers] for name, numbers in regions.items()}
+        scores = score_case(classes, truth, task, image.affine)
+        for name in scores["dice"]:
+            values = [f"{title} {scores[kind][name]:.4g}" for kind, title in SCORES.items()]
+            print(f"{name}: {', '.join(values)}")
 
 
 if __name__ == "__main__":

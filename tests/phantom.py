@@ -1,14 +1,21 @@
-"""Synthetic head scans as NIfTI, for the tests and the demo: no patient's data.
+"""Synthetic head scans as NIfTI, for the tests and the demo, in every source's tree: no patient's data.
 
     python tests/phantom.py --out raw --subjects 24 --labelled 12 --layout bids --size 64 --seed 0
 
 A head is a set of ellipsoids in mm: scalp, skull, cortex with folds, white matter, ventricles; its shape
 differs from subject to subject, and so do noise, bias field, voxel size, axis order and obliqueness. The
 labelled subjects have lesions in the white matter, bright in FLAIR, with an exact label map.
+
+A layout yields (path, kind, image). The kind is what the file is for the paper, known without the program
+under test: volume (pretrained on), test (a usable volume that is not), either with `x4` if a 4-D file holds
+four, label, junk (to be skipped by its path), reject (turned away once opened, by the reference's rule for
+ADNI, OASIS and PPMI: 3-D, no side under 15 voxels, no negative value), None (a text file).
 """
 
 import argparse
-from pathlib import Path
+import json
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +24,8 @@ import numpy as np
 CONTRASTS = {
     "T1": (0, 800, 120, 180, 480, 700, 380), "T2": (0, 500, 80, 950, 560, 400, 800),
     "FLAIR": (0, 450, 70, 120, 520, 420, 950), "T1ce": (0, 850, 130, 180, 500, 700, 900),
-    "DWI": (0, 90, 30, 150, 480, 400, 900),
+    "DWI": (0, 90, 30, 150, 480, 400, 900), "ADC": (0, 150, 60, 950, 330, 300, 140),
+    "PD": (0, 600, 100, 620, 760, 560, 800),
 }
 SUFFIX = {"T1": "T1w", "T2": "T2w", "FLAIR": "FLAIR", "DWI": "dwi"}
 # Axis order and flips of the stored grid, and voxel size relative to the first axis.
@@ -89,39 +97,261 @@ def scan(head, rng, contrast, size, spacing=(1, 1, 1), axes="RAS", degrees=0.0, 
     return images
 
 
-def write_bids(out, subjects, labelled, size, seed):
-    """sub-001/ses-01/anat/sub-001_ses-01_{T1w,T2w,FLAIR}.nii.gz; the labelled have FLAIR and *_lesion.nii.gz
-    only."""
-    for number in range(subjects + labelled):
-        rng = np.random.default_rng([seed, number])
-        head, lesions = anatomy(rng, size), number >= subjects
+def relabel(found, values, dtype=np.uint8):
+    """A lesion map of `scan` as a label map: lesion k (0: none) becomes values[k], of six."""
+    return nib.Nifti1Image(np.array(values, dtype)[np.asarray(found.dataobj)], found.affine)
+
+
+def below_zero(image):
+    """The scan with air around -25, as ringing leaves it."""
+    return nib.Nifti1Image(np.asarray(image.dataobj) - np.int16(40), image.affine)
+
+
+def hide(out, truth):
+    """Add what macOS leaves in a copied or unzipped tree, beside the first image, and a text file."""
+    first = PurePosixPath(next(iter(truth)))
+    for path in (first.parent / f"._{first.name}", "__MACOSX" / first):
+        Path(out, path).parent.mkdir(parents=True, exist_ok=True)
+        Path(out, path).write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X".ljust(4096, b"\0"))
+        truth[str(path)] = "junk"
+    Path(out, "README.txt").write_text("Synthetic heads.\n")
+
+
+def write(layout, out, subjects, labelled, size=32, seed=0):
+    """Write one source's tree below `out`, return {path relative to out: kind} of its images.
+
+    Where there is a training and a test part (WMH, MSSEG1, MSD, nnU-Net), `labelled` counts the first and
+    `subjects` the second; a source without labels has subjects + labelled subjects."""
+    rngs = [np.random.default_rng([seed, number]) for number in range(subjects + labelled)]
+    people = [(number, number >= subjects, anatomy(rng, size), rng) for number, rng in enumerate(rngs)]
+    truth = {}
+    for path, kind, content in LAYOUTS[layout](people, size):
+        Path(out, path).parent.mkdir(parents=True, exist_ok=True)
+        if kind is None:
+            Path(out, path).write_text(content)
+        else:
+            content.to_filename(Path(out, path))
+            truth[path] = kind
+    if truth and layout not in ("bids", "brats21"):  # clean for the demo
+        hide(out, truth)
+    return truth
+
+
+# ---------------------------------------------------------------------------- sources of free-text series
+# What a subject has: form -> names. The first two of ADNI are one acquisition, raw and processed.
+ADNI = {"volume": "MPRAGE MPR____N3__Scaled MT1__GradWarp__N3m Accelerated_Sagittal_MPRAGE Axial_3TE_T2_STAR "
+                  "Sagittal_3D_FLAIR",
+        "4-D": "Axial_DTI", "negative": "MPR-R__GradWarp__B1_Correction", "thin": "Axial_T2-FLAIR",
+        "junk": "localizer Axial_rsfMRI__Eyes_Open_ Axial_2D_PASL Perfusion_Weighted Field_Mapping"}
+PPMI = {"volume": "MPRAGE_GRAPPA SAG_T1_3D_MPRAGE AX_FLAIR T2_AXIAL", "4-D": "AX_DTI_32_DIR",
+        "negative": "SAG_3D_FLAIR", "thin": "AX_T2_FSE",
+        "junk": "2D_GRE-MT ep2d_RESTING_STATE localizer Reconstructed_DaTSCAN"}
+OASIS = {"volume": "anat1/run-01_T1w anat3/acq-TSE_T2w anat4/FLAIR anat2/run-02_T1w anat5/T2star anat6/angio "
+                   "swi1/swi swi2/minIP dwi1/run-01_dwi anat7/GRE",
+         "4-D": "dwi2/run-02_dwi", "negative": "anat8/run-03_T1w", "thin": "anat9/acq-hippocampus_T2w",
+         "junk": "func1/task-rest_run-01_bold func2/asl fmap1/fieldmap"}
+
+
+def series(table, head, rng, size):
+    """(place, name, kind, image) of all a subject has in one of the tables above."""
+    pairs = [(form, name) for form, names in table.items() for name in names.split()]
+    for place, (form, name) in enumerate(pairs):
+        contrast = "FLAIR" if "FLAIR" in name else "T2" if "T2" in name else "T1"
+        axes, ratio = GRIDS[place % len(GRIDS)]
+        image, _ = scan(head, rng, contrast, size, ratio, axes, rng.uniform(-12, 12))
+        if form == "4-D":
+            image = nib.concat_images([image] * 4)
+        elif form == "negative":
+            image = below_zero(image)
+        elif form == "thin":
+            image = image.slicer[:, :, 10:22]
+        yield place, name, form if form in ("volume", "junk") else "reject", image
+
+
+def loni(root, table, people, size):
+    """ADNI/002_S_0413/<description>/2006-05-19_16_00_47.0/<I or S number>/ADNI_*.nii[.gz], two visits. PPMI:
+    subjects 3000, 3001, ..., every second series one folder deeper, in nifti/ with dicom/ beside it."""
+    for number, _, head, rng in people:
+        subject = f"{number + 2:03}_S_{413 + number:04}" if root == "ADNI" else f"{3000 + number}"
+        for place, description, kind, image in series(table, head, rng, size):
+            date = f"{2006 + place % 4 // 2}-05-19_16_{place // 2:02}_47.0"
+            key = f"{'IS'[place % 2]}{40657 + 100 * number + place}"
+            folder = f"{root}/{subject}/{description}/{date}/{key}"
+            if root == "PPMI" and place % 2:
+                yield f"{folder}/dicom/IM_0001.dcm", None, "DICM"
+                folder += "/nifti"
+            name = f"{root}_{subject}_MR_{description}_Br_20070216232854688_{key}"
+            yield f"{folder}/{name}.nii{'.gz' if place % 3 == 0 else ''}", kind, image
+
+
+def oasis(start, people, size):
+    """OAS30001_MR_d0129/anat1/sub-OAS30001_ses-d0129_run-01_T1w.nii.gz and .json; the second session has
+    anat3/{NIFTI,BIDS}/, the third scans/anat4-FLAIR/resources/{NIFTI,BIDS}/files/; 0AS_data_files/ and
+    OAS30001_AV45_d2340/pet1/ beside. OASIS4: all in OASIS4_images/, some names without the sequence."""
+    root, first = ("", 1) if start == "OAS3" else ("OASIS4_images/", 2213)
+    for number, _, head, rng in people:
+        subject = f"{start}{first + number:04}"
+        for place, scan_name, kind, image in series(OASIS, head, rng, size):
+            (folder, end), day = scan_name.split("/"), ("d0129", "d0757", "d2340")[place % 3]
+            deep = f"scans/{folder}-{end.split('_')[-1]}/resources/NIFTI/files"
+            folder = f"{root}{subject}_MR_{day}/" + (folder, f"{folder}/NIFTI", deep)[place % 3]
+            yield f"{folder}/sub-{subject}_ses-{day}_{end}.nii.gz", kind, image
+            yield f"{folder.replace('NIFTI', 'BIDS')}/sub-{subject}_ses-{day}_{end}.json", None, "{}"
+        name, (extra, _) = f"sub-{subject}_ses-d2340", scan(head, rng, "FLAIR", size)
+        yield f"{root}{subject}_AV45_d2340/pet1/NIFTI/{name}_acq-AV45_pet.nii.gz", "junk", extra
+        yield f"{root}0AS_data_files/{subject}_MR_d2340/anat1/{name}_T1w.nii.gz", "junk", extra
+        if start == "OAS4":
+            for folder, kind in (("anat10-FLAIR", "volume"), ("func3-bold", "junk")):
+                files = f"{root}{subject}_MR_d2340/scans/{folder}/resources/NIFTI/files"
+                yield f"{files}/scan10.nii.gz", kind, extra
+
+
+# ------------------------------------------------------------------------ challenges and generic layouts
+def bids(people, size):
+    """sub-U000/ses-01/anat/sub-U000_ses-01_{T1w,T2w,FLAIR}.nii.gz; the labelled, sub-L000, have FLAIR and
+    *_lesion.nii.gz only."""
+    for number, labelled, head, rng in people:
         axes, ratio = GRIDS[rng.integers(len(GRIDS))]
-        name = f"sub-{'L' if lesions else 'U'}{number:03}"
-        folder = Path(out, name, "ses-01", "anat")
-        folder.mkdir(parents=True, exist_ok=True)
-        for contrast in ["FLAIR"] if lesions else rng.permutation(["T1", "T2", "FLAIR"])[:2]:
-            image, label = scan(head, rng, str(contrast), size, ratio, axes, rng.uniform(-12, 12), lesions)
-            image.to_filename(folder / f"{name}_ses-01_{SUFFIX[contrast]}.nii.gz")
-            if lesions:
-                label = nib.Nifti1Image((np.asarray(label.dataobj) > 0).astype(np.uint8), label.affine)
-                label.to_filename(folder / f"{name}_ses-01_lesion.nii.gz")
+        name = f"sub-{'L' if labelled else 'U'}{number:03}"
+        start = f"{name}/ses-01/anat/{name}_ses-01"
+        for contrast in ["FLAIR"] if labelled else rng.permutation(["T1", "T2", "FLAIR"])[:2]:
+            image, found = scan(head, rng, str(contrast), size, ratio, axes, rng.uniform(-12, 12), labelled)
+            yield f"{start}_{SUFFIX[contrast]}.nii.gz", "volume", image
+            if labelled:
+                yield f"{start}_lesion.nii.gz", "label", relabel(found, (0, 1, 1, 1, 1, 1))
 
 
-def write_brats21(out, subjects, labelled, size, seed):
+def brats21(people, size):
     """BraTS2021_00001/BraTS2021_00001_{flair,t1,t1ce,t2,seg}.nii.gz: LPS, 1 mm, skull-stripped, labels 0, 1,
-    2, 4."""
-    for number in range(subjects + labelled):
-        rng = np.random.default_rng([seed, number])
-        head = anatomy(rng, size)
+    2, 4; the unlabelled have no seg. The quarter to hold out is drawn at random, so all are `volume`."""
+    for number, labelled, head, rng in people:
         name = f"BraTS2021_{number:05}"
-        folder = Path(out, name)
-        folder.mkdir(parents=True, exist_ok=True)
         for contrast in ("FLAIR", "T1", "T1ce", "T2"):
-            image, label = scan(head, rng, contrast, size, axes="LPS", lesions=True, stripped=True)
-            image.to_filename(folder / f"{name}_{contrast.lower()}.nii.gz")
-        values = np.array([0, 1, 2, 4, 2, 2], np.uint8)[np.asarray(label.dataobj)]
-        if number >= subjects:
-            nib.Nifti1Image(values, label.affine).to_filename(folder / f"{name}_seg.nii.gz")
+            image, found = scan(head, rng, contrast, size, axes="LPS", lesions=True, stripped=True)
+            yield f"{name}/{name}_{contrast.lower()}.nii.gz", "volume", image
+        if labelled:
+            yield f"{name}/{name}_seg.nii.gz", "label", relabel(found, (0, 1, 2, 4, 2, 2))
+
+
+def isles22(folders, flair_name, people, size):
+    """ISLES-2022/sub-strokecase0001/ses-0001/{anat/*_FLAIR,dwi/*_dwi,dwi/*_adc}.nii.gz and ISLES-2022/
+    derivatives/sub-strokecase0001/ses-0001/*_{msk.nii.gz,snp.png}; or, as in the challenge, rawdata/
+    sub-strokecase0001/ses-0001/*_{flair,dwi,adc}.nii.gz and derivatives/ beside rawdata/.
+
+    DWI, ADC and mask share an oblique grid, with negative values; FLAIR has its own. Of several labelled
+    cases, the last has an empty mask."""
+    root, anat, dwi, derivatives = folders
+    for number, labelled, head, rng in people:
+        case, tilt = f"sub-strokecase{number + 1:04}", rng.uniform(8, 15)
+        start, name = f"{root}/{case}/ses-0001", f"{case}_ses-0001"
+        for contrast in ("DWI", "ADC"):
+            image, found = scan(head, rng, contrast, size, (2, 2, 2), "LAS", tilt, labelled)
+            yield f"{start}/{dwi}{name}_{contrast.lower()}.nii.gz", "volume", below_zero(image)
+            yield f"{start}/{dwi}{name}_{contrast.lower()}.json", None, "{}"
+        image, _ = scan(head, rng, "FLAIR", size, (0.8, 0.8, 2.2), "LAS", -tilt, labelled)
+        yield f"{start}/{anat}{name}_{flair_name}.nii.gz", "volume", image
+        if labelled:
+            values = [0] * 6 if number and number == people[-1][0] else [0, 1, 1, 1, 1, 1]
+            yield f"{derivatives}/{case}/ses-0001/{name}_msk.nii.gz", "label", relabel(found, values)
+            yield f"{derivatives}/{case}/ses-0001/{name}_snp.png", None, ""
+
+
+def wmh(people, size):
+    """{training,test}/{Utrecht,Singapore,Amsterdam/GE3T}/<id>/{orig,pre}/{FLAIR,T1,3DT1}.nii.gz and
+    <id>/wmh.nii.gz: float32, 1 hyperintensity, 2 other pathology; two more scanners in test;
+    additional_annotations/observer_o3/training/<site>/<id>/result.nii.gz."""
+    seen = ("Utrecht", "Singapore", "Amsterdam/GE3T")
+    for number, training, head, rng in people:
+        sites = seen if training else ("Amsterdam/GE1T5", "Amsterdam/Philips_VU .PETMR_01.", *seen)
+        part, kind = ("training", "volume") if training else ("test", "test")
+        place = f"{part}/{sites[number % len(sites)]}/{number}"
+        for name in ("FLAIR", "T1"):  # on one grid, the label's
+            image, found = scan(head, rng, name, size, (1, 1, 2), "LPS", 5, lesions=True)
+            yield f"{place}/pre/{name}.nii.gz", kind, image
+            yield f"{place}/orig/{name}.nii.gz", "junk", image
+        label = relabel(found, (0, 1, 2, 1, 1, 1), np.float32)
+        yield f"{place}/wmh.nii.gz", "label", label
+        image, found = scan(head, rng, "T1", size, axes="PSR", lesions=True)
+        yield f"{place}/pre/3DT1.nii.gz", "junk", image
+        yield f"{place}/orig/3DT1.nii.gz", "junk", image
+        yield f"{place}/orig/3DT1_mask.nii.gz", "junk", relabel(found, (1, 1, 1, 1, 1, 1))
+        yield f"{place}/orig/reg_3DT1_to_FLAIR.txt", None, ""
+        if training:
+            yield f"additional_annotations/observer_o3/{place}/result.nii.gz", "junk", label
+
+
+def msseg1(people, size):
+    """{Training,Testing}/Center_01/Patient_01/{Raw_Data/FLAIR,Preprocessed_Data/FLAIR_preprocessed}.nii.gz,
+    also T1, T2, DP, GADO, and Masks/{Consensus,ManualSegmentation_1,ManualSegmentation_2}.nii.gz."""
+    contrasts = {"FLAIR": "FLAIR", "T1": "T1", "T2": "T2", "DP": "PD", "GADO": "T1ce"}
+    for number, training, head, rng in people:
+        part, kind = ("Training", "volume") if training else ("Testing", "test")
+        centers = ("01", "07", "08") if training else ("03", "01", "07", "08")
+        place = f"{part}/Center_{centers[number % len(centers)]}/Patient_{number + 1:02}"
+        for name, contrast in contrasts.items():
+            image, found = scan(head, rng, contrast, size, axes="PSR", degrees=4, lesions=True)
+            yield f"{place}/Preprocessed_Data/{name}_preprocessed.nii.gz", kind, image
+            yield f"{place}/Raw_Data/{name}.nii.gz", "junk", image
+        label = relabel(found, (0, 1, 1, 1, 1, 1))
+        yield f"{place}/Masks/Consensus.nii.gz", "label", label
+        for rater in (1, 2):
+            yield f"{place}/Masks/ManualSegmentation_{rater}.nii.gz", "junk", label
+
+
+def msd(people, size):
+    """Task01_BrainTumour/{imagesTr,labelsTr}/BRATS_001.nii.gz, imagesTs/BRATS_485.nii.gz, dataset.json: a 4-D
+    file holds FLAIR, T1w, T1gd, T2w. The paper pretrains on imagesTs."""
+    root = "Task01_BrainTumour"
+    for number, training, head, rng in people:
+        scans = [scan(head, rng, contrast, size, axes="LPS", lesions=True, stripped=True)
+                 for contrast in ("FLAIR", "T1", "T1ce", "T2")]
+        image, name = nib.concat_images([image for image, _ in scans]), f"BRATS_{number + 1:03}"
+        if training:
+            yield f"{root}/imagesTr/{name}.nii.gz", "test x4", image
+            yield f"{root}/labelsTr/{name}.nii.gz", "label", relabel(scans[0][1], (0, 1, 2, 3, 1, 1))
+        else:
+            yield f"{root}/imagesTs/BRATS_{number + 485:03}.nii.gz", "volume x4", image
+    yield f"{root}/dataset.json", None, json.dumps({
+        "name": "BRATS", "modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"},
+        "labels": {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"},
+        "numTraining": sum(person[1] for person in people)})
+
+
+def fomo60k(people, size):
+    """sub_1/ses_1/{t1,t2,flair,t1c}.nii.gz, sub_1/ses_2/{t2s,dwi,swi,scan_1}.nii.gz."""
+    names = {"t1": "T1", "t2": "T2", "flair": "FLAIR", "t1c": "T1ce",
+             "t2s": "T2", "dwi": "DWI", "swi": "T2", "scan_1": "PD"}
+    for number, _, head, rng in people:
+        for place, (name, contrast) in enumerate(names.items()):
+            image, _ = scan(head, rng, contrast, size, axes=GRIDS[place % len(GRIDS)][0], stripped=True)
+            yield f"sub_{number + 1}/ses_{1 + place // 4}/{name}.nii.gz", "volume", image
+
+
+def nnunet(people, size):
+    """Dataset501_Lesions/{imagesTr/sub00_0000,imagesTr/sub00_0001,labelsTr/sub00}.nii.gz, imagesTs/ and
+    nnU-Net v2's dataset.json: channels FLAIR and T1; cases of odd number have an underscore, sub_01."""
+    root = "Dataset501_Lesions"
+    for number, training, head, rng in people:
+        case, (axes, ratio) = f"sub{'_' * (number % 2)}{number:02}", GRIDS[number % len(GRIDS)]
+        part, kind = ("Tr", "volume") if training else ("Ts", "test")
+        for channel, contrast in enumerate(("FLAIR", "T1")):
+            image, found = scan(head, rng, contrast, size, ratio, axes, 6, lesions=True)
+            yield f"{root}/images{part}/{case}_{channel:04}.nii.gz", kind, image
+        if training:
+            yield f"{root}/labelsTr/{case}.nii.gz", "label", relabel(found, (0, 1, 1, 1, 1, 1))
+    yield f"{root}/dataset.json", None, json.dumps({
+        "channel_names": {"0": "FLAIR", "1": "T1"}, "labels": {"background": 0, "lesion": 1},
+        "numTraining": sum(person[1] for person in people), "file_ending": ".nii.gz"})
+
+
+LAYOUTS = {
+    "adni": partial(loni, "ADNI", ADNI), "oasis3": partial(oasis, "OAS3"), "oasis4": partial(oasis, "OAS4"),
+    "ppmi": partial(loni, "PPMI", PPMI), "brats21": brats21, "wmh": wmh, "msseg1": msseg1, "msd": msd,
+    "isles22": partial(isles22, ("ISLES-2022", "anat/", "dwi/", "ISLES-2022/derivatives"), "FLAIR"),
+    "isles22_rawdata": partial(isles22, ("rawdata", "", "", "derivatives"), "flair"),
+    "fomo60k": fomo60k, "nnunet": nnunet, "bids": bids,
+}
+write_bids, write_brats21 = partial(write, "bids"), partial(write, "brats21")
 
 
 def main():
@@ -129,12 +359,10 @@ def main():
     parser.add_argument("--out", required=True)
     parser.add_argument("--subjects", type=int, default=24, help="unlabelled subjects")
     parser.add_argument("--labelled", type=int, default=12, help="subjects with lesions and label maps")
-    parser.add_argument("--layout", choices=("bids", "brats21"), default="bids")
+    parser.add_argument("--layout", choices=LAYOUTS, default="bids")
     parser.add_argument("--size", type=int, default=64, help="length of the head in mm")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    write = write_bids if arguments.layout == "bids" else write_brats21
-    write(arguments.out, arguments.subjects, arguments.labelled, arguments.size, arguments.seed)
+    write(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

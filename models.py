@@ -54,7 +54,12 @@ class ConvNormAct(nn.Module):
         self.norm = nn.InstanceNorm3d(channels_out, affine=True)
 
     def forward(self, x):
-        return nn.functional.leaky_relu(self.norm(self.conv(x)), 0.01, inplace=True)
+        """Instance norm as batch norm of (1, B * C, D, H, W), which it is: instance_norm returns a view, and
+        the gradient of an operation in place on a view copies it three times."""
+        x, b = self.conv(x), len(x)
+        y = nn.functional.batch_norm(x.flatten(0, 1)[None], None, None, self.norm.weight.repeat(b),
+                                     self.norm.bias.repeat(b), True, eps=self.norm.eps)
+        return nn.functional.leaky_relu(y, 0.01, inplace=True).view_as(x)
 
 
 class Block(nn.Module):
@@ -83,7 +88,9 @@ class UNetEncoder(nn.Module):
     def forward(self, x):
         levels = [self.in_conv(x)]
         for block in (self.encoder_conv1, self.encoder_conv2, self.encoder_conv3, self.encoder_conv4):
-            levels.append(block(nn.functional.max_pool3d(levels[-1], 2)))
+            # max_pool3d itself would run in float32 under autocast.
+            pooled, _ = nn.functional.max_pool3d_with_indices(levels[-1], 2)
+            levels.append(block(pooled))
         return levels
 
 

@@ -1,0 +1,92 @@
+"""How much of the machine a pretraining step uses: model FLOPs a second over the best dense rate it reaches.
+
+    python bench/step.py [--rows unet_b,unet_xl] [--sides 64,96] [--threads 2] [--rounds 5] [--compile]
+
+A step is the paper's: AMAES at batch 1, forward with the light decoder, masked reconstruction, backward,
+fused AdamW with amsgrad; no augmentation. FLOPs are those of its convolutions and matrix products, two a
+multiply-add, forward and backward. The dense rate is the faster of a 4096^3 matrix product and a 3^3
+convolution of 128 channels at 32^3, in the same precision with the same threads, measured in turns with the
+step. Medians.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import common  # noqa: E402
+import models  # noqa: E402
+import pretrain  # noqa: E402
+
+
+def dense(dtype):
+    """(name, FLOPs, function) of the two dense operations."""
+    a, b = torch.randn(2, 4096, 4096).to(dtype)
+    x, w = torch.randn(1, 128, 32, 32, 32).to(dtype), torch.randn(128, 128, 3, 3, 3).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    return [(2 * 4096 ** 3, lambda: a @ b),
+            (2 * 27 * 128 * 128 * 32 ** 3, lambda: torch.nn.functional.conv3d(x, w, padding=1))]
+
+
+def flops(row, side):
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        models.build_model(row, "pretrain")(torch.empty(1, 1, side, side, side)).mean().backward()
+    return counter.get_total_flops()
+
+
+def training_step(row, side, dtype, compiled):
+    """A function that does one step."""
+    torch.manual_seed(0)
+    model = models.build_model(row, "pretrain")
+    run = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=3e-5, amsgrad=True, fused=True)
+    target = torch.rand(1, 1, side, side, side)
+    mask = pretrain.random_mask([0], target.shape[2:], 4, 0.6, target.device)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = run(target.masked_fill(mask, 0))
+        pretrain.reconstruction_loss(output, target, mask, "all").backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", default="unet_b,unet_xl,mednext_m,mednext_l,swinunetr")
+    parser.add_argument("--sides", default="64,96")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    common.keep_freed_memory()
+    mode = "compiled" if arguments.compile else "eager"
+    print(f"{arguments.threads} threads, torch {torch.__version__}, {mode}\n\n"
+          "| row | side | precision | TFLOP a step | step s | TFLOP/s | best dense TFLOP/s | share |\n"
+          + "|---" * 8 + "|")
+    for row in arguments.rows.split(","):
+        for side in map(int, arguments.sides.split(",")):
+            for dtype in (torch.float32, torch.bfloat16):
+                work = [*dense(dtype), (flops(row, side), training_step(row, side, dtype, arguments.compile))]
+                times = [[] for _ in work]
+                for turn in range(arguments.rounds + 1):
+                    for (_, function), found in zip(work, times, strict=True):
+                        began = time.perf_counter()
+                        function()
+                        if turn:  # the first one warms up
+                            found.append(time.perf_counter() - began)
+                rates = [n / statistics.median(t) / 1e12 for (n, _), t in zip(work, times, strict=True)]
+                print(f"| {row} | {side} | {str(dtype)[6:]} | {work[-1][0] / 1e12:.3f} | "
+                      f"{statistics.median(times[-1]):.2f} | {rates[-1]:.3f} | {max(rates[:-1]):.3f} | "
+                      f"{rates[-1] / max(rates[:-1]):.0%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -43,6 +43,7 @@ class Config:
     source: str | None = None  # layout of the input: a row of SOURCES, or manifest
     input: str | None = None  # folder with the raw scans, or the manifest's csv file
     out: str = "datasets/brains45k"  # prepared folder; several sources may share one
+    name: str | None = None  # what the index calls it, for several inputs of one source; default: the source
     workers: int = 2  # processes, one session at a time each
     shard: str = "0/1"  # i/n: prepare every n-th session, from the i-th; shards of one folder may run at once
     dry_run: bool = False  # list what would be taken and what skipped, and why; write nothing
@@ -682,9 +683,9 @@ def main(cfg):
     manifest = cfg.source == "manifest"
     root = os.path.dirname(cfg.input) if manifest else cfg.input
     sessions, skipped = read_manifest(cfg.input) if manifest else find_scans(cfg.source, root, cfg.dry_run)
-    name = cfg.source
+    name = cfg.name or (os.path.basename(os.path.abspath(root)) if cfg.source == "nnunet" else cfg.source)
+    name = re.sub(r"[^A-Za-z0-9.-]+", "_", name)
     if cfg.source == "nnunet":
-        name = os.path.basename(os.path.abspath(root))
         channels = write_task(cfg.out, name, root)
         sessions = [[scan._replace(sequence=channels.get(scan.sequence, scan.sequence)) for scan in scans]
                     for scans in sessions]
@@ -702,6 +703,7 @@ def main(cfg):
         print(f"{name}: {found} found = {total} to prepare + {count_by_reason(skipped)}")
         return 0
 
+    claim(cfg.out, name, os.path.abspath(cfg.input))
     rows, rejected = [], []
     work = functools.partial(prepare_session, cfg.source, name, root, cfg.out)
     try:
@@ -722,6 +724,20 @@ def main(cfg):
     print(f"{name}: {found} found = {len(rows)} prepared + {count_by_reason(skipped)} + {len(rejected)} "
           "rejected")
     return int(any(damage for *_, damage in rejected))
+
+
+def claim(out, name, folder):
+    """One input a name: of two BIDS folders with a sub-01 each, the second would be taken for the first."""
+    path = f"{out}/index/{name}.txt"
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            before = file.read()
+        if before != folder:
+            raise UserError(f"{out} holds {name} of {before}: give this one another --name, or, if that "
+                            f"folder was only moved, delete {path}")
+    with common.writing(out):
+        os.makedirs(f"{out}/index", exist_ok=True)
+    common.write_text(path, folder)
 
 
 def count_by_reason(skipped):

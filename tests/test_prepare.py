@@ -166,6 +166,17 @@ def test_float16_is_near(raw):
     assert np.abs(volume - volume.astype(np.float16).astype(np.float32)).max() < 5e-4
 
 
+def test_two_inputs_of_one_source_need_two_names(prepared, raw, tmp_path, capsys):
+    out = tmp_path / "out"
+    prepare("bids", raw, out)
+    shutil.copytree(raw, tmp_path / "other")
+    again = mistake("prepare_data", source="bids", input=tmp_path / "other", out=out)
+    assert "give this one another --name" in again
+    prepare("bids", tmp_path / "other", out, name="other")
+    sources = [row.source for row in data.read_index(str(out))]
+    assert sources.count("other") == sources.count("bids") == len(sources) / 2
+
+
 def test_a_second_run_does_only_what_is_missing(prepared, raw, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(prepared, out)

@@ -37,21 +37,23 @@ class UserError(Exception):
 
 def run(main, config_class):
     """Entry point of every script: command line -> main(cfg). A UserError is one line and exit code 2."""
+    message = ""
     try:
-        code = main(parse_config(config_class, sys.argv[1:]))
+        code = main(parse_config(config_class, sys.argv[1:])) or 0
     except UserError as error:
-        if str(error):  # stop_all leaves the message to one process
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        code = 2
+        message, code = str(error), 2
+    except torch.OutOfMemoryError:
+        message, code = "out of GPU memory: smaller --micro_batch, --batch_size or --patch_size", 1
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            reason = "out of GPU memory: a smaller --micro_batch, --batch_size or --patch_size fits"
-        elif "gloo/transport" in str(error):
-            reason = "stopped: another process ended, see its own message"
-        else:
+        if "gloo/transport" not in str(error):
             raise
-        print(f"error: {reason}", file=sys.stderr, flush=True)
-        os._exit(1)  # what is left of the process group may abort or wait for ever when it is taken down
+        message, code = "stopped: another process ended, see its own message", 1
+    if message:
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the end of gloo's threads (torch 2.13) aborts one process in twenty
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
@@ -275,7 +277,7 @@ def to_host(step, names, loss):
 
 def total(tensor):
     """Sum of a tensor over all processes, as float64 on the CPU. Sums are reduced, never means."""
-    tensor = tensor.detach().to("cpu", torch.float64)
+    tensor = tensor.detach().to("cpu", torch.float64, copy=True)
     dist.all_reduce(tensor)
     return tensor
 
@@ -370,11 +372,12 @@ FORMAT = 1  # of our checkpoints; counts up when older code could not read them 
 SEAL = b"sha256:"  # and 64 hex digits: the comment of the zip file that a checkpoint is, its last bytes
 
 
-def digest(file, tail):
-    """sha256 of an open file but for its last `tail` bytes, as hex digits."""
+def seal(file, tail):
+    """What the last `tail` bytes of an open checkpoint must be: length of the comment, sha256 of the rest."""
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view, \
             view[:-tail] as body:
-        return hashlib.sha256(body).hexdigest().encode()
+        comment = SEAL + hashlib.sha256(body).hexdigest().encode()
+    return struct.pack("<H", len(comment)) + comment
 
 
 def save_checkpoint(path, payload):
@@ -386,9 +389,9 @@ def save_checkpoint(path, payload):
         except RuntimeError as error:  # torch's own, over the one that says that the disk is full
             raise error.__context__ or error from None
         file.flush()
-        comment = SEAL + digest(file, 2)  # the last two bytes are the length of the comment, 0 so far
+        end = seal(file, 2)  # in place of the last two bytes, the length of no comment
         file.seek(-2, os.SEEK_END)
-        file.write(struct.pack("<H", len(comment)) + comment)
+        file.write(end)
         file.flush()
         os.fsync(file.fileno())
 
@@ -399,13 +402,14 @@ def check_file(path):
     tail = 2 + len(SEAL) + 64
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - tail + 2))
-        comment = file.read()
-        if comment.startswith(SEAL) and comment != SEAL + digest(file, tail):
+        file.seek(max(0, size - tail))
+        end = file.read()
+        sealed = end.startswith(SEAL, 2)
+        if sealed and end != seal(file, tail):
             raise ValueError("its checksum does not fit")
         if zipfile.is_zipfile(file) and size < sum(r.file_size for r in zipfile.ZipFile(file).infolist()):
             raise ValueError("it is compressed, as no checkpoint is")
-    return comment.startswith(SEAL)
+    return sealed
 
 
 def largest(tree):

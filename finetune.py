@@ -2,12 +2,16 @@
 
     python finetune.py --ckpt runs/unet_xl/last.pt --task wmh    # pretrained encoder, new decoder with skips
     python finetune.py --model unet_xl --task wmh                  # the same from scratch
+    python finetune.py --ckpt runs/unet_xl/last.pt --task wmh_ood  # the first line's networks on the test set
 """
 
 import dataclasses
+import glob
 import json
 import math
 import os
+import tempfile
+import time
 
 import numpy as np
 import torch
@@ -33,8 +37,10 @@ class Config:
     merge: str | None = None  # SwinUNETR's patch merging: legacy or fixed; default: the checkpoint's
     features: int | None = None  # width of the first level; by default the checkpoint's, or the row's
     data: str | None = None  # prepared folder, instead of the task's own
+    networks: str | None = None  # run folder whose networks a task such as wmh_ood evaluates
     folds: tuple[int, ...] | None = None  # some of the task's folds, as 0,3; by default all
-    augment: str | None = None  # none, spatial, all; default: spatial if pretrained, else all (4.3)
+    n_train: int | None = None  # subjects to train on, instead of the task's; section 4.1: 20
+    augment: str = "auto"  # none, spatial, all; auto: spatial if pretrained (3.2), else all (4.3)
     steps: int = 2500  # optimizer steps a fold; section 4.2
     batch_size: int = 4  # over all processes; Appendix A
     patch_size: int = 128  # voxels a side; section 4.2
@@ -52,6 +58,7 @@ class Config:
     seed: int = 0  # of every draw but the folds, which the task fixes
     device: str = "auto"  # auto, cpu or cuda
     out: str | None = None  # run folder; by default runs/<task>-<model>-<amaes, swin or scratch>
+    estimate: bool = False  # time a few steps and a case, print what the run will cost, write nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,17 +68,20 @@ class Task:
     classes: tuple[str, ...]  # names, background first
     labels: dict  # label value of the source -> class number
     sequences: tuple[str, ...]  # input channels
+    networks: str | None = None  # evaluate the networks finetuned for that task instead of training any
     source: str | None = None  # take cases of this source only
     ignore: tuple[int, ...] = ()  # label values that neither loss nor score looks at
     regions: dict = dataclasses.field(default_factory=dict)  # name -> class numbers, scored as their union
     n_train: int = 20  # subjects to train on; section 4.1
     folds: int = 6  # section 4.1; 0: leave one subject out, a fold each
     evaluate: str = "rest"  # rest: the other training subjects (n_cv); test: the test split (n_test)
+    sites: bool = False  # subjects are named <site>_<number>; sites that were not trained on are scored apart
 
 
 # Appendix A, read as U-Net XL, B, MedNeXt L, M, SwinUNETR: the printed header names the columns wrongly.
 RATES = {"mednext_l": 5e-4, "mednext_l_mednextdec": 5e-4, "mednext_m": 6e-4}
-FREE = ("data", "folds", "workers", "device", "out", "save_every", "log_every", "compile", "overlap")
+PRECISIONS = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of the weights
+FREE = ("data", "folds", "workers", "device", "out", "save_every", "log_every", "compile", "estimate")
 
 
 def dice_ce(logits, label, ignore=data.IGNORE):
@@ -118,6 +128,8 @@ def make_folds(name, task, cases):
     if not 0 < n_train <= len(pool) - (task.evaluate == "rest"):
         raise UserError(f"task {name} trains on {task.n_train} subjects and needs more, but {task.data} has "
                         f"{len(pool)} with labels")
+    if task.evaluate == "test" and not held:
+        raise UserError(f"task {name} evaluates the split test, of which {task.data} has no labelled case")
     folds = []
     for f in range(task.folds or len(pool)):
         if task.folds:
@@ -132,216 +144,374 @@ def make_folds(name, task, cases):
 
 
 # -------------------------------------------------------------------------------------- one fold, section 3.2
-def build(cfg, task, device, dtype, quiet):
-    """The network of a fold: new decoder with skips, encoder from the checkpoint if there is one."""
-    torch.manual_seed(cfg.seed)
+def history(pretrained, cases=()):
+    """What a network has seen that starts from a checkpoint ({}: from scratch) and trains on cases: subjects
+    and sha256 of raw files, None if the checkpoint does not say; and the configuration of its pretraining."""
+    seen = {"subjects": [c.subject for c in cases], "sha256": [v.sha256 for c in cases for v in c.volumes]}
+    for key in seen if pretrained else ():
+        known = pretrained.get(key)
+        seen[key] = None if known is None else sorted({*known, *seen[key]})
+    pretraining = pretrained.get("pretraining")  # of a finetuned network that is finetuned again
+    if pretrained and pretrained.get("kind") != "finetune":
+        pretraining = pretrained.get("config", {}) | {"hours": pretrained.get("hours")}
+    return seen | {"pretraining": pretraining}
+
+
+def build(cfg, task, pretrained, seed=0):
+    """The network of a fold: new decoder with skips, encoder from the checkpoint if there is one; and the
+    report of what was taken."""
+    torch.manual_seed(seed)
     model = models.build_model(cfg.model, "segment", len(task.sequences), len(task.classes), merge=cfg.merge,
                                features=cfg.features)
-    models.check_patch(model, cfg.patch_size, device, cfg.precision)
-    if cfg.ckpt:
-        report = models.load_weights(model, cfg.ckpt, part="encoder")
-        if not quiet:
-            print(report)
-    return model.to(device, dtype)
+    return model, models.load_weights(model, pretrained, part="encoder") if pretrained else "all weights new"
 
 
-def train_fold(cfg, task, cases, folder, processes, stop):
+def read_batches(cfg, task, cases, seed, step, processes):
+    """Augmented patches of the cases from a step on; the first few of them for an estimate."""
+    classes = data.class_table(task.labels, task.ignore)
+    dataset = data.Crops(cases, cfg.patch_size, seed, cfg.augment, classes, cfg.oversample)
+    stream = data.SampleStream(len(cases), seed, cfg.batch_size, step, cfg.steps, *processes[:2])
+    batches = data.make_loader(dataset, stream, cfg.workers, processes.device)
+    if cfg.estimate:
+        return common.estimate(batches, cfg.workers, cfg.steps * len(cfg.folds), processes.device)
+    return batches
+
+
+def take_step(cfg, model, optimizer, batch, step, device):
+    """One optimizer step -> loss of this process's part of the batch."""
+    for group in optimizer.param_groups:
+        group["lr"] = common.learning_rate(step, cfg.steps, 0, cfg.lr)
+    crops, labels = data.to_device(batch, device)
+    image, label = augment.spatial(crops, labels, batch.draws)
+    image = augment.intensity(image, batch.draws).to(PRECISIONS[cfg.precision])
+    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+        output = model(image)
+    loss = dice_ce(output, label)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss
+
+
+def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
     """Train one fold to its last step, or go on from its last.pt; -> the network, or None if a signal stopped
     it."""
-    device = processes.device
-    dtype = torch.float64 if cfg.precision == "fp64" else torch.float32
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
-    model = build(cfg, task, device, dtype, quiet=processes.rank)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, eps=cfg.eps,
-                                  amsgrad=cfg.amsgrad, fused=True)
-    path = os.path.join(folder, "last.pt")
-    step = saved = common.resume(path, cfg, FREE, model, optimizer)
+    device, path = processes.device, os.path.join(folder, "last.pt")
+    with common.together():
+        model, report = build(cfg, task, pretrained, seed)
+        models.check_patch(model, cfg.patch_size, device, cfg.precision)
+        model.to(device, PRECISIONS[cfg.precision])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
+                                      eps=cfg.eps, amsgrad=cfg.amsgrad, fused=True)
+        step = saved = common.resume(path, cfg, FREE, model, optimizer)
+        if processes.rank == 0:
+            print(report)
+            common.cut_log(folder, step)
     if step == cfg.steps:
         return model
-    dist.barrier()
-    if processes.rank == 0:
-        common.cut_log(folder, step)
-    ddp = DistributedDataParallel(model)
-    train_model = torch.compile(ddp) if cfg.compile else ddp
-    classes = data.class_table(task.labels, task.ignore)
-    dataset = data.Crops(cases, cfg.patch_size, cfg.seed, cfg.augment, classes, cfg.oversample)
-    stream = data.SampleStream(len(cases), cfg.seed, cfg.batch_size, step, cfg.steps, *processes[:2])
+    train_model = common.compile_or_warn(DistributedDataParallel(model), cfg.compile, device)
     losses, unreadable = [], False
 
     def save(step):
         common.check_in(losses, keep=0)
-        if processes.rank == 0:
-            common.save_checkpoint(path, {
-                "kind": "finetune", "row": cfg.model, "step": step, "config": dataclasses.asdict(cfg),
-                "task": dataclasses.asdict(task), "cases": [c.name for c in cases],
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "versions": common.versions()})
+        with common.together():
+            if processes.rank == 0:
+                common.save_checkpoint(path, {
+                    "kind": "finetune", "row": cfg.model, "step": step, "config": dataclasses.asdict(cfg),
+                    "task": dataclasses.asdict(task), "cases": [c.name for c in cases],
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                    "versions": common.versions(), **history(pretrained, cases)})
 
     progress = tqdm(total=cfg.steps, initial=step, disable=processes.rank != 0, desc=folder)
-    for batch in data.make_loader(dataset, stream, cfg.workers, device):
+    for batch in read_batches(cfg, task, cases, seed, step, processes):
         signalled, unreadable = common.check_in(losses, stop.is_set(), batch.fault)
         if signalled or unreadable:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, cfg.steps, 0, cfg.lr)
-        crops, labels = data.to_device(batch, device)
-        image, label = augment.spatial(crops, labels, batch.draws)
-        image = augment.intensity(image, batch.draws).to(dtype)
-        with autocast:
-            output = train_model(image)
-        loss = dice_ce(output, label)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        loss = take_step(cfg, train_model, optimizer, batch, step, device)
         losses.append(common.to_host(step, batch.names, loss))
         step += 1
         progress.update()
+        if cfg.estimate:
+            continue
         if step % cfg.log_every == 0 or step == cfg.steps:
-            mean = common.total(loss).item() / processes.world
-            if processes.rank == 0:
-                common.append_log(folder, {"step": step, "loss": mean, "lr": optimizer.param_groups[0]["lr"]})
-                progress.set_postfix(loss=f"{mean:.3f}")
+            record = {"step": step, "loss": common.total(loss).item() / processes.world,
+                      "lr": optimizer.param_groups[0]["lr"]}
+            progress.set_postfix(loss=f"{record['loss']:.3f}")
+            with common.together():
+                if processes.rank == 0:
+                    common.append_log(folder, record)
         if step % cfg.save_every == 0:
             save(step)
             saved = step
     progress.close()
-    if step > saved:
+    if step > saved and not cfg.estimate:
         save(step)
     if unreadable:
-        raise UserError(batch.fault or "stopped: another process could not read its data")
-    return model if step == cfg.steps else None
+        common.stop_all(batch.fault)
+    return model if step == cfg.steps or cfg.estimate else None
 
 
 @torch.no_grad()
-def evaluate_fold(cfg, task, model, cases, folder, processes):
-    """Dice of every case on the scan's own grid, the processes taking turns; -> [{case, subject, dice}] in
-    order."""
+def evaluate_fold(cfg, task, model, seen, cases, folder, processes, stop):
+    """All scores of every case on the scan's own grid, the processes taking turns; -> records in the order of
+    their cases, or None if a signal stopped it. seen: the history of the network."""
     model.eval()
-    mine = []
-    share = cases[processes.rank::processes.world]
-    for case in tqdm(share, disable=processes.rank != 0, desc=f"{folder} evaluate"):
-        volume, geometry, truth = data.read_case(case)
-        classes = predict.segment(model, volume.to(next(model.parameters()).dtype), geometry, cfg.patch_size,
-                                  cfg.precision, cfg.overlap)
-        scores = predict.score_case(classes, truth, dataclasses.asdict(task))
-        mine.append({"case": case.name, "subject": case.subject,
-                     "dice": {name: None if math.isnan(s) else round(s, 6) for name, s in scores.items()}})
+    mine, share = [], cases[processes.rank::processes.world]
+    hashes, subjects = set(seen["sha256"] or ()), set(seen["subjects"] or ())
+    with common.together():
+        for case in tqdm(share, disable=processes.rank != 0, desc=f"{folder} evaluate"):
+            if stop.is_set():
+                break
+            try:
+                volume, geometry, truth = data.read_case(case)
+                classes = predict.segment(model, volume, geometry, cfg.patch_size, cfg.precision, cfg.overlap)
+                scores = predict.score_case(classes, truth, dataclasses.asdict(task), geometry["affine"])
+            except (OSError, ValueError, UserError) as error:
+                raise UserError(f"cannot evaluate {case.name}: {error}") from None
+            same = any(v.sha256 in hashes for v in case.volumes)
+            mine.append({"case": case.name, "subject": case.subject,
+                         "seen": None if seen["sha256"] is None else same or case.subject in subjects,
+                         "same_scan": same, "site": site(case) if task.sites else None}
+                        | {kind: {name: None if math.isnan(value) else round(value, 6)
+                                  for name, value in values.items()} for kind, values in scores.items()})
+    if common.agree(stop.is_set())[0]:
+        return None
     shares = [None] * processes.world
     dist.all_gather_object(shares, mine)
     return sorted((record for share in shares for record in share), key=lambda record: record["case"])
 
 
+def site(case):
+    """Scanner of a WMH case: Amsterdam-GE3T of the subject wmh/Amsterdam-GE3T_100."""
+    return case.subject.split("/")[-1].rpartition("_")[0]
+
+
+def estimate(cfg, task, pretrained, cases, folds, processes, stop):
+    """What cfg.folds will cost, from a few real steps and one case. The run folder is not touched."""
+    if task.networks or not cfg.folds:
+        raise UserError("nothing is left to train, so there is nothing to estimate")
+    train, evaluate = ([cases[n] for n in folds[cfg.folds[0]][part]] for part in ("train", "evaluate"))
+    with tempfile.TemporaryDirectory() as folder:
+        model = train_fold(cfg, task, pretrained, train, cfg.seed, folder, processes, stop)
+    began, n = time.perf_counter(), sum(len(folds[f]["evaluate"]) for f in cfg.folds)
+    evaluate_fold(cfg, task, model, history(pretrained), evaluate[:1], "one case", processes, stop)
+    seconds = time.perf_counter() - began
+    if processes.rank == 0:
+        hours = n * seconds / processes.world / 3600
+        print(f"evaluation {seconds:.3g} s a case; {n} cases: {hours:.2f} hours more")
+
+
 # ------------------------------------------------------------------------------------------------ the summary
-def mean_dice(records, names):
+def mean_dice(records, names, kind="dice"):
     """Mean over cases of the mean over `names`, and how many cases had none of them: as the official code, a
-    label in neither truth nor prediction does not count. A case without any is dropped."""
-    scores = [[r["dice"][n] for n in names if r["dice"][n] is not None] for r in records]
+    label in neither truth nor prediction does not count. A case without any is dropped. kind: of SCORES."""
+    scores = [[r[kind][n] for n in names if r[kind][n] is not None] for r in records]
     means = [sum(s) / len(s) for s in scores if s]
     return (sum(means) / len(means) if means else math.nan), len(scores) - len(means)
 
 
-def summarise(name, cfg, task, done, folds):
-    """Markdown: Dice in percent for each fold, mean and standard deviation over folds, as in the paper's
-    Table 6."""
-    classes, regions = list(task.classes[1:]), list(task.regions)
-    columns = {"mean": classes} if len(classes) > 1 else {}
-    columns |= {c: [c] for c in classes + regions}
-    lines = [f"# {name}, {cfg.model}, {'pretrained by ' + cfg.ckpt if cfg.ckpt else 'from scratch'}", "",
-             f"{cfg.steps} steps, batch {cfg.batch_size}, patch {cfg.patch_size}, lr {cfg.lr}, augment "
-             f"{cfg.augment}. Dice in percent, on each scan's own grid; dropped: cases with the label in "
-             "neither truth nor prediction.",
-             "", "| fold | trained on | evaluated | " + " | ".join(columns) + " | dropped |",
-             "|---|---|---|" + "---|" * (len(columns) + 1)]
-    values = {column: [] for column in columns}
-    for fold, records in sorted(done.items()):
-        dropped = []
-        for column, names in columns.items():
-            value, missing = mean_dice(records, names)
-            values[column].append(100 * value)
-            dropped.append(missing)
-        lines.append(f"| {fold} | {len(folds[fold]['train'])} | {len(records)} | "
-                     + " | ".join(f"{values[c][-1]:.2f}" for c in columns) + f" | {max(dropped)} |")
-    spread = [f"{np.mean(v):.2f} ± {np.std(v, ddof=1) if len(v) > 1 else 0:.2f}" for v in values.values()]
-    lines.append("| mean ± SD | | | " + " | ".join(spread) + " | |")
+def spread(means):
+    """Mean and standard deviation over folds, of those that have a value."""
+    means = [m for m in means if not math.isnan(m)]
+    return f"{np.mean(means):.2f} ± {np.std(means, ddof=1) if len(means) > 1 else 0:.2f}" if means else "-"
+
+
+def table(header, rows):
+    return ["", *(f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows))]
+
+
+def summarise(run, folds):
+    """dice.json and folds -> Markdown: Dice in percent for each fold, mean and standard deviation over folds
+    as in the paper's Table 6; Dice of the groups that differ in what was seen; the other scores."""
+    names, cfg, done = [*run["classes"], *run["regions"]], run["config"], sorted(run["folds"].items())
+    columns = ({"mean": run["classes"]} if len(run["classes"]) > 1 else {}) | {n: [n] for n in names}
+    rows = []
+    for fold, records in done:
+        means, dropped = zip(*(mean_dice(records, group) for group in columns.values()), strict=True)
+        rows.append([fold, len(folds[fold]["train"]), len(records), *(f"{100 * m:.2f}" for m in means),
+                     max(dropped)])
+
+    def over_folds(belongs=lambda record: True):
+        return [spread([100 * mean_dice(filter(belongs, records), group)[0] for _, records in done])
+                for group in columns.values()]
+
+    lines = [f"# {run['task']}, {run['model']}, {run['ckpt'] or 'from scratch'}", "",
+             f"{cfg['steps']} steps, batch {cfg['batch_size']}, patch {cfg['patch_size']}, lr {cfg['lr']}, "
+             f"augment {run['augment']}. Scores on each scan's own grid, Dice in percent. Dropped: cases "
+             "with the label in neither truth nor prediction; for distances, also those with it in one.",
+             *table(["fold", "trained on", "evaluated", *columns, "dropped"],
+                    [*rows, ["mean ± SD", "", "", *over_folds(), ""]])]
+    cases = {r["case"]: r for _, records in done for r in records}.values()
+    seen, same = sum(bool(r["seen"]) for r in cases), sum(r["same_scan"] for r in cases)
+    lines += ["", "The checkpoint does not say which scans were seen in pretraining."
+              if any(r["seen"] is None for r in cases) else
+              f"Of {len(cases)} evaluated scans {seen} were seen, unlabelled, in pretraining: {same} the "
+              f"same file, {seen - same} another of the subject."]
+    groups = {}
+    if 0 < seen < len(cases):
+        groups |= {"seen in pretraining": lambda r: r["seen"], "not seen": lambda r: not r["seen"]}
+    if run["sites"]:
+        groups |= {"sites of the training set": lambda r: r["site"] in run["sites"],
+                   "other sites": lambda r: r["site"] not in run["sites"]}
+    if groups:
+        rows = [[title, sum(map(belongs, cases)), *over_folds(belongs)] for title, belongs in groups.items()]
+        lines += table(["Dice of", "cases", *columns], rows)
+    rows = []
+    for kind, title in list(predict.SCORES.items())[1:]:
+        cells = []
+        for name in names:
+            means, dropped = zip(*(mean_dice(records, [name], kind) for _, records in done), strict=True)
+            cells += [spread(means), sum(dropped)]
+        rows.append([title, *cells])
+    lines += table(["mean ± SD", *(word for name in names for word in (name, "dropped"))], rows)
     return "\n".join(lines) + "\n"
 
 
-def resolve(cfg):
-    """Defaults that follow from others: the network from the checkpoint, the rate from the row, the preset
-    from both."""
-    saved = common.load_checkpoint(cfg.ckpt) if cfg.ckpt else {}
-    row, then = saved.get("row"), saved.get("config", {})
+# ---------------------------------------------------------------------------------------------------- the run
+def resolve(cfg, task, pretrained):
+    """Defaults that follow from others: the network from the checkpoint ({}: from scratch), the rate from the
+    row, the preset from both; -> cfg, and the origin of the weights: scratch, amaes, swin, finetune."""
+    row, then = pretrained.get("row"), pretrained.get("config", {})
     model = cfg.model or row
     if not model:
         raise UserError("give --model" + (": the checkpoint has no row" if cfg.ckpt else " or --ckpt"))
     encoders = {name: models.ROWS[name][:4] for name in (model, row) if name in models.ROWS}
     if row and encoders.get(model) != encoders.get(row):
         raise UserError(f"{cfg.ckpt} holds a {row}, not a {model}")
-    augmentation = cfg.augment or ("spatial" if cfg.ckpt else "all")
-    if augmentation not in ("none", "spatial", "all"):
-        raise UserError(f"augment {augmentation!r}: choose none, spatial, all")
-    origin = then.get("objective", "amaes") if cfg.ckpt else "scratch"
-    task = os.path.splitext(os.path.basename(cfg.task))[0]
-    return dataclasses.replace(cfg, model=model, out=cfg.out or f"runs/{task}-{model}-{origin}",
-                               lr=cfg.lr or RATES.get(model, 1e-4), augment=augmentation,
-                               compile=model != "swinunetr" if cfg.compile is None else cfg.compile,
-                               merge=cfg.merge or then.get("merge", "legacy"),
-                               features=cfg.features or then.get("features"))
+    for key, known in (("augment", ("auto", "none", "spatial", "all")), ("precision", tuple(PRECISIONS))):
+        if getattr(cfg, key) not in known:
+            raise UserError(f"{key} {getattr(cfg, key)!r}: choose {', '.join(known)}")
+    automatic = "spatial" if cfg.ckpt else "all"
+    if not cfg.ckpt:
+        origin = "scratch"
+    elif pretrained.get("kind") == "finetune":
+        origin = "finetune"
+    else:  # files of others do not say: the published ones are AMAES, for SwinUNETR [23]
+        origin = then.get("objective", "swin" if model == "swinunetr" else "amaes")
+    name = os.path.splitext(os.path.basename(cfg.task))[0]
+    networks = f"runs/{task.networks}-{model}-{origin}" if task.networks else None
+    return dataclasses.replace(
+        cfg, model=model, out=cfg.out or f"runs/{name}-{model}-{origin}", networks=cfg.networks or networks,
+        lr=cfg.lr or RATES.get(model, 1e-4), augment=automatic if cfg.augment == "auto" else cfg.augment,
+        compile=model != "swinunetr" if cfg.compile is None else cfg.compile,
+        merge=cfg.merge or then.get("merge", "legacy"), features=cfg.features or then.get("features")), origin
+
+
+def settings_of(folder, cfg, task):
+    """cfg with the settings of the run whose networks the task evaluates (WMH OOD, section 4.1)."""
+    path = os.path.join(folder, "config.yaml")
+    if not os.path.exists(path):
+        raise UserError(f"no run in {folder}: first finetune.py --task {task.networks} with the same --ckpt "
+                        "or --model, or name its folder with --networks")
+    then = common.read_yaml(Config, path)
+    if (then["ckpt"], then["model"]) != (cfg.ckpt, cfg.model):
+        raise UserError(f"{folder} is of --ckpt {then['ckpt']} --model {then['model']}: give the same here")
+    return dataclasses.replace(cfg, **{key: value for key, value in then.items()
+                                       if key not in (*FREE, "task", "networks", "overlap")})
+
+
+def load_fold(cfg, task, fold, train, device):
+    """The finished network of a fold of that run, and its checkpoint."""
+    path = os.path.join(cfg.networks, f"fold_{fold}", "last.pt")
+    model, checkpoint = predict.load_network(path, device)
+    theirs = checkpoint["task"]
+    if checkpoint["step"] < checkpoint["config"]["steps"]:
+        raise UserError(f"{path} is at step {checkpoint['step']}: finish task {task.networks} first")
+    if (theirs["classes"], theirs["sequences"], checkpoint["cases"]) != (task.classes, task.sequences, train):
+        raise UserError(f"{path} has other classes or sequences, or was trained on other cases than "
+                        f"{task.data} gives for this fold")
+    return model, checkpoint
+
+
+def check_same_run(cfg):
+    """UserError if the run folder has finished folds of other settings: they would be taken for these."""
+    path = os.path.join(cfg.out, "config.yaml")
+    if os.path.exists(path) and glob.glob(os.path.join(glob.escape(cfg.out), "fold_*", "dice.json")):
+        now = dataclasses.asdict(cfg)
+        then = now | common.read_yaml(Config, path)
+        changed = [f"{k} {then[k]} -> {now[k]}" for k in now if k not in FREE and then[k] != now[k]]
+        if changed:
+            raise UserError(f"{cfg.out} has folds of another run ({', '.join(changed)}): new --out, or the "
+                            "old values")
 
 
 def main(cfg):
-    cfg = resolve(cfg)
-    name, task = read_task(cfg.task)
-    task = dataclasses.replace(task, data=cfg.data or task.data)
     processes = common.init_processes(cfg.device)
-    if cfg.batch_size % processes.world:
-        raise UserError(f"batch_size {cfg.batch_size} cannot be shared by {processes.world} processes evenly")
     stop = common.catch_signals()
-    cases = data.labelled_cases(task.data, task.source, task.sequences)
-    if not cases:
-        raise UserError(f"{task.data} has no labelled case with {', '.join(task.sequences)}"
-                        + (f" of source {task.source}" if task.source else ""))
+    with common.together():
+        name, task = read_task(cfg.task)
+        pretrained = common.load_checkpoint(cfg.ckpt) if cfg.ckpt else {}
+        pretrained.pop("optimizer", None)
+        cfg, origin = resolve(cfg, task, pretrained)
+        if task.networks:
+            cfg = settings_of(cfg.networks, cfg, task)
+        if cfg.batch_size % processes.world:
+            raise UserError(f"batch_size {cfg.batch_size} cannot be shared by {processes.world} processes")
+        task = dataclasses.replace(task, data=cfg.data or task.data, n_train=cfg.n_train or task.n_train)
+        cases = data.labelled_cases(task.data, task.source, task.sequences)
+        if not cases:
+            raise UserError(f"{task.data} has no labelled case with {', '.join(task.sequences)}"
+                            + (f" of source {task.source}" if task.source else ""))
+        folds = make_folds(task.networks or name, task, cases)
+        chosen = range(len(folds)) if cfg.folds is None else cfg.folds
+        if not set(chosen) <= set(range(len(folds))):
+            raise UserError(f"folds {cfg.folds}: task {name} has the folds 0 to {len(folds) - 1}")
+        check_same_run(cfg)
+        if processes.rank == 0:
+            print(f"task {name}: {len(cases)} cases; each fold trains on {len(folds[0]['train'])} and "
+                  f"evaluates {len(folds[0]['evaluate'])}; {cfg.model}, augment {cfg.augment}, lr {cfg.lr}\n"
+                  f"{common.versions()}")
     by_name = {case.name: case for case in cases}
-    folds = make_folds(name, task, cases)
-    chosen = range(len(folds)) if cfg.folds is None else cfg.folds
-    if not set(chosen) <= set(range(len(folds))):
-        raise UserError(f"folds {cfg.folds}: task {name} has the folds 0 to {len(folds) - 1}")
-    out = cfg.out
-    if processes.rank == 0:
-        os.makedirs(out, exist_ok=True)
-        common.write_text(f"{out}/config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
-        common.write_text(f"{out}/folds.json", json.dumps({"task": name, "folds": folds}, indent=1))
-        print(f"task {name}: {len(cases)} cases; each fold trains on {len(folds[0]['train'])} and evaluates "
-              f"{len(folds[0]['evaluate'])}; {cfg.model}, augment {cfg.augment}, lr {cfg.lr}\n"
-              f"{common.versions()}")
+    finished = {f: os.path.join(cfg.out, f"fold_{f}", "dice.json") for f in range(len(folds))}
+    if cfg.estimate:
+        cfg = dataclasses.replace(cfg, folds=[f for f in chosen if not os.path.exists(finished[f])])
+        return estimate(cfg, task, pretrained, by_name, folds, processes, stop)
+    with common.together():
+        if processes.rank == 0:
+            with common.writing(cfg.out):
+                for fold in chosen:
+                    os.makedirs(os.path.dirname(finished[fold]), exist_ok=True)
+            settings = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
+            common.write_text(f"{cfg.out}/config.yaml", settings)
+            common.write_text(f"{cfg.out}/folds.json", json.dumps({"task": name, "folds": folds}, indent=1))
 
     for fold in chosen:
-        folder = os.path.join(out, f"fold_{fold}")
-        scores = os.path.join(folder, "dice.json")
-        os.makedirs(folder, exist_ok=True)
-        if not common.agree(os.path.exists(scores))[0]:
-            model = train_fold(cfg, task, [by_name[n] for n in folds[fold]["train"]], folder, processes, stop)
-            if model is None:
-                break
-            rest = [by_name[n] for n in folds[fold]["evaluate"]]
-            records = evaluate_fold(cfg, task, model, rest, folder, processes)
+        folder = os.path.dirname(finished[fold])
+        if common.agree(os.path.exists(finished[fold]))[0]:
+            continue
+        train, rest = ([by_name[n] for n in folds[fold][part]] for part in ("train", "evaluate"))
+        seen = history(pretrained)
+        if task.networks:
+            with common.together():
+                model, seen = load_fold(cfg, task, fold, folds[fold]["train"], processes.device)
+        else:
+            seed = common.derive_seed(cfg.seed, "fold", fold)
+            model = train_fold(cfg, task, pretrained, train, seed, folder, processes, stop)
+        if model is None:
+            break
+        records = evaluate_fold(cfg, task, model, seen, rest, folder, processes, stop)
+        if records is None:
+            break
+        with common.together():
             if processes.rank == 0:
-                common.write_text(scores, json.dumps(records, indent=1))
-        dist.barrier()
+                common.write_text(finished[fold], json.dumps(records, indent=1))
     if processes.rank == 0:
         # Whatever folds are there, from this run or from others beside it.
-        done = {f: json.load(open(path)) for f in range(len(folds))
-                if os.path.exists(path := os.path.join(out, f"fold_{f}", "dice.json"))}
-        common.write_text(os.path.join(out, "dice.json"), json.dumps(
-            {"task": name, "model": cfg.model, "ckpt": cfg.ckpt, "augment": cfg.augment,
-             "classes": task.classes[1:], "regions": list(task.regions), "folds": done}, indent=1))
+        done = {f: json.load(open(path)) for f, path in finished.items() if os.path.exists(path)}
+        with torch.device("meta"):
+            params = sum(p.numel() for p in build(cfg, task, {})[0].parameters())
+        sites = sorted({site(c) for c in cases if c.volumes[0].split != "test"}) if task.sites else None
+        run = {"task": name, "model": cfg.model, "ckpt": cfg.ckpt, "origin": origin, "augment": cfg.augment,
+               "params": params, "classes": task.classes[1:], "regions": list(task.regions), "sites": sites,
+               "pretraining": history(pretrained)["pretraining"], "config": dataclasses.asdict(cfg),
+               "folds": done}
+        common.write_text(os.path.join(cfg.out, "dice.json"), json.dumps(run, indent=1))
         if done:
-            summary = summarise(name, cfg, task, done, folds)
-            common.write_text(os.path.join(out, "summary.md"), summary)
+            summary = summarise(run, folds)
+            common.write_text(os.path.join(cfg.out, "summary.md"), summary)
             print(summary)
         if len(done) < len(folds):
             print(f"{len(done)} of {len(folds)} folds done; the same command goes on")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

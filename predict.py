@@ -51,8 +51,8 @@ def axis_weights(n, gaussian):
 
 @torch.inference_mode()
 def sliding_window(model, volume, patch_size, overlap=0.5, gaussian=False, batch=1, skip_empty=False):
-    """Mean of the logits of all windows over a voxel: volume (C, D, H, W) -> logits (K, D, H, W) float32, on
-    the model's device.
+    """Mean of the logits of all windows over a voxel: volume (C, D, H, W), float16 as stored or any other ->
+    logits (K, D, H, W) float32, on the model's device.
 
     patch_size: voxels a side, or three of them. batch: windows at once. A volume smaller than the patch is
     padded with 0. skip_empty: windows without a voxel above 0 count as logits of 0 and are not computed. The
@@ -254,17 +254,19 @@ def load_network(path, device):
 
 
 def prepare_scan(paths):
-    """NIfTI files of one session on one grid -> (volume (C, D, H, W) float32 in [0, 1] at 1 mm, geometry,
-    first image).
+    """NIfTI files of one session on one grid -> (volume (C, D, H, W) in [0, 1] at 1 mm, geometry, first
+    image).
 
-    As in preparation, the channels share the union of their tight boxes. Raises UserError naming the file."""
+    As in preparation, the channels share the union of their tight boxes, and values are float16: the network
+    was trained on such. Raises UserError naming the file."""
     images = [prepare_data.load_scan(path) for path in paths]
     for path, image in zip(paths, images, strict=True):
         if image.shape != images[0].shape or not np.allclose(image.affine, images[0].affine, atol=1e-2):
             raise UserError(f"{path} is not on the grid of {paths[0]}: register and resample the channels")
     box = prepare_data.union_box([prepare_data.tight_box(prepare_data.read_voxels(i)[0]) for i in images])
     prepared = [prepare_data.preprocess(image, box) for image in images]
-    return torch.from_numpy(np.stack([volume for volume, _ in prepared])), prepared[0][1], images[0]
+    volume = np.stack([volume.astype(np.float16) for volume, _ in prepared])
+    return torch.from_numpy(volume), prepared[0][1], images[0]
 
 
 def main(cfg):

@@ -14,7 +14,6 @@ import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from torch.nn.parallel import DistributedDataParallel
@@ -60,10 +59,12 @@ class Config:
     seed: int = 0  # of every draw
     device: str = "auto"  # auto, cpu or cuda
     out: str | None = None  # run folder; by default runs/<model>. A run that was cut off continues there
+    estimate: bool = False  # time a few steps, print what the run will cost, write nothing
 
 
 # Keys that may change between a run and its continuation: they do not touch what is computed.
-FREE = ("data", "workers", "device", "out", "save_every", "log_every", "val_every", "compile", "micro_batch")
+FREE = ("data", "workers", "device", "out", "save_every", "log_every", "val_every", "compile", "micro_batch",
+        "estimate")
 
 
 # --------------------------------------------------------------------------------- the objective, section 3.1
@@ -215,11 +216,12 @@ def validate(cfg, model, cases, micro, processes, dtype):
     mine = [(0, index) for index in range(processes.rank, len(cases), processes.world)]
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
-    for i in range(0, len(mine), micro):
-        batch = data.collate([dataset[key] for key in mine[i:i + micro]])
-        if batch.fault:
-            raise UserError(batch.fault)
-        sums += OBJECTIVES[cfg.objective](cfg, model, batch, processes.device, dtype, True)[1].to("cpu")
+    with common.together():
+        for i in range(0, len(mine), micro):
+            batch = data.collate([dataset[key] for key in mine[i:i + micro]])
+            if batch.fault:
+                raise UserError(batch.fault)
+            sums += OBJECTIVES[cfg.objective](cfg, model, batch, processes.device, dtype, True)[1].to("cpu")
     model.train()
     return losses_of(cfg, common.total(sums))
 
@@ -273,57 +275,64 @@ def check(cfg):
 
 
 def main(cfg):
-    check(cfg)
     processes = common.init_processes(cfg.device)
     rank, device = processes.rank, processes.device
     stop = common.catch_signals()
     out = cfg.out or f"runs/{cfg.model}"
-    objective = OBJECTIVES[cfg.objective]
     dtype = torch.float64 if cfg.precision == "fp64" else torch.float32
-
-    train, validation, held_out = open_data(cfg)
-    steps, warmup, micro = plan(cfg, len(train), processes)
-    val_every = cfg.val_every or max(1, len(train) // cfg.batch_size)
-
-    torch.manual_seed(cfg.seed)
-    task = {"amaes": "pretrain", "swin": "swin"}[cfg.objective]
-    model = models.build_model(cfg.model, task, decoder=cfg.decoder, skips=cfg.skips, merge=cfg.merge,
-                               features=cfg.features).to(device, dtype)
-    models.check_patch(model, cfg.patch_size, device, cfg.precision)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, eps=cfg.eps,
-                                  amsgrad=cfg.amsgrad, fused=True)
-    step = common.resume(os.path.join(out, "last.pt"), cfg, FREE, model, optimizer)
-    ddp = DistributedDataParallel(model)
-    train_model = torch.compile(ddp) if cfg.compile else ddp  # `model` is saved and evaluated
-    losses = []  # on their way to the host; read a step late, so that the device never waits
-    saved = step
     versions = common.versions()
+
+    with common.together():  # nobody goes on before the folder is there
+        check(cfg)
+        objective = OBJECTIVES[cfg.objective]
+        train, validation, held_out = open_data(cfg)
+        steps, warmup, micro = plan(cfg, len(train), processes)
+        val_every = cfg.val_every or max(1, len(train) // cfg.batch_size)
+        torch.manual_seed(cfg.seed)
+        task = {"amaes": "pretrain", "swin": "swin"}[cfg.objective]
+        model = models.build_model(cfg.model, task, decoder=cfg.decoder, skips=cfg.skips, merge=cfg.merge,
+                                   features=cfg.features).to(device, dtype)
+        models.check_patch(model, cfg.patch_size, device, cfg.precision)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
+                                      eps=cfg.eps, amsgrad=cfg.amsgrad, fused=True)
+        step = common.resume(f"{out}/last.pt", cfg, FREE, model, optimizer)
+        hours = common.load_checkpoint(f"{out}/last.pt").get("hours", 0.0) if step else 0.0
+        if rank == 0:
+            print(f"{cfg.model}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+                  f"{processes.world} x {device}, {cfg.precision}\n{versions}\nrun folder {out}"
+                  + (f", continues at step {step}" if step else ""))
+        if rank == 0 and not cfg.estimate:
+            with common.writing(out):
+                os.makedirs(out, exist_ok=True)
+            common.write_text(f"{out}/config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
+            common.write_text(f"{out}/held_out.json", json.dumps(held_out, indent=1))
+            common.cut_log(out, step)
+    mine = torch.tensor([step, len(train)], dtype=torch.float64)
+    common.stop_all(f"{out} or {cfg.data} differs between the nodes: share them, or copy them"
+                    if (common.total(mine) != mine * processes.world).any() else "")
+    ddp = DistributedDataParallel(model)
+    train_model = common.compile_or_warn(ddp, cfg.compile, device)  # `model` is saved and evaluated
+    losses = []  # on their way to the host; read a step late, so that the device never waits
 
     def save(step):
         """last.pt: all that a continuation or a finetuning needs, with what the network has seen."""
         common.check_in(losses, keep=0)  # never weights that a loss which is not finite has touched
-        if rank == 0:
-            common.save_checkpoint(os.path.join(out, "last.pt"), {
-                "kind": "pretrain", "row": cfg.model, "step": step, "config": dataclasses.asdict(cfg),
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "versions": versions,
-                "subjects": sorted({c.subject for c in train}),
-                "sha256": [v.sha256 for c in train for v in c.volumes]})
-
-    if rank == 0:
-        os.makedirs(out, exist_ok=True)
-        common.write_text(f"{out}/config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
-        common.write_text(f"{out}/held_out.json", json.dumps(held_out, indent=1))
-        common.cut_log(out, step)
-        print(f"{cfg.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {processes.world} x "
-              f"{device}, {cfg.precision}, compile {cfg.compile}\n{versions}\nrun folder {out}"
-              + (f", continues at step {step}" if step else ""))
-    dist.barrier()  # nobody writes before the folder is there
+        with common.together():
+            if rank == 0:
+                common.save_checkpoint(f"{out}/last.pt", {
+                    "kind": "pretrain", "row": cfg.model, "step": step, "config": dataclasses.asdict(cfg),
+                    "hours": hours + (time.perf_counter() - began) / 3600,  # over all continuations
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(), "versions": versions,
+                    "subjects": sorted({c.subject for c in train}),
+                    "sha256": [v.sha256 for c in train for v in c.volumes]})
 
     stream = data.SampleStream(len(train), cfg.seed, cfg.batch_size, step, steps, rank, processes.world)
     dataset = data.Crops(train, cfg.patch_size, cfg.seed, cfg.augment)
-    batches = iter(data.make_loader(dataset, stream, cfg.workers, device))
+    batches = data.make_loader(dataset, stream, cfg.workers, device)
+    if cfg.estimate:
+        batches = common.estimate(batches, cfg.workers, steps - step, device)
     progress = tqdm(total=steps, initial=step, disable=rank != 0, desc="pretrain")
-    began, first, unreadable = time.perf_counter(), step, False
+    began, first, saved, unreadable = time.perf_counter(), step, step, False
     for batch in batches:
         # All processes stop together or not at all: a signal, an unreadable file, a loss not finite.
         signalled, unreadable = common.check_in(losses, stop.is_set(), batch.fault)
@@ -346,6 +355,8 @@ def main(cfg):
         optimizer.zero_grad(set_to_none=True)
         step += 1
         progress.update()
+        if cfg.estimate:
+            continue
 
         record = {}
         if logging:
@@ -353,22 +364,23 @@ def main(cfg):
         if step % val_every == 0 or step == steps:
             scores = validate(cfg, model, validation, micro, processes, dtype)
             record |= {f"val_{key}": value for key, value in scores.items()}
-        if record and rank == 0:
+        if record:
             record = {"step": step} | record | {"seconds": (time.perf_counter() - began) / (step - first)}
-            common.append_log(out, record)
-            progress.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
+            with common.together():
+                if rank == 0:
+                    common.append_log(out, record)
+                    progress.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
         if step % cfg.save_every == 0:
             save(step)
             saved = step
     progress.close()
-    if step > saved:
+    if step > saved and not cfg.estimate:
         save(step)
     if unreadable:
-        raise UserError(batch.fault or "stopped: another process could not read its data")
-    if rank == 0:
+        common.stop_all(batch.fault)
+    if rank == 0 and not cfg.estimate:
         print(f"{out}/last.pt holds step {step} of {steps}"
               + ("" if step == steps else "; the same command goes on from there"))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

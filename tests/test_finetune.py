@@ -1,15 +1,23 @@
 """Finetuning, evaluation, prediction and comparison: the loss, the folds, the window, the scan's own grid."""
 
+import contextlib
+import csv
 import dataclasses
 import glob
+import hashlib
+import importlib
+import io
 import json
 import math
 import os
+import signal
+import threading
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import log_of, mistake, script
 
@@ -17,11 +25,29 @@ import common
 import data
 import finetune
 import predict
+import pretrain
 
 TASK = {"data": "set by --data", "sequences": ["FLAIR"], "classes": ["background", "lesion"],
         "labels": {0: 0, 1: 1}, "n_train": 3, "folds": 2}
 TINY = {"steps": 6, "patch_size": 32, "batch_size": 2, "save_every": 4, "log_every": 1, "compile": "false",
-        "precision": "fp32", "workers": 1, "lr": 1e-3}
+        "precision": "fp32", "workers": 1, "lr": 1e-3, "overlap": 0}
+
+
+def run(name, *words, **settings):
+    """A script in this process, which is quicker -> what it printed."""
+    module, output = importlib.import_module(name), io.StringIO()
+    words = [str(word) for word in words]
+    words += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with contextlib.redirect_stdout(output):
+            module.main(common.parse_config(module.Config, words))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return output.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +110,51 @@ def cases_of(n, test=0):
                       (row._replace(split="test" if i < test else "train"),)) for i in range(n)]
 
 
-@pytest.mark.parametrize(("n", "test", "evaluate", "evaluated"),
-                         [(1251, 313, "test", 313), (250, 63, "rest", 167), (60, 0, "rest", 40)])
-def test_split_arithmetic_of_the_paper(n, test, evaluate, evaluated):
+@pytest.mark.parametrize(("n", "quarter", "evaluate", "counts"), [
+    (1251, "test", "test", (938, 313, 313)),  # BraTS21, Table 4
+    (1251, "test", "rest", (938, 313, 918)),  # BraTS21, Tables 2 and 3
+    (250, "pretrain", "rest", (187, 63, 167)),  # ISLES22: 63 are set aside, but for pretraining
+    (60, None, "rest", (60, 0, 40)),  # WMH
+])
+def test_split_arithmetic_of_the_paper(n, quarter, evaluate, counts):
+    cases = cases_of(n)
+    kept, held = data.split_subjects([c.subject for c in cases], 0.25, 0) if quarter else (cases, [])
+    assert (len(kept), len(held)) == counts[:2]
+    cases = [c._replace(volumes=(c.volumes[0]._replace(split=quarter if c.subject in held else "train"),))
+             for c in cases]
+    usable = [c for c in cases if c.volumes[0].split != "pretrain"]  # as data.labelled_cases
     task = finetune.Task("d", ("b", "l"), {0: 0, 1: 1}, ("FLAIR",), evaluate=evaluate)
-    folds = finetune.make_folds("task", task, cases_of(n, test))
+    folds = finetune.make_folds("task", task, usable)
+    subjects = {c.name: c.subject for c in cases}
     assert len(folds) == 6 and len({tuple(f["train"]) for f in folds}) == 6
     for fold in folds:
-        assert len(fold["train"]) == 20 and len(fold["evaluate"]) == evaluated
-        assert not set(fold["train"]) & set(fold["evaluate"])
-    assert folds[0]["train"] != finetune.make_folds("other", task, cases_of(n, test))[0]["train"]
+        train, rest = ({subjects[name] for name in fold[part]} for part in ("train", "evaluate"))
+        assert (len(train), len(rest)) == (20, counts[2]) and not train & rest
+        assert not train & set(held) and (rest == set(held)) == (evaluate == "test")
+    assert folds[0]["train"] != finetune.make_folds("other", task, usable)[0]["train"]
+
+
+def test_sessions_of_a_subject_stay_together():
+    cases = [c._replace(name=f"{c.name}_{session}") for c in cases_of(30) for session in "ab"]
+    task = finetune.Task("d", ("b", "l"), {0: 0, 1: 1}, ("FLAIR",))
+    for fold in finetune.make_folds("task", task, cases):
+        assert (len(fold["train"]), len(fold["evaluate"])) == (40, 20)
+        assert not {name[:-2] for name in fold["train"]} & {name[:-2] for name in fold["evaluate"]}
+
+
+def test_folds_are_the_same_on_every_machine():
+    task = finetune.Task("d", ("b", "l"), {0: 0, 1: 1}, ("FLAIR",))
+    folds = finetune.make_folds("wmh", task, cases_of(60))
+    assert folds[0]["train"][:4] == ["c0002", "c0003", "c0007", "c0008"]
+    assert hashlib.sha256(json.dumps(folds).encode()).hexdigest()[:16] == "f71f6d6c34dfb579"
+
+
+def test_more_training_subjects_are_the_same_ones_and_more():
+    task = finetune.Task("d", ("b", "l"), {0: 0, 1: 1}, ("FLAIR",))
+    trained = [set(finetune.make_folds("wmh", dataclasses.replace(task, n_train=n), cases_of(60))[0]["train"])
+               for n in (5, 10, 20, 40)]
+    assert [len(names) for names in trained] == [5, 10, 20, 40]
+    assert all(few < many for few, many in zip(trained, trained[1:], strict=False))
 
 
 def test_leave_one_out():
@@ -107,6 +168,8 @@ def test_a_task_that_needs_more_subjects_is_refused():
     task = finetune.Task("d", ("b", "l"), {0: 0, 1: 1}, ("FLAIR",))
     with pytest.raises(common.UserError, match="trains on 20 subjects"):
         finetune.make_folds("task", task, cases_of(20))
+    with pytest.raises(common.UserError, match="split test, of which d has no"):
+        finetune.make_folds("task", dataclasses.replace(task, evaluate="test"), cases_of(30))
 
 
 # ------------------------------------------------------------------------------------------- foreground crops
@@ -188,10 +251,12 @@ def test_finetuning_takes_the_whole_encoder_and_scores_every_case(finetuned, pre
 
 
 def test_encoder_weights_arrive(prepared, pretrained, task):
-    cfg = finetune.resolve(finetune.Config(task=str(task), ckpt=str(pretrained)))
-    _, read = finetune.read_task(str(task))
-    model = finetune.build(cfg, read, torch.device("cpu"), torch.float32, quiet=True)
-    saved = common.load_checkpoint(pretrained)["model"]
+    checkpoint, (_, read) = common.load_checkpoint(pretrained), finetune.read_task(str(task))
+    cfg, origin = finetune.resolve(finetune.Config(task=str(task), ckpt=str(pretrained)), read, checkpoint)
+    assert origin == "amaes"
+    model, report = finetune.build(cfg, read, checkpoint)
+    saved = checkpoint["model"]
+    assert sorted(report.taken) == sorted(n for n in saved if n.startswith("encoder."))
     encoder = {k: v for k, v in model.state_dict().items() if k.startswith("encoder.")}
     assert len(encoder) == 40
     assert all(torch.equal(v, saved[k]) for k, v in encoder.items())
@@ -220,7 +285,7 @@ def test_two_processes_evaluate_the_same_cases(prepared, task, tmp_path):
 def test_prediction_lies_on_the_scans_own_grid(finetuned, raw, tmp_path):
     out, _ = finetuned
     for i, scan in enumerate(sorted(glob.glob(f"{raw}/**/*FLAIR.nii.gz", recursive=True))[:4]):
-        script("predict.py", scan, ckpt=out / "fold_0" / "last.pt", out=tmp_path / f"{i}.nii.gz")
+        run("predict", scan, ckpt=out / "fold_0" / "last.pt", overlap=0, out=tmp_path / f"{i}.nii.gz")
         source, result = nib.load(scan), nib.load(tmp_path / f"{i}.nii.gz")
         assert result.shape == source.shape and np.allclose(result.affine, source.affine, atol=1e-6)
         assert result.get_data_dtype() == np.uint8 and set(np.unique(result.dataobj)) <= {0, 1}
@@ -233,16 +298,17 @@ def test_prediction_scores_as_the_evaluation_does(finetuned, prepared, raw, tmp_
     subject = case.volumes[0].subject
     scan = glob.glob(f"{raw}/**/*{subject}*FLAIR.nii.gz", recursive=True)[0]
     truth = scan.replace("FLAIR", "lesion")
-    result = script("predict.py", scan, truth=truth, ckpt=out / "fold_0" / "last.pt",
+    result = script("predict.py", scan, truth=truth, ckpt=out / "fold_0" / "last.pt", overlap=0,
                     out=tmp_path / "s.nii.gz")
-    score = result.stdout.split("Dice lesion: ")[1].split()[0]
+    score = result.stdout.split("lesion: Dice ")[1].split(",")[0]
     assert score == "nan" if record["dice"]["lesion"] is None else (
         float(score) == pytest.approx(record["dice"]["lesion"], abs=2e-3)), "float16 storage may move a voxel"
 
 
 def test_compare_pairs_runs_and_refuses_other_folds(finetuned, prepared, task, tmp_path):
     out, _ = finetuned
-    script("finetune.py", model="unet_demo", task=task, data=prepared, out=tmp_path / "scratch", **TINY)
+    settings = TINY | {"task": task, "data": prepared, "out": tmp_path / "scratch", "workers": 0}
+    run("finetune", model="unet_demo", **settings)
     result = script("compare.py", tmp_path / "scratch", out, out=tmp_path / "table.md")
     assert "| lesion |" in result.stdout and (tmp_path / "table.md").exists()
     folds = json.loads((tmp_path / "scratch" / "folds.json").read_text())
@@ -251,23 +317,12 @@ def test_compare_pairs_runs_and_refuses_other_folds(finetuned, prepared, task, t
     assert "different tasks or folds" in mistake("compare", tmp_path / "scratch", out)
 
 
-def test_paired_differences():
-    def record(case, value):
-        return {"case": case, "dice": {"a": value}}
-    first = {"0": [record("x", 0.5), record("y", None)], "1": [record("x", 0.2)]}
-    second = {"0": [record("y", 0.3), record("x", 0.7)], "1": [record("x", 0.1)]}
-    import compare
-    means, differences = compare.paired(first, second, ["a"])
-    assert np.allclose(means, [[50, 50], [20, 10]])
-    assert np.allclose(differences, [20, -10]), "a case without a score in one run is in no pair"
-
-
 # -------------------------------------------------------------------------------------------------- bad input
 def test_a_checkpoint_of_another_model_is_refused(prepared, pretrained, task, tmp_path):
     settings = TINY | {"task": task, "data": prepared, "out": tmp_path, "model": "unet_b"}
     assert "holds a unet_demo, not a unet_b" in mistake("finetune", ckpt=pretrained, **settings)
     checkpoint = common.load_checkpoint(pretrained)
-    checkpoint.pop("row")
+    del checkpoint["row"], checkpoint["format"]  # as if another program had written it
     torch.save(checkpoint, tmp_path / "anonymous.pt")
     line = mistake("finetune", ckpt=tmp_path / "anonymous.pt", **settings)
     assert "of 40 encoder tensors 40 are missing or of another shape" in line
@@ -295,6 +350,9 @@ def test_a_checkpoint_with_code_is_refused_and_nothing_runs(prepared, task, tmp_
     ({"data": "/nowhere"}, "not a prepared folder"),
     ({"folds": 7}, "folds 0 to 1"),
     ({"stepz": 3}, "did you mean 'steps'"),
+    ({"precision": "fp16"}, "choose bf16, fp32, fp64"),
+    ({"augment": "basic"}, "choose auto, none, spatial, all"),
+    ({"n_train": 5}, "trains on 5 subjects and needs more"),
 ])
 def test_a_mistake_ends_in_one_line(prepared, task, tmp_path, settings, message):
     merged = TINY | {"model": "unet_demo", "task": task, "data": prepared, "out": tmp_path} | settings
@@ -313,6 +371,197 @@ def test_prediction_refuses_what_it_cannot_use(finetuned, pretrained, raw, tmp_p
                                      ((tmp_path / "broken.nii.gz",), {"ckpt": ckpt}, "broken.nii.gz")):
         assert message in mistake("predict", *words, out=tmp_path / "x.nii.gz", **settings)
     assert not (tmp_path / "x.nii.gz").exists()
+
+
+# ----------------------------------------------------------------------------------------------- the protocol
+def test_augmentations_by_default_and_crossed():
+    def preset(ckpt, *words):
+        cfg = common.parse_config(finetune.Config, ["--task", "wmh", "--model", "unet_b", *words])
+        cfg, saved = dataclasses.replace(cfg, ckpt=ckpt), {"row": "unet_b"} if ckpt else {}
+        return finetune.resolve(cfg, finetune.read_task("wmh")[1], saved)[0].augment
+    assert (preset(None), preset("x.pt")) == ("all", "spatial"), "section 4.3, section 3.2"
+    for word in ("none", "spatial", "all"):
+        assert preset(None, "--augment", word) == preset("x.pt", "--augment", word) == word
+
+
+@pytest.mark.parametrize(("checkpoint", "model", "origin"), [
+    ({}, "unet_b", "scratch"),
+    ({"row": "unet_b", "kind": "pretrain", "config": {"objective": "amaes"}}, None, "amaes"),
+    ({"row": "swinunetr", "config": {"objective": "swin"}}, None, "swin"),
+    ({"row": "swinunetr", "config": {"objective": "amaes"}}, None, "amaes"),
+    ({"state_dict": {}}, "unet_xl", "amaes"), ({"state_dict": {}}, "swinunetr", "swin"),
+    ({"row": "unet_b", "kind": "finetune"}, None, "finetune")])
+def test_origin_names_the_run(checkpoint, model, origin):
+    cfg = finetune.Config(task="wmh", ckpt="x.pt" if checkpoint else None, model=model)
+    cfg, found = finetune.resolve(cfg, finetune.read_task("wmh")[1], checkpoint)
+    assert found == origin and cfg.out == f"runs/wmh-{cfg.model}-{origin}"
+    assert cfg.lr == 1e-4 and cfg.steps == 2500 and cfg.batch_size == 4 and cfg.patch_size == 128
+
+
+def test_finished_folds_of_other_settings_are_not_taken_for_these(finetuned, prepared, pretrained, task):
+    out, _ = finetuned
+    before = (out / "dice.json").read_text(), (out / "config.yaml").read_text()
+    settings = TINY | {"task": task, "data": prepared, "out": out, "augment": "none"}
+    line = mistake("finetune", ckpt=pretrained, **settings)
+    assert "folds of another run (augment spatial -> none)" in line
+    assert before == ((out / "dice.json").read_text(), (out / "config.yaml").read_text())
+
+
+def test_leakage_is_visible(finetuned, pretrained, prepared):
+    out, _ = finetuned
+    saw = common.load_checkpoint(pretrained)
+    result, summary = json.loads((out / "dice.json").read_text()), (out / "summary.md").read_text()
+    records = [record for fold in result["folds"].values() for record in fold]
+    for record in records:
+        assert record["seen"] is record["same_scan"] is (record["subject"] in saw["subjects"])
+    seen = {r["case"] for r in records if r["seen"]}
+    clean = {r["case"] for r in records} - seen
+    assert f"Of {len(seen | clean)} evaluated scans {len(seen)} were seen, unlabelled" in summary
+    assert ("| not seen |" in summary) == bool(seen and clean)
+    tuned = common.load_checkpoint(out / "fold_0" / "last.pt")
+    for key in ("subjects", "sha256"):
+        assert set(saw[key]) <= set(tuned[key])
+    assert tuned["pretraining"]["mask_ratio"] == result["pretraining"]["mask_ratio"] == 0.6
+    assert result["params"] == sum(tensor.numel() for tensor in tuned["model"].values())
+
+
+def test_history():
+    row = data.Volume("p", "s", "x", "", "FLAIR", "train", "l", "", "", "f00")
+    case = data.Case("c", "s/x", ("p",), "l", (row,))
+    scratch = {"subjects": ["s/x"], "sha256": ["f00"], "pretraining": None}
+    assert finetune.history({}, [case]) == scratch
+    first = {"kind": "pretrain", "subjects": ["s/a"], "sha256": ["a00"], "config": {"lr": 1}, "hours": 2.5}
+    expected = {"subjects": ["s/a", "s/x"], "sha256": ["a00", "f00"], "pretraining": {"lr": 1, "hours": 2.5}}
+    assert finetune.history(first, [case]) == expected
+    again = expected | {"kind": "finetune", "config": {"lr": 2}}
+    assert finetune.history(again) == expected, "finetuned again"
+    foreign = finetune.history({"state_dict": {}}, [case])
+    assert foreign == {"subjects": None, "sha256": None, "pretraining": {"hours": None}}
+
+
+def test_summary_of_groups_and_dropped_cases():
+    def record(case, dice, seen, site, hd95):
+        scores = {kind: {"a": 0.5, "b": None} for kind in predict.SCORES}
+        return {"case": case, "subject": case, "seen": seen, "same_scan": seen, "site": site} | scores | {
+            "dice": {"a": dice, "b": None}, "hd95": {"a": hd95, "b": None}}
+    done = {f: [record("x", 0.5 + f / 10, True, "Utrecht", 3.0), record("y", 0.1, False, "GE1T5", None),
+                record("z", None, False, "GE1T5", None)] for f in range(2)}
+    result = {"task": "t", "model": "unet_b", "ckpt": "c.pt", "augment": "all", "classes": ["a"],
+              "regions": ["b"], "sites": ["Utrecht"], "folds": done,
+              "config": dataclasses.asdict(finetune.Config("t", lr=1e-4))}
+    lines = finetune.summarise(result, [{"train": ["u"] * 20}] * 2).splitlines()
+    for line in ("| 0 | 20 | 3 | 30.00 | nan | 3 |", "| mean ± SD |  |  | 32.50 ± 3.54 | - |  |",
+                 "| seen in pretraining | 1 | 55.00 ± 7.07 | - |", "| not seen | 2 | 10.00 ± 0.00 | - |",
+                 "| sites of the training set | 1 | 55.00 ± 7.07 | - |",
+                 "| other sites | 2 | 10.00 ± 0.00 | - |",
+                 "| HD95 mm | 3.00 ± 0.00 | 4 | - | 6 |", "| lesion F1 | 0.50 ± 0.00 | 0 | - | 6 |",
+                 "Of 3 evaluated scans 1 were seen, unlabelled, in pretraining: 1 the same file, 0 another "
+                 "of the subject."):
+        assert line in lines, "\n".join(lines)
+    for records in done.values():
+        records[0]["seen"] = None
+    assert "does not say which scans" in finetune.summarise(result, [{"train": []}] * 2)
+
+
+@pytest.fixture(scope="module")
+def sites(raw, tmp_path_factory):
+    """Five subjects named as those of WMH, two of them test cases, one of those from another scanner; and a
+    finished run."""
+    folder = tmp_path_factory.mktemp("sites")
+    scans = sorted(glob.glob(f"{raw}/sub-L*/**/*FLAIR.nii.gz", recursive=True))
+    names = ["Utrecht_0", "Singapore_50", "Amsterdam-GE3T_100", "Utrecht_3",
+             "Amsterdam-Philips_VU.PETMR_01_168"]
+    with open(raw / "sites.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "subject", "session", "sequence", "label", "split"])
+        for i, (scan, name) in enumerate(zip(scans, names, strict=True)):
+            scan, split = os.path.relpath(scan, raw), "test" if i > 2 else "train"
+            writer.writerow([scan, name, "", "FLAIR", scan.replace("FLAIR", "lesion"), split])
+    run("prepare_data", source="manifest", input=raw / "sites.csv", out=folder / "prepared", workers=1)
+    (folder / "few.yaml").write_text(json.dumps(TASK | {"n_train": 2}))
+    ood = TASK | {"n_train": 2, "networks": "few", "evaluate": "test", "sites": True}
+    (folder / "few_ood.yaml").write_text(json.dumps(ood))
+    settings = TINY | {"data": folder / "prepared", "model": "unet_demo", "steps": 2, "workers": 0}
+    run("finetune", task=folder / "few.yaml", out=folder / "few", **settings)
+    return folder
+
+
+def test_a_task_evaluates_the_networks_of_another(sites):
+    printed = run("finetune", task=sites / "few_ood.yaml", data=sites / "prepared", model="unet_demo",
+                  networks=sites / "few", out=sites / "ood", overlap=0)
+    first, second = (json.loads((sites / name / "dice.json").read_text()) for name in ("few", "ood"))
+    trained, tested = (json.loads((sites / name / "folds.json").read_text())["folds"]
+                       for name in ("few", "ood"))
+    assert [f["train"] for f in trained] == [f["train"] for f in tested]
+    for records in second["folds"].values():
+        assert [r["case"] for r in records] == ["Amsterdam-Philips_VU.PETMR_01_168", "Utrecht_3"]
+        assert [r["site"] for r in records] == ["Amsterdam-Philips_VU.PETMR_01", "Utrecht"]
+        assert [r["seen"] for r in records] == [False, False]
+    assert second["sites"] == ["Amsterdam-GE3T", "Singapore", "Utrecht"]
+    assert second["task"] == "few_ood" and second["config"]["steps"] == 2
+    assert second["params"] == first["params"] > 0
+    assert "| other sites | 1 |" in printed and "| sites of the training set | 1 |" in printed
+    assert not list(sites.glob("ood/**/*.pt")), "nothing was trained"
+    network, checkpoint = predict.load_network(sites / "few" / "fold_1" / "last.pt", "cpu")
+    cases = data.labelled_cases(str(sites / "prepared"), None, ("FLAIR",))
+    case = next(case for case in cases if case.name == "Utrecht_3")
+    volume, geometry, truth = data.read_case(case)
+    found = predict.segment(network, volume, geometry, 32, overlap=0)
+    scores = predict.score_case(found, truth, checkpoint["task"], geometry["affine"])
+    expected = {kind: scores[kind]["lesion"] for kind in scores}
+    record = {kind: second["folds"]["1"][1][kind]["lesion"] for kind in scores}
+    assert record == {k: None if math.isnan(v) else pytest.approx(v, abs=1e-6) for k, v in expected.items()}
+
+
+def test_networks_that_are_not_there_or_do_not_fit_are_refused(sites, tmp_path):
+    settings = {"data": sites / "prepared", "model": "unet_demo", "task": sites / "few_ood.yaml",
+                "networks": sites / "few", "out": tmp_path}
+    (tmp_path / "other.yaml").write_text((sites / "few_ood.yaml").read_text().replace('"lesion"', '"stroke"'))
+    for changed, message in (({"networks": "/nowhere"}, "no run in /nowhere: first finetune.py --task few"),
+                             ({"model": "unet_b"}, "is of --ckpt None --model unet_demo"),
+                             ({"task": tmp_path / "other.yaml"}, "has other classes"),
+                             ({"estimate": "true"}, "nothing is left to train")):
+        assert message in mistake("finetune", **settings | changed)
+
+
+def test_an_estimate_takes_real_steps_and_touches_nothing(sites, tmp_path):
+    settings = {"data": sites / "prepared", "task": sites / "few.yaml", "model": "unet_demo", "workers": 0,
+                "steps": 50, "save_every": 1, "estimate": "true"}
+    printed = run("finetune", out=tmp_path / "run", **TINY | settings)
+    assert "100 steps: 0.0" in printed and "; 2 cases: 0.00 hours more" in printed, "of both folds"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_in_evaluation_leaves_no_scores(sites):
+    cfg = finetune.Config(task="few", patch_size=32, precision="fp32")
+    model, _ = predict.load_network(sites / "few" / "fold_0" / "last.pt", "cpu")
+    cases = data.labelled_cases(str(sites / "prepared"), None, ("FLAIR",))[:1]
+    stop, processes = threading.Event(), common.init_processes("cpu")
+    stop.set()
+    try:
+        task, seen = finetune.read_task(str(sites / "few.yaml"))[1], finetune.history({})
+        assert finetune.evaluate_fold(cfg, task, model, seen, cases, "", processes, stop) is None
+    finally:
+        dist.destroy_process_group()
+
+
+def test_every_ablation_is_a_config_of_its_script():
+    folder = os.path.join(os.path.dirname(finetune.__file__), "configs")
+    files, runs = sorted(glob.glob(f"{folder}/ablations/*.yaml")), {}
+    for path in files:
+        script = finetune if os.path.basename(path).startswith("finetune_") else pretrain
+        words = ["--task", "brats21"] if script is finetune else [f"{folder}/unet_xl.yaml"]
+        plain = common.parse_config(script.Config, words)
+        cfg = common.parse_config(script.Config, [*words, path])
+        listed = common.read_yaml(script.Config, path)
+        assert all(getattr(plain, key) != value for key, value in listed.items()), "only what differs"
+        assert f"{script.__name__}.py" in open(path).read()
+        runs[os.path.basename(path)] = cfg
+    outs = [cfg.out for cfg in runs.values() if isinstance(cfg, pretrain.Config)]
+    assert len(set(outs)) == len(outs) and "runs/unet_xl" not in outs
+    assert {cfg.n_train for cfg in runs.values() if isinstance(cfg, finetune.Config)} == {5, 10, 40}
+    assert runs["skips.yaml"].skips and runs["skips.yaml"].decoder == "standard"
+    assert runs["no_augment.yaml"].decoder == "light" and runs["no_augment.yaml"].augment == "none"
 
 
 def test_tasks_shipped_are_valid():

@@ -28,7 +28,10 @@ demo: .venv/ready
 	$(PY) predict.py --ckpt demo/runs/amaes/fold_0/last.pt demo/new/*/*/*/*FLAIR.nii.gz --out demo/segmentation.nii.gz
 	@echo "== 6/6 compare"
 	$(PY) compare.py demo/runs/scratch demo/runs/amaes --out demo/table.md
-	$(PY) docs/demo_figure.py demo
+	$(PY) docs/figures.py preview demo/runs/pretrain --out demo/preview.png
+	$(PY) docs/figures.py losses demo/runs/pretrain --out demo/losses.png
+	$(PY) docs/figures.py dice demo/runs/scratch demo/runs/amaes --out demo/dice.png
+	$(PY) docs/figures.py scan demo/new/*/*/*/*FLAIR.nii.gz demo/segmentation.nii.gz demo/new/*/*/*/*lesion.nii.gz --out demo/scan.png
 
 test: .venv/ready
 	.venv/bin/ruff check .

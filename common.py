@@ -163,8 +163,7 @@ def _help(config_class):
 
 # ------------------------------------------------------------------------------------------------- randomness
 def derive_seed(*parts):
-    """Seed of one draw: a 63-bit hash of (seed, epoch, sample, purpose), the same on every machine and
-    process."""
+    """Seed of one draw: a 63-bit hash of (seed, epoch, sample, purpose), the same on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -288,7 +287,7 @@ def compile_or_warn(model, wanted, device):
     reason = ""
     if wanted:
         try:
-            torch.compile(torch.nn.ReLU())(torch.ones(8, device=device))
+            torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             reason = first_line(error)
     if agree(reason)[0]:
@@ -328,8 +327,7 @@ def estimate(batches, workers, steps, device):
 
 
 def catch_signals():
-    """SIGTERM and SIGINT (preemption, Ctrl-C) set the returned event; the loop ends after its current
-    step."""
+    """SIGTERM and SIGINT (preemption, Ctrl-C) set the returned event; the loop ends after its step."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -348,10 +346,9 @@ def writing(path):
 
 @contextlib.contextmanager
 def atomic(path, owner=""):
-    """Yields a temporary name beside `path`, renamed at the end: what exists under its final name is
-    whole. What a killed process left under the temporary name, the next one overwrites.
-
-    owner: sets apart processes that write the same file at once."""
+    """Yields a temporary name beside `path`, renamed at the end: what exists under its final name is whole.
+    What a killed process left, the next one overwrites. owner: tells apart those that write a file at once.
+    """
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".part{owner}-{name}")
     try:
@@ -381,8 +378,8 @@ def seal(file, tail):
 
 
 def save_checkpoint(path, payload):
-    """Tensors, numbers, strings and containers of them in one file, with its checksum; atomic, on the disk
-    before it is renamed."""
+    """Tensors, numbers, strings and containers of them in one file with its checksum; on the disk before it
+    is renamed."""
     with atomic(path) as temporary, open(temporary, "w+b") as file:
         try:
             torch.save({"format": FORMAT} | payload, file)
@@ -397,8 +394,7 @@ def save_checkpoint(path, payload):
 
 
 def check_file(path):
-    """-> does the file have our checksum? ValueError if a wrong one, or if it would unpack to more than it
-    is."""
+    """-> does it have our checksum? ValueError if a wrong one, or if it would unpack to more than it is."""
     tail = 2 + len(SEAL) + 64
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -454,11 +450,9 @@ def first_line(error):
 
 
 def resume(path, cfg, free, model, optimizer):
-    """Continue from `path`: load model and optimizer, return the step to go on with; 0 if the file is not
-    there.
+    """Continue from `path`: load model and optimizer, return the step to go on with; 0 if there is no file.
 
-    UserError if it is another configuration's run; keys in `free` do not touch what is computed and may
-    differ."""
+    UserError if it is another configuration's run; keys in `free` do not touch what is computed."""
     if not os.path.exists(path):
         return 0
     checkpoint = load_checkpoint(path)

@@ -29,6 +29,7 @@ class Config:
     inputs: tuple[str, ...] = ()  # the scan: one NIfTI file a channel, in the task's order
     out: str = "segmentation.nii.gz"  # label map on the scan's own grid, in the source's label values
     truth: str | None = None  # label map to score against
+    features: str | None = None  # instead of a segmentation: the encoder's features, to this .npy file
     overlap: float = 0.5  # of neighbouring windows; the official code: 0.5
     gaussian: bool = False  # weigh window centres more; the official code does not
     batch: int = 1  # windows that pass through the network at once
@@ -71,22 +72,22 @@ def sliding_window(model, volume, patch_size, overlap=0.5, gaussian=False, batch
                for corner in itertools.product(*starts)]
     if skip_empty:
         windows = [window for window in windows if (volume[window] > 0).any()] or windows[:1]
-    lines = [axis_weights(p, gaussian).to(weight.device) for p in patch]
-    weights = lines[0][:, None, None] * lines[1][:, None] * lines[2] if gaussian else None
+    lines = [axis_weights(p, gaussian).to(weight.device).view(-1, *[1] * (2 - axis))
+             for axis, p in enumerate(patch)]
     logits = None
     for i in range(0, len(windows), batch):
         part = windows[i:i + batch]
         outputs = model(torch.stack([volume[window] for window in part]).to(weight.device, weight.dtype))
         if logits is None:
             logits = torch.zeros(outputs.shape[1], *size, device=weight.device)
-        for window, output in zip(part, outputs, strict=True):
-            logits[window] += output if weights is None else output * weights
+        for window, output in zip(part, outputs.float(), strict=True):
+            logits[window].addcmul_(output.mul_(lines[0]), lines[1] * lines[2])
         del outputs, output  # or they would be alive beside the next forward pass
-    for axis, (n, p) in enumerate(zip(size, patch, strict=True)):
-        count = torch.zeros(n, device=weight.device)
-        for start in starts[axis]:
-            count[start:start + p] += lines[axis]
-        logits /= count.view(-1, *[1] * (2 - axis))  # the sum of the weights is a product, too
+    for line, places, n, p in zip(lines, starts, size, patch, strict=True):
+        count = line.new_zeros(n, *line.shape[1:])
+        for place in places:
+            count[place:place + p] += line
+        logits /= count  # the sum of the weights over all windows is a product of three, too
     return logits[(slice(None), *(slice(b, b + s) for b, s in zip(before, shape, strict=True)))]
 
 
@@ -230,6 +231,51 @@ def score_case(classes, truth, task, affine):
     return {kind: {name: scores[kind] for name, scores in found.items()} for kind in SCORES}
 
 
+class FirstLevel(torch.nn.Module):
+    """An encoder as a network whose output is its first level at the patch's own size; `pooled` gathers the
+    mean of all five levels over the windows."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.encoder, self.pooled = model.get_submodule(model.encoder_prefix.rstrip(".")), []
+
+    def forward(self, x):
+        levels = [level.float() for level in self.encoder(x)]
+        self.pooled.append(torch.cat([level.mean((2, 3, 4)) for level in levels], 1).cpu())
+        return F.interpolate(levels[0], x.shape[2:])
+
+
+def load_encoder(checkpoint):
+    """A network with the encoder of a checkpoint of pretrain.py or finetune.py; its number of channels."""
+    if checkpoint.get("kind") not in ("pretrain", "finetune"):
+        raise UserError("features are taken from a checkpoint of pretrain.py or finetune.py; this is none")
+    channels = len(checkpoint["task"]["sequences"]) if checkpoint["kind"] == "finetune" else 1
+    trained = checkpoint["config"]
+    model = models.build_model(checkpoint["row"], "segment", channels, merge=trained.get("merge", "legacy"),
+                               features=trained.get("features"))
+    models.load_weights(model, checkpoint, part="encoder")
+    return model.eval(), channels
+
+
+def write_features(cfg):
+    """--features x.npy: pooled features (31 f,), mean over the windows; x_voxels.npy: the first level's,
+    float16 (f, D, H, W) on the 1 mm grid of the cropped scan."""
+    checkpoint = common.load_checkpoint(cfg.ckpt)
+    model, channels = load_encoder(checkpoint)
+    if len(cfg.inputs) != channels:
+        raise UserError(f"the encoder reads {channels} channels, got {len(cfg.inputs)} files")
+    network = FirstLevel(model).to(common.pick_device(cfg.device))
+    volume, _, _ = prepare_scan(cfg.inputs)
+    voxels = sliding_window(network, volume, checkpoint["config"]["patch_size"], cfg.overlap, cfg.gaussian,
+                            cfg.batch)
+    stem = cfg.features.removesuffix(".npy")
+    pooled = torch.cat(network.pooled).mean(0)
+    for path, array in ((f"{stem}.npy", pooled), (f"{stem}_voxels.npy", voxels.half())):
+        with common.atomic(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, array.cpu().numpy())
+        print(f"wrote {path}: {tuple(array.shape)}")
+
+
 def read_label(path, image):
     """The values of a label map on the stored axes of `image`. UserError if it is not on its grid."""
     label = prepare_data.load_scan(path)
@@ -272,6 +318,8 @@ def prepare_scan(paths):
 def main(cfg):
     if not cfg.inputs:
         raise UserError("name the scan: python predict.py --ckpt CKPT scan.nii.gz --out seg.nii.gz")
+    if cfg.features:
+        return write_features(cfg)
     model, checkpoint = load_network(cfg.ckpt, common.pick_device(cfg.device))
     task, trained = checkpoint["task"], checkpoint["config"]
     if len(cfg.inputs) != len(task["sequences"]):

@@ -12,6 +12,7 @@ import math
 import os
 import time
 
+import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,7 @@ class Config:
     val_every: int | None = None  # steps between validations; by default once an epoch
     save_every: int = 500  # steps between checkpoints
     log_every: int = 10  # steps between log lines
+    preview: int | None = None  # steps between NIfTI files of held-out patches: input, reconstruction, target
     workers: int = 4  # loader processes for each training process
     seed: int = 0  # of every draw
     device: str = "auto"  # auto, cpu or cuda
@@ -64,13 +66,12 @@ class Config:
 
 # Keys that may change between a run and its continuation: they do not touch what is computed.
 FREE = ("data", "workers", "device", "out", "save_every", "log_every", "val_every", "compile", "micro_batch",
-        "estimate")
+        "estimate", "preview")
 
 
 # --------------------------------------------------------------------------------- the objective, section 3.1
 def random_mask(seeds, shape, token_size, ratio, device):
-    """Tokens of token_size^3 voxels hidden at random, an exact count a sample: bool (B, 1, D, H, W), True =
-    hidden.
+    """Tokens of token_size^3 voxels hidden at random, an exact count each: (B, 1, D, H, W), True = hidden.
 
     One seed a sample, drawn on the CPU. The paper says "with probability 0.6"; like its code we keep exactly
     int(L * (1 - ratio)) of L tokens: 19,661 of 32,768 hidden at 128^3. ValueError if a side is no
@@ -90,11 +91,9 @@ def random_mask(seeds, shape, token_size, ratio, device):
 
 
 def reconstruction_loss(output, target, mask, region):
-    """Mean squared error against the clean target, over all voxels or the masked ones. In the target's
-    precision.
+    """Mean squared error against the clean target, over all voxels or the masked; in the target's precision.
 
-    All voxels is what the official code does; its masked option still divides by all voxels, ours by the
-    masked."""
+    All voxels is what the official code does; its masked option divides by all voxels, ours by the masked."""
     error = (output.to(target.dtype) - target) ** 2
     if region == "all":
         return error.mean()
@@ -102,16 +101,14 @@ def reconstruction_loss(output, target, mask, region):
 
 
 def masked_and_visible(output, target, mask):
-    """Sum of squared errors and number of voxels, first where the mask hides, then where it does not:
-    (4,)."""
+    """Sum of squared errors and number of voxels, where the mask hides, then where it does not: (4,)."""
     error = (output.detach().to(target.dtype) - target) ** 2
     hidden = mask.expand_as(error)
     return torch.stack([(error * hidden).sum(), hidden.sum(), (error * ~hidden).sum(), (~hidden).sum()])
 
 
 def make_views(cfg, batch, device, dtype):
-    """One batch on the device: input (augmented, masked), target (spatially transformed only), mask. Figure
-    2."""
+    """One batch on the device: input (augmented, masked), target (only moved in space), mask. Figure 2."""
     crops, _ = data.to_device(batch, device)
     target, _ = augment.spatial(crops, None, batch.draws)
     image = augment.intensity(target, batch.draws).to(dtype)
@@ -197,8 +194,7 @@ def autocast(cfg, device):
 
 # --------------------------------------------------------------------------------------------------- the data
 def open_data(cfg):
-    """Training and validation cases: a seeded share of the subjects is held out (the official code: of
-    volumes)."""
+    """Training and validation cases: a seeded share of the subjects is held out (official code: volumes)."""
     cases = data.pretraining_cases(cfg.data)
     kept, held = data.split_subjects([c.subject for c in cases], cfg.val_fraction, cfg.seed)
     kept = set(kept)
@@ -226,6 +222,25 @@ def validate(cfg, model, cases, micro, processes, dtype):
     return losses_of(cfg, common.total(sums))
 
 
+@torch.no_grad()
+def write_preview(cfg, model, cases, stem, device, dtype):
+    """Figure 2 on held-out patches, always the same: input (augmented, masked), reconstruction, target."""
+    dataset = data.Crops(cases, cfg.patch_size, common.derive_seed(cfg.seed, "preview"), cfg.augment)
+    batch = data.collate([dataset[0, index] for index in range(min(3, len(cases)))])
+    if batch.fault:
+        raise UserError(batch.fault)
+    image, target, _ = make_views(cfg, batch, device, dtype)
+    with autocast(cfg, device):
+        output = model.eval()(image)
+    model.train()
+    with common.writing(stem):
+        os.makedirs(os.path.dirname(stem), exist_ok=True)
+    for name, volumes in (("input", image), ("reconstruction", output), ("target", target)):
+        for number, volume in enumerate(volumes.float().cpu().numpy()):
+            with common.atomic(f"{stem}_{number}_{name}.nii.gz") as temporary:
+                nib.Nifti1Image(volume[0], np.eye(4)).to_filename(temporary)
+
+
 def losses_of(cfg, sums):
     """The sums of an objective -> the numbers of a log line: the loss, and its parts apart."""
     if cfg.objective == "swin":
@@ -241,8 +256,7 @@ OBJECTIVES = {"amaes": amaes, "swin": swin}
 
 # ---------------------------------------------------------------------------------------------------- the run
 def plan(cfg, n, processes):
-    """The arithmetic of a run, checked and printed: steps, warm-up steps, micro-batches a process and
-    step."""
+    """The arithmetic of a run, checked and printed: steps, warm-up steps, size of a micro-batch."""
     if cfg.batch_size % processes.world:
         raise UserError(f"batch_size {cfg.batch_size} cannot be shared by {processes.world} processes evenly")
     local = cfg.batch_size // processes.world
@@ -269,6 +283,8 @@ def check(cfg):
     for key, known in choices.items():
         if getattr(cfg, key) not in known:
             raise UserError(f"{key} {getattr(cfg, key)!r}: choose {', '.join(known)}")
+    if cfg.preview and cfg.objective != "amaes":
+        raise UserError("preview shows the objective amaes; log.jsonl has the losses of [23]")
     if not 0 < cfg.mask_ratio < 1 or cfg.patch_size % cfg.token_size:
         raise UserError(f"mask_ratio {cfg.mask_ratio} must lie between 0 and 1, and patch_size "
                         f"{cfg.patch_size} be a multiple of token_size {cfg.token_size}")
@@ -370,6 +386,10 @@ def main(cfg):
                 if rank == 0:
                     common.append_log(out, record)
                     progress.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
+        if cfg.preview and step % cfg.preview == 0:
+            with common.together():
+                if rank == 0:
+                    write_preview(cfg, model, validation, f"{out}/preview/step{step:07}", device, dtype)
         if step % cfg.save_every == 0:
             save(step)
             saved = step

@@ -75,7 +75,7 @@ def pretrained(paths, folder, count):
     patches, _ = augment.spatial(data.to_device(batch, torch.device("cpu"))[0], None, batch.draws)
     table = {}
     for name, checkpoint in [*zip(paths, checkpoints, strict=True), ("random weights", None)]:
-        torch.manual_seed(0)
+        torch.manual_seed(1)
         model = models.build_model(cfg.model, "pretrain", merge=cfg.merge, features=cfg.features).eval()
         if checkpoint:
             models.load_weights(model, checkpoint, part="encoder")

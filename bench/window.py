@@ -136,8 +136,9 @@ def main():
         seconds, peak, differences[row] = measure(row, options)
         for variant, title in TITLES.items():
             beyond, theirs = (peak[v] - peak["bare"] for v in (variant, "monai"))
-            print(f"| {row} | {title} | {seconds[variant]:.2f} | {seconds['monai'] / seconds[variant]:.2f}x | "
-                  f"{beyond:.0f} | {beyond / theirs:.2f} |", flush=True)
+            faster = seconds["monai"] / seconds[variant]
+            print(f"| {row} | {title} | {seconds[variant]:.2f} | {faster:.2f}x | {beyond:.0f} | "
+                  f"{beyond / theirs:.2f} |", flush=True)
     print("\nLargest difference of a logit from MONAI's: "
           + ", ".join(f"{row} {difference:.1e}" for row, difference in differences.items()))
 

@@ -66,8 +66,9 @@ def assert_same_run(one, two):
 
 
 # ---------------------------------------------------------------------------------------------------- SIGKILL
-def kill_again_and_again(name, folder, output, kills, rng, settings):
-    """Start, SIGKILL at a random moment or while it writes a checkpoint, start again; in the end, finish."""
+def kill_again_and_again(name, folder, output, kills, settings):
+    """Start, SIGKILL at a random moment or while it writes a checkpoint, start again."""
+    rng = random.Random(kills)
     for number in range(kills):
         run, logged = Run(name, output, **settings), steps_logged(folder)
         if number % 3 == 2:
@@ -80,15 +81,15 @@ def kill_again_and_again(name, folder, output, kills, rng, settings):
         if (folder / "last.pt").exists():
             kept = common.load_checkpoint(folder / "last.pt")["step"]
             assert steps_logged(folder) <= kept + settings["save_every"], "what came before a save is kept"
-    Run(name, output, **settings).finish()
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.soak)])
 def test_pretraining_killed_at_random_moments_ends_bitwise_equal(prepared, tmp_path, kills):
     settings = PRETRAIN | {"data": prepared, "steps": 3 + 3 * kills}
     Run("pretrain", tmp_path / "output", out=tmp_path / "whole", **settings).finish()
-    kill_again_and_again("pretrain", tmp_path / "cut", tmp_path / "output", kills, random.Random(kills),
-                         settings | {"out": tmp_path / "cut"})
+    settings["out"] = tmp_path / "cut"
+    kill_again_and_again("pretrain", tmp_path / "cut", tmp_path / "output", kills, settings)
+    Run("pretrain", tmp_path / "output", **settings).finish()
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
     hours = [common.load_checkpoint(tmp_path / name / "last.pt")["hours"] for name in ("whole", "cut")]
     assert all(0 < h < 0.1 for h in hours)
@@ -98,14 +99,13 @@ def test_pretraining_killed_at_random_moments_ends_bitwise_equal(prepared, tmp_p
 def test_finetuning_killed_at_random_moments_ends_bitwise_equal(prepared, task, tmp_path, kills):
     settings = FINETUNE | {"data": prepared, "task": task, "steps": 3 + 3 * kills}
     Run("finetune", tmp_path / "output", out=tmp_path / "whole", **settings).finish()
-    cut, rng = tmp_path / "cut", random.Random(kills)
+    cut, rng = tmp_path / "cut", random.Random(0)
     settings["out"] = cut
-    kill_again_and_again("finetune", cut / "fold_1", tmp_path / "output", kills, rng, settings)
-    for _ in range(kills // 3):  # while it evaluates
-        (cut / "fold_1" / "dice.json").unlink()
-        run = Run("finetune", tmp_path / "evaluation", **settings)
+    kill_again_and_again("finetune", cut / "fold_1", tmp_path / "output", kills, settings)
+    for number in range(kills // 3):
+        run = Run("finetune", tmp_path / f"evaluation {number}", **settings)
         run.wait_for(lambda: "evaluate: " in run.text())  # noqa: B023
-        time.sleep(rng.random() * 0.1)
+        time.sleep(rng.random() * 0.2)
         run.kill()
     Run("finetune", tmp_path / "output", **settings).finish()
     assert_same_run(tmp_path / "whole" / "fold_1", cut / "fold_1")
@@ -178,7 +178,7 @@ def raising(target, rank, number, kind):
     setattr(module, name, patched)
 
 
-PHASES = {  # function, process, which of its calls
+PHASES = {  # the function that raises, in which process, in which of its calls
     "before the loop": ("data.make_loader", 1, 1),
     "set-up": ("pretrain.open_data", 1, 1),
     "step": ("pretrain.make_views", 1, 2),
@@ -186,18 +186,19 @@ PHASES = {  # function, process, which of its calls
     "saving": ("common.save_checkpoint", 0, 2),
     "log": ("common.append_log", 0, 3),
     "last step": ("common.learning_rate", 1, 6),
+    "evaluation": ("predict.segment", 1, 1),
 }
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, common.UserError])
 @pytest.mark.parametrize("phase", PHASES)
-def test_an_exception_on_one_process_ends_all(prepared, tmp_path, phase, kind):
-    target, rank, number = PHASES[phase]
-    settings = PRETRAIN | {"steps": 6, "data": prepared, "out": tmp_path / "run", "workers": 0}
-    run = Run("pretrain", tmp_path / "output", 2, functools.partial(raising, target, rank, number, kind),
-              **settings)
-    codes = run.wait(60)
-    assert all(codes), run.text()
+def test_an_exception_on_one_process_ends_all(prepared, task, tmp_path, phase, kind):
+    name, settings = "pretrain", PRETRAIN | {"steps": 6}
+    if phase == "evaluation":
+        name, settings = "finetune", FINETUNE | {"steps": 1, "task": task}
+    run = Run(name, tmp_path / "output", 2, functools.partial(raising, *PHASES[phase], kind),
+              **settings | {"data": prepared, "out": tmp_path / "run", "workers": 0})
+    assert all(run.wait(60)), run.text()
     assert run.text().count(MESSAGE) == 1, run.text()
     assert run.text().count("Traceback") == (kind is RuntimeError), run.text()
 
@@ -226,8 +227,8 @@ def test_processes_without_a_case_to_evaluate(prepared, task, tmp_path):
 
 DRIVER = """
 import os, sys
-sys.path.insert(0, {root!r})
-import common, pretrain
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import common, pretrain, test_faults
 
 def note(kind, text):
     name = kind + ".{{RANK}}.{{TORCHELASTIC_RESTART_COUNT}}".format(**os.environ)
@@ -236,17 +237,18 @@ def note(kind, text):
 leave = os._exit
 os._exit = lambda code: (note("exit", code), leave(code))
 note("pid", os.getpid())
+{patch}
 common.run(pretrain.main, pretrain.Config)
 """
 
 
 @contextlib.contextmanager
-def torchrun(folder, nodes, processes, **settings):
+def torchrun(folder, nodes, processes, restarts=2, patch="", **settings):
     """One torchrun a node, all on this machine. Processes write files pid.<rank>.<attempt>, exit.<...>."""
-    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), folder=str(folder)))
+    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), folder=str(folder), patch=patch))
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--max-restarts=2",
-               f"--nproc_per_node={processes}", "--rdzv_backend=c10d",
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}",
+               f"--nproc_per_node={processes}", "--rdzv_backend=c10d", f"--max-restarts={restarts}",
                f"--rdzv_endpoint=localhost:{random.randrange(20000, 30000)}", f"{folder}/driver.py", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     started = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment,
@@ -290,6 +292,19 @@ def test_signal_to_torchrun_stops_its_processes_with_0(prepared, tmp_path, numbe
         node.wait(60)
     assert [(tmp_path / f"exit.{rank}.0").read_text() for rank in (0, 1)] == ["0", "0"]
     assert common.load_checkpoint(tmp_path / "run" / "last.pt")["step"] >= 1
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("phase", list(PHASES)[:-1])
+def test_an_exception_under_torchrun_ends_all(prepared, tmp_path, phase):
+    patch = f"test_faults.raising(*{PHASES[phase]}, RuntimeError)"
+    settings = PRETRAIN | {"steps": 6, "data": prepared, "out": tmp_path / "run", "workers": 1}
+    with torchrun(tmp_path, 1, 2, restarts=0, patch=patch, **settings) as (node,):
+        wait_until(lambda: len(list(tmp_path.glob("pid.*"))) == 2)
+        assert node.wait(60) == 1
+        pids = [path.read_text() for path in tmp_path.glob("pid.*")]
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    assert (tmp_path / "errors.0").read_text().count(f"RuntimeError: {MESSAGE}") == 1
 
 
 @pytest.mark.soak
@@ -346,8 +361,7 @@ def test_a_volume_lost_in_mid_run_stops_all_and_is_named(prepared, tmp_path, par
     shutil.move(tmp_path / "kept.npy", victim.images[0])
     if damage is Path.unlink:  # what follows is the same for all
         Run("pretrain", tmp_path / "output", 2, **settings).finish()
-        Run("pretrain", tmp_path / "output", 2, **settings | {"out": tmp_path / "whole"}).finish()
-        assert_same_run(tmp_path / "whole", tmp_path / "cut")
+        assert [record["step"] for record in log_of(tmp_path / "cut")] == list(range(1, 13))
 
 
 def test_a_loss_that_is_not_finite_stops_all_and_keeps_the_checkpoint(prepared, tmp_path):

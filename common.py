@@ -29,6 +29,7 @@ from pickle import UnpicklingError  # what torch.load(weights_only=True) raises 
 import torch
 import torch.distributed as dist
 import yaml
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -49,7 +50,7 @@ def run(main, config_class):
             raise
         message, code = "stopped: another process ended, see its own message", 1
     if message:
-        print("error: " + " ".join(message.split()), file=sys.stderr)
+        tqdm.write("error: " + " ".join(message.split()), file=sys.stderr)  # on a line beside its bars
     if dist.is_initialized() and dist.get_world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()

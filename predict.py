@@ -81,7 +81,7 @@ def sliding_window(model, volume, patch_size, overlap=0.5, gaussian=False, batch
         if logits is None:
             logits = torch.zeros(outputs.shape[1], *size, device=weight.device)
         for window, output in zip(part, outputs.float(), strict=True):
-            logits[window].addcmul_(output.mul_(lines[0]), lines[1] * lines[2])
+            logits[window].addcmul_(output.mul_(lines[0]) if gaussian else output, lines[1] * lines[2])
         del outputs, output  # or they would be alive beside the next forward pass
     for line, places, n, p in zip(lines, starts, size, patch, strict=True):
         count = line.new_zeros(n, *line.shape[1:])

@@ -86,10 +86,10 @@ def kill_again_and_again(name, folder, output, kills, settings):
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.soak)])
 def test_pretraining_killed_at_random_moments_ends_bitwise_equal(prepared, tmp_path, kills):
     settings = PRETRAIN | {"data": prepared, "steps": 3 + 3 * kills}
-    Run("pretrain", tmp_path / "output", out=tmp_path / "whole", **settings).finish()
+    Run("pretrain", tmp_path / "output", out=tmp_path / "whole", **settings).finish(seconds=300)
     settings["out"] = tmp_path / "cut"
     kill_again_and_again("pretrain", tmp_path / "cut", tmp_path / "output", kills, settings)
-    Run("pretrain", tmp_path / "output", **settings).finish()
+    Run("pretrain", tmp_path / "output", **settings).finish(seconds=300)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
     hours = [common.load_checkpoint(tmp_path / name / "last.pt")["hours"] for name in ("whole", "cut")]
     assert all(0 < h < 0.1 for h in hours)
@@ -98,7 +98,7 @@ def test_pretraining_killed_at_random_moments_ends_bitwise_equal(prepared, tmp_p
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.soak)])
 def test_finetuning_killed_at_random_moments_ends_bitwise_equal(prepared, task, tmp_path, kills):
     settings = FINETUNE | {"data": prepared, "task": task, "steps": 3 + 3 * kills}
-    Run("finetune", tmp_path / "output", out=tmp_path / "whole", **settings).finish()
+    Run("finetune", tmp_path / "output", out=tmp_path / "whole", **settings).finish(seconds=300)
     cut, rng = tmp_path / "cut", random.Random(0)
     settings["out"] = cut
     kill_again_and_again("finetune", cut / "fold_1", tmp_path / "output", kills, settings)
@@ -107,7 +107,7 @@ def test_finetuning_killed_at_random_moments_ends_bitwise_equal(prepared, task, 
         run.wait_for(lambda: "evaluate: " in run.text())  # noqa: B023
         time.sleep(rng.random() * 0.2)
         run.kill()
-    Run("finetune", tmp_path / "output", **settings).finish()
+    Run("finetune", tmp_path / "output", **settings).finish(seconds=300)
     assert_same_run(tmp_path / "whole" / "fold_1", cut / "fold_1")
     for name in ("fold_1/dice.json", "summary.md", "folds.json"):
         assert (cut / name).read_text() == (tmp_path / "whole" / name).read_text()
@@ -228,7 +228,7 @@ def test_processes_without_a_case_to_evaluate(prepared, task, tmp_path):
 DRIVER = """
 import os, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import common, pretrain, test_faults
+import common, pretrain
 
 def note(kind, text):
     name = kind + ".{{RANK}}.{{TORCHELASTIC_RESTART_COUNT}}".format(**os.environ)
@@ -297,7 +297,7 @@ def test_signal_to_torchrun_stops_its_processes_with_0(prepared, tmp_path, numbe
 @pytest.mark.soak
 @pytest.mark.parametrize("phase", list(PHASES)[:-1])
 def test_an_exception_under_torchrun_ends_all(prepared, tmp_path, phase):
-    patch = f"test_faults.raising(*{PHASES[phase]}, RuntimeError)"
+    patch = f"import test_faults; test_faults.raising(*{PHASES[phase]}, RuntimeError)"
     settings = PRETRAIN | {"steps": 6, "data": prepared, "out": tmp_path / "run", "workers": 1}
     with torchrun(tmp_path, 1, 2, restarts=0, patch=patch, **settings) as (node,):
         wait_until(lambda: len(list(tmp_path.glob("pid.*"))) == 2)
@@ -458,6 +458,7 @@ def test_every_truncation_and_bit_flip_is_refused(tmp_path):
         assert str(bad) in refusal(bad), place
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_files_of_others_never_crash(tmp_path):
     """They have no checksum: what is no longer a checkpoint is refused, in whatever way torch fails."""
     path, rng, refused = tmp_path / "bad.pt", random.Random(0), 0
@@ -566,12 +567,21 @@ def test_odd_names_stay_inside_the_prepared_folder_and_train(raw, tmp_path):
     assert set(subjects) < {f"manifest/{name}" for name in NAMES}
 
 
-@pytest.mark.parametrize("path", ["../secret.npy", "/etc/passwd", "volumes/../../secret.npy"])
-def test_an_index_that_points_outside_its_folder_is_refused(tmp_path, path):
+@pytest.mark.parametrize(("path", "label"), [
+    ("../secret.npy", ""), ("/etc/passwd", ""), ("volumes/../../secret.npy", ""), ("v.npy", "../secret.npy")])
+def test_an_index_that_points_outside_its_folder_is_refused(tmp_path, path, label):
     (tmp_path / "index").mkdir()
-    row = data.Volume(path, "s", "1", "", "T1", "pretrain", "", "1x1x1", "1x1x1", "")
+    row = data.Volume(path, "s", "1", "", "T1", "pretrain", label, "1x1x1", "1x1x1", "")
     (tmp_path / "index" / "part.csv").write_text(f"{','.join(data.Volume._fields)}\n{','.join(row)}\n")
     with pytest.raises(common.UserError, match="outside"):
+        data.read_index(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"path\0", b"path,source\nx,y\n", b""])
+def test_a_damaged_index_is_named(tmp_path, content):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "part.csv").write_bytes(content)
+    with pytest.raises(common.UserError, match="part.csv"):
         data.read_index(str(tmp_path))
 
 

@@ -50,9 +50,9 @@ def preview(plt, folder):
         for axis, kind, title in zip(row, ("input", "reconstruction", "target"), titles, strict=True):
             volume = load(path.replace("_input", f"_{kind}"))
             axis.imshow(volume[:, :, volume.shape[2] // 2].T, cmap="gray", vmin=0, vmax=1, origin="lower")
-            axis.set_title(title if row is axes[0] else "", fontsize=9)
+            axis.set_title(title if path is inputs[0] else "", fontsize=9)
             axis.axis("off")
-    figure.suptitle(f"step {int(last.removeprefix('step'))}", fontsize=9)
+    figure.suptitle(f"held-out patches, step {int(last.removeprefix('step'))}", fontsize=9)
     return figure
 
 

@@ -158,7 +158,7 @@ def test_preempted_evaluation_exits_0_without_a_score(prepared, task, tmp_path):
 
 def slow_evaluation():
     read = data.read_case
-    data.read_case = lambda case: time.sleep(5) or read(case)
+    data.read_case = lambda case: time.sleep(1) or read(case)
 
 
 # ------------------------------------------------------------------------------------------------ no deadlock

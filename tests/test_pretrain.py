@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import log_of, mistake, script
+from conftest import log_of, mistake
 from runs import Run
 from torch._dynamo.testing import CompileCounter
 
@@ -120,8 +120,8 @@ def test_two_processes_equal_one(prepared, tmp_path):
 
 
 def test_validation_loss_falls(prepared, tmp_path):
-    script("pretrain.py", data=prepared, out=tmp_path,
-           **TINY | {"steps": 60, "val_every": 5, "lr": 3e-3, "save_every": 1000})
+    Run("pretrain", tmp_path / "output", data=prepared, out=tmp_path,
+        **TINY | {"steps": 60, "val_every": 5, "lr": 3e-3, "save_every": 1000}).finish(seconds=120)
     values = [record["val_masked"] for record in log_of(tmp_path) if "val_masked" in record]
     assert values[-1] < 0.7 * values[0], values
 

@@ -50,8 +50,14 @@ PEERS := monai==1.6.1 einops==0.8.2 yucca==1.1.7 batchgenerators==0.25.5 batchge
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps $(PEERS)
 	@touch $@
 
+# make bench BENCH="step window" runs some of them.
+BENCH ?= cost prepare loader models step window augment pipeline compare
 bench: .venv/peers
-	for script in bench/*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+	@$(PY) -c "import platform, os, torch; print(f'# Measurements\n\n{os.cpu_count()} cores, {platform.machine()}, Linux; Python ' \
+		f'{platform.python_version()}, torch {torch.__version__}. What each is, and its conditions: the first lines of bench/*.py.')" \
+		> bench/RESULTS.md
+	for name in $(BENCH); do printf '\n## bench/%s.py\n\n' $$name | tee -a bench/RESULTS.md; \
+		$(PY) -W ignore bench/$$name.py | tee -a bench/RESULTS.md || exit 1; done
 
 clean:
 	rm -rf .venv demo .pytest_cache .ruff_cache

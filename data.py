@@ -8,6 +8,7 @@ import functools
 import glob
 import json
 import os
+import signal
 from typing import NamedTuple
 
 import nibabel
@@ -64,18 +65,26 @@ class Batch(NamedTuple):
 
 
 def read_index(folder):
-    """All index parts of a prepared folder as one list of Volume, sorted by path."""
+    """All index parts of a prepared folder as one list of Volume, sorted by path. UserError for a damaged
+    part, or one that points out of the folder."""
     parts = sorted(glob.glob(os.path.join(glob.escape(folder), "index", "*.csv")))
     if not parts:
         raise UserError(f"{folder} has no index/*.csv: not a prepared folder, as prepare_data.py makes")
     volumes = {}
     for part in parts:
-        with open(part, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if missing := set(Volume._fields) - set(reader.fieldnames or ()):
-                raise UserError(f"{part} lacks the columns {', '.join(sorted(missing))}: prepare it again")
-            for row in reader:
-                volumes[row["path"]] = Volume(*(row[field] for field in Volume._fields))
+        try:
+            with open(part, newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                if missing := sorted(set(Volume._fields) - set(reader.fieldnames or ())):
+                    raise UserError(f"{part} lacks the columns {', '.join(missing)}; prepare it again")
+                for row in reader:
+                    volumes[row["path"]] = Volume(*(row[field] or "" for field in Volume._fields))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"cannot read {part}: {error}; prepare it again") from None
+    for volume in volumes.values():
+        for path in (volume.path, volume.label):
+            if os.path.isabs(path) or ".." in path.split("/"):
+                raise UserError(f"the index of {folder} points outside of it: {path}")
     return [volumes[path] for path in sorted(volumes)]
 
 
@@ -166,7 +175,7 @@ class Crops(Dataset):
         mask_seed = derive_seed(self.seed, epoch, index, "mask")
         try:
             crop, label = self.read(case, draw.context, derive_seed(self.seed, epoch, index, "crop"))
-        except (OSError, ValueError) as error:  # goes on as a value, so that all processes can stop together
+        except (OSError, EOFError, ValueError) as error:  # as a value, so that all processes stop together
             return Sample(None, None, draw, mask_seed, case.name, f"cannot read {case.name}: {error}")
         return Sample(crop, label, draw, mask_seed, case.name, "")
 
@@ -244,9 +253,16 @@ def piece(batch, start, size):
                           mask_seeds=batch.mask_seeds[part])
 
 
+def ignore_signals(_):
+    """A loader process goes on when all of a job are signalled (Ctrl-C, Slurm): its trainer ends it, after
+    the step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(dataset, stream, workers, device):
     return DataLoader(dataset, batch_sampler=stream, collate_fn=collate, num_workers=workers,
-                      pin_memory=device.type == "cuda")
+                      pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
 
 
 def to_device(batch, device):

@@ -264,7 +264,8 @@ def evaluate_fold(cfg, task, model, seen, cases, folder, processes, stop):
                 break
             try:
                 volume, geometry, truth = data.read_case(case)
-                classes = predict.segment(model, volume, geometry, cfg.patch_size, cfg.precision, cfg.overlap)
+                classes = predict.segment(model, volume, geometry, cfg.patch_size, cfg.precision, cfg.overlap,
+                                          batch=cfg.batch_size)  # less memory than a step, however many share
                 scores = predict.score_case(classes, truth, dataclasses.asdict(task), geometry["affine"])
             except (OSError, ValueError, UserError) as error:
                 raise UserError(f"cannot evaluate {case.name}: {error}") from None

@@ -20,7 +20,7 @@ def commands():
     blocks = re.findall(r"```\n(.*?)```", README, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     for line in lines + re.findall(r"`((?:python|torchrun) [^`]+)`", README):
-        words = shlex.split(line, comments=True)
+        words = [word for word in shlex.split(line, comments=True) if word != "&"]
         at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
         if at is not None:
             yield words[at:]

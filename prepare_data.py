@@ -488,7 +488,7 @@ def prepare_session(source, name, root, out, scans):
     """Prepare the volumes of one session; those that share a label share the union of their boxes.
 
     -> ([index rows], [(path, reason, damage)]). The geometry is written last: where it exists, all the rest
-    does. Memory: about 6 times the larger of the float32 volume on its own and on the 1 mm grid."""
+    does. Memory: up to 7 times the larger of the float32 volume on its own and on the 1 mm grid."""
     torch.set_num_threads(1)
     rows, rejected, box = [], [], ()
     scans = label_by_grid(root, scans)

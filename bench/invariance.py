@@ -108,7 +108,8 @@ def finetuned(paths, folder, count):
             scores = []
             for case in cases:
                 volume, _, _ = data.read_case(case)
-                logits = predict.sliding_window(model, corrupted(volume, strength), trained["patch_size"])
+                logits = predict.sliding_window(model, corrupted(volume.float(), strength),
+                                                trained["patch_size"], batch=4)
                 truth = classes[np.load(case.label)]
                 found = predict.dice(logits.argmax(0).numpy(), truth, range(1, len(task["classes"])),
                                      data.IGNORE)

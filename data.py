@@ -217,12 +217,14 @@ class Crops(Dataset):
 
 
 def read_case(case):
-    """A whole case: (volume (C, D, H, W) float32 tensor, geometry, label values on the scan's own grid)."""
-    volume = np.stack([np.load(path) for path in case.images]).astype(np.float32)
-    stem = os.path.splitext(case.images[0])[0].replace("/volumes/", "/geometry/")
-    with open(stem + ".json", encoding="utf-8") as file:
+    """A whole case: (volume (C, D, H, W) float16 tensor, geometry, label values on the scan's own grid)."""
+    volume = np.stack([np.load(path) for path in case.images])
+    folder, _, name = os.path.splitext(case.images[0])[0].rpartition("/volumes/")
+    with open(f"{folder}/geometry/{name}.json", encoding="utf-8") as file:
         geometry = json.load(file)
-    truth = np.asarray(nibabel.load(case.label.replace(".npy", "_native.nii.gz")).dataobj)
+    label = nibabel.load(case.label.replace(".npy", "_native.nii.gz"))  # on the same grid, not the same axes
+    axes = [nibabel.io_orientation(affine) for affine in (label.affine, np.array(geometry["affine"]))]
+    truth = nibabel.apply_orientation(np.asarray(label.dataobj), nibabel.orientations.ornt_transform(*axes))
     return torch.from_numpy(volume), geometry, truth
 
 

@@ -513,6 +513,21 @@ def test_a_task_evaluates_the_networks_of_another(sites):
     assert record == {k: None if math.isnan(v) else pytest.approx(v, abs=1e-6) for k, v in expected.items()}
 
 
+@pytest.mark.parametrize("axes", ["PSR", "RPI"])
+def test_a_label_stored_on_other_axes_is_scored_on_the_scans(raw, tmp_path, axes):
+    scan = sorted(glob.glob(f"{raw}/sub-L*/**/*FLAIR.nii.gz", recursive=True))[0]
+    image, label = nib.load(scan), nib.load(scan.replace("FLAIR", "lesion"))
+    wanted = nib.orientations.axcodes2ornt(axes)
+    turned = label.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(label.affine), wanted))
+    image.to_filename(tmp_path / "scan.nii.gz")
+    turned.to_filename(tmp_path / "label.nii.gz")
+    (tmp_path / "all.csv").write_text("path,subject,session,sequence,label\n"
+                                      "scan.nii.gz,a,,FLAIR,label.nii.gz\n")
+    run("prepare_data", source="manifest", input=tmp_path / "all.csv", out=tmp_path / "prepared", workers=1)
+    _, _, truth = data.read_case(data.labelled_cases(str(tmp_path / "prepared"), None, ("FLAIR",))[0])
+    assert np.array_equal(truth, np.asarray(label.dataobj))
+
+
 def test_networks_that_are_not_there_or_do_not_fit_are_refused(sites, tmp_path):
     settings = {"data": sites / "prepared", "model": "unet_demo", "task": sites / "few_ood.yaml",
                 "networks": sites / "few", "out": tmp_path}

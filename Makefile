@@ -56,8 +56,9 @@ bench: .venv/peers
 	@$(PY) -c "import platform, os, torch; print(f'# Measurements\n\n{os.cpu_count()} cores, {platform.machine()}, Linux; Python ' \
 		f'{platform.python_version()}, torch {torch.__version__}. What each is, and its conditions: the first lines of bench/*.py.')" \
 		> bench/RESULTS.md
-	for name in $(BENCH); do printf '\n## bench/%s.py\n\n' $$name | tee -a bench/RESULTS.md; \
-		$(PY) -W ignore bench/$$name.py | tee -a bench/RESULTS.md || exit 1; done
+	for name in $(BENCH); do echo "== bench/$$name.py"; printf '\n## bench/%s.py\n\n' $$name >> bench/RESULTS.md; \
+		$(PY) -W ignore bench/$$name.py >> bench/RESULTS.md || exit 1; done
+	cat bench/RESULTS.md
 
 clean:
 	rm -rf .venv demo .pytest_cache .ruff_cache

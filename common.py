@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
 import itertools
@@ -450,22 +451,27 @@ def first_line(error):
     return str(error).strip().split("\n")[0]
 
 
-def resume(path, cfg, free, model, optimizer):
-    """Continue from `path`: load model and optimizer, return the step to go on with; 0 if there is no file.
-
-    UserError if it is another configuration's run; keys in `free` do not touch what is computed."""
-    if not os.path.exists(path):
-        return 0
-    checkpoint = load_checkpoint(path)
-    now, then = dataclasses.asdict(cfg), checkpoint.get("config", {})
+def check_same_run(what, then, cfg, free):
+    """UserError if the settings `then` of what is there are not cfg's; keys in `free` do not touch what is
+    computed."""
+    now = dataclasses.asdict(cfg)
     changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now
                if key not in free and then.get(key) != now[key]]
     if changed:
-        raise UserError(f"{path} is of another run ({', '.join(changed)}): new --out, or the old values")
+        raise UserError(f"{what} of another run ({', '.join(changed)}): new --out, or the old values")
+
+
+def resume(path, cfg, free, model, optimizer):
+    """Continue from `path`: load model and optimizer -> (step to go on with, hours it took); zeros if there
+    is no file. UserError if it is another configuration's run."""
+    if not os.path.exists(path):
+        return 0, 0.0
+    checkpoint = load_checkpoint(path)
+    check_same_run(f"{path} is", checkpoint.get("config", {}), cfg, free)
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        return int(checkpoint["step"])
+        return int(checkpoint["step"]), float(checkpoint.get("hours", 0))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not fit this network: {first_line(error)}; new --out") from None
 
@@ -486,9 +492,15 @@ def cut_log(folder, step):
         write_text(path, "".join(lines))
 
 
+def table(header, rows):
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+@functools.cache
 def versions():
     """What a run was made with, for its header and its checkpoints."""
     here = os.path.dirname(os.path.abspath(__file__))
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)  # noqa: S603, S607
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     return {"python": sys.version.split()[0], "torch": str(torch.__version__),
             "cuda": torch.version.cuda or "", "commit": git.stdout.strip() or "unknown"}

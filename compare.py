@@ -311,8 +311,7 @@ def as_in_paper(cells, table):
 def markdown(tables):
     lines = []
     for table in tables:
-        rows = [table.header, ["---"] * len(table.header), *table.lines]
-        lines += ["| " + " | ".join(row) + " |" for row in rows] + ["", table.note, ""]
+        lines += [*common.table(table.header, table.lines), "", table.note, ""]
     return "\n".join(lines)
 
 

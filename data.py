@@ -222,10 +222,16 @@ def read_case(case):
     folder, _, name = os.path.splitext(case.images[0])[0].rpartition("/volumes/")
     with open(f"{folder}/geometry/{name}.json", encoding="utf-8") as file:
         geometry = json.load(file)
-    label = nibabel.load(case.label.replace(".npy", "_native.nii.gz"))  # on the same grid, not the same axes
-    axes = [nibabel.io_orientation(affine) for affine in (label.affine, np.array(geometry["affine"]))]
-    truth = nibabel.apply_orientation(np.asarray(label.dataobj), nibabel.orientations.ornt_transform(*axes))
-    return torch.from_numpy(volume), geometry, truth
+    label = nibabel.load(case.label.replace(".npy", "_native.nii.gz"))
+    return torch.from_numpy(volume), geometry, on_axes(label, np.array(geometry["affine"]))
+
+
+def on_axes(label, affine):
+    """Values (D, H, W) of a label map, a nibabel image, in the axis order and directions that a scan of the
+    same grid is stored in."""
+    axes = [nibabel.io_orientation(one) for one in (label.affine, affine)]
+    values = np.asarray(label.dataobj).reshape(label.shape[:3])
+    return nibabel.apply_orientation(values, nibabel.orientations.ornt_transform(*axes))
 
 
 def read_box(array, start, size):

@@ -203,14 +203,14 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
         model.to(device, PRECISIONS[cfg.precision])
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                       eps=cfg.eps, amsgrad=cfg.amsgrad, fused=True)
-        step = saved = common.resume(path, cfg, FREE, model, optimizer)
+        step, _ = common.resume(path, cfg, FREE, model, optimizer)
         if processes.rank == 0:
             print(report)
             common.cut_log(folder, step)
     if step == cfg.steps:
         return model
     train_model = common.compile_or_warn(DistributedDataParallel(model), cfg.compile, device)
-    losses, unreadable = [], False
+    losses, saved, unreadable, seen = [], step, False, history(pretrained, cases)
 
     def save(step):
         common.check_in(losses, keep=0)
@@ -220,7 +220,7 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
                     "kind": "finetune", "row": cfg.model, "step": step, "config": dataclasses.asdict(cfg),
                     "task": dataclasses.asdict(task), "cases": [c.name for c in cases],
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "versions": common.versions(), **history(pretrained, cases)})
+                    "versions": common.versions(), **seen})
 
     progress = tqdm(total=cfg.steps, initial=step, disable=processes.rank != 0, desc=folder)
     for batch in read_batches(cfg, task, cases, seed, step, processes):
@@ -317,10 +317,6 @@ def spread(means):
     return f"{np.mean(means):.2f} ± {np.std(means, ddof=1) if len(means) > 1 else 0:.2f}" if means else "-"
 
 
-def table(header, rows):
-    return ["", *(f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows))]
-
-
 def summarise(run, folds):
     """dice.json and folds -> Markdown: Dice in percent for each fold, mean and standard deviation over folds
     as in the paper's Table 6; Dice of the groups that differ in what was seen; the other scores."""
@@ -340,8 +336,8 @@ def summarise(run, folds):
              f"{cfg['steps']} steps, batch {cfg['batch_size']}, patch {cfg['patch_size']}, lr {cfg['lr']}, "
              f"augment {run['augment']}. Scores on each scan's own grid, Dice in percent. Dropped: cases "
              "with the label in neither truth nor prediction; for distances, also those with it in one.",
-             *table(["fold", "trained on", "evaluated", *columns, "dropped"],
-                    [*rows, ["mean ± SD", "", "", *over_folds(), ""]])]
+             "", *common.table(["fold", "trained on", "evaluated", *columns, "dropped"],
+                               [*rows, ["mean ± SD", "", "", *over_folds(), ""]])]
     cases = {r["case"]: r for _, records in done for r in records}.values()
     seen, same = sum(bool(r["seen"]) for r in cases), sum(r["same_scan"] for r in cases)
     lines += ["", "The checkpoint does not say which scans were seen in pretraining."
@@ -356,7 +352,7 @@ def summarise(run, folds):
                    "other sites": lambda r: r["site"] not in run["sites"]}
     if groups:
         rows = [[title, sum(map(belongs, cases)), *over_folds(belongs)] for title, belongs in groups.items()]
-        lines += table(["Dice of", "cases", *columns], rows)
+        lines += ["", *common.table(["Dice of", "cases", *columns], rows)]
     rows = []
     for kind, title in list(predict.SCORES.items())[1:]:
         cells = []
@@ -364,7 +360,8 @@ def summarise(run, folds):
             means, dropped = zip(*(mean_dice(records, [name], kind) for _, records in done), strict=True)
             cells += [spread(means), sum(dropped)]
         rows.append([title, *cells])
-    lines += table(["mean ± SD", *(word for name in names for word in (name, "dropped"))], rows)
+    header = ["mean ± SD", *(word for name in names for word in (name, "dropped"))]
+    lines += ["", *common.table(header, rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -424,16 +421,12 @@ def load_fold(cfg, task, fold, train, device):
     return model, checkpoint
 
 
-def check_same_run(cfg):
+def check_folds(cfg):
     """UserError if the run folder has finished folds of other settings: they would be taken for these."""
     path = os.path.join(cfg.out, "config.yaml")
     if os.path.exists(path) and glob.glob(os.path.join(glob.escape(cfg.out), "fold_*", "dice.json")):
-        now = dataclasses.asdict(cfg)
-        then = now | common.read_yaml(Config, path)
-        changed = [f"{k} {then[k]} -> {now[k]}" for k in now if k not in FREE and then[k] != now[k]]
-        if changed:
-            raise UserError(f"{cfg.out} has folds of another run ({', '.join(changed)}): new --out, or the "
-                            "old values")
+        then = dataclasses.asdict(cfg) | common.read_yaml(Config, path)
+        common.check_same_run(f"{cfg.out} has folds", then, cfg, FREE)
 
 
 def main(cfg):
@@ -457,7 +450,7 @@ def main(cfg):
         chosen = range(len(folds)) if cfg.folds is None else cfg.folds
         if not set(chosen) <= set(range(len(folds))):
             raise UserError(f"folds {cfg.folds}: task {name} has the folds 0 to {len(folds) - 1}")
-        check_same_run(cfg)
+        check_folds(cfg)
         if processes.rank == 0:
             print(f"task {name}: {len(cases)} cases; each fold trains on {len(folds[0]['train'])} and "
                   f"evaluates {len(folds[0]['evaluate'])}; {cfg.model}, augment {cfg.augment}, lr {cfg.lr}\n"
@@ -476,12 +469,13 @@ def main(cfg):
             common.write_text(f"{cfg.out}/config.yaml", settings)
             common.write_text(f"{cfg.out}/folds.json", json.dumps({"task": name, "folds": folds}, indent=1))
 
+    before = history(pretrained)
     for fold in chosen:
         folder = os.path.dirname(finished[fold])
         if common.agree(os.path.exists(finished[fold]))[0]:
             continue
         train, rest = ([by_name[n] for n in folds[fold][part]] for part in ("train", "evaluate"))
-        seen = history(pretrained)
+        seen = before
         if task.networks:
             with common.together():
                 model, seen = load_fold(cfg, task, fold, folds[fold]["train"], processes.device)
@@ -504,7 +498,7 @@ def main(cfg):
         sites = sorted({site(c) for c in cases if c.volumes[0].split != "test"}) if task.sites else None
         run = {"task": name, "model": cfg.model, "ckpt": cfg.ckpt, "origin": origin, "augment": cfg.augment,
                "params": params, "classes": task.classes[1:], "regions": list(task.regions), "sites": sites,
-               "pretraining": history(pretrained)["pretraining"], "config": dataclasses.asdict(cfg),
+               "pretraining": before["pretraining"], "config": dataclasses.asdict(cfg),
                "folds": done}
         common.write_text(os.path.join(cfg.out, "dice.json"), json.dumps(run, indent=1))
         if done:

@@ -250,11 +250,7 @@ def load_encoder(checkpoint):
     if checkpoint.get("kind") not in ("pretrain", "finetune"):
         raise UserError("features are taken from a checkpoint of pretrain.py or finetune.py; this is none")
     channels = len(checkpoint["task"]["sequences"]) if checkpoint["kind"] == "finetune" else 1
-    trained = checkpoint["config"]
-    model = models.build_model(checkpoint["row"], "segment", channels, merge=trained.get("merge", "legacy"),
-                               features=trained.get("features"))
-    models.load_weights(model, checkpoint, part="encoder")
-    return model.eval(), channels
+    return rebuild(checkpoint, channels, 1, part="encoder"), channels
 
 
 def write_features(cfg):
@@ -280,9 +276,17 @@ def read_label(path, image):
     """The values of a label map on the stored axes of `image`. UserError if it is not on its grid."""
     label = prepare_data.load_scan(path)
     prepare_data.check_same_grid(label, {"shape": image.shape[:3], "affine": image.affine})
-    values = np.asarray(label.dataobj).reshape(label.shape[:3])
-    axes = [nib.io_orientation(one.affine) for one in (label, image)]
-    return nib.apply_orientation(values, nib.orientations.ornt_transform(*axes))
+    return data.on_axes(label, image.affine)
+
+
+def rebuild(checkpoint, channels, classes, part):
+    """The segmentation network that a checkpoint's row and settings describe, with its weights, to
+    evaluate."""
+    trained = checkpoint["config"]
+    model = models.build_model(checkpoint["row"], "segment", channels, classes,
+                               merge=trained.get("merge", "legacy"), features=trained.get("features"))
+    models.load_weights(model, checkpoint, part)
+    return model.eval()
 
 
 def load_network(path, device):
@@ -292,11 +296,9 @@ def load_network(path, device):
     if checkpoint.get("kind") != "finetune":
         raise UserError(f"{path} is no finetuned network but {checkpoint.get('kind', 'something else')}: "
                         "finetune.py makes one")
-    task, trained = checkpoint["task"], checkpoint["config"]
-    model = models.build_model(checkpoint["row"], "segment", len(task["sequences"]), len(task["classes"]),
-                               merge=trained.get("merge", "legacy"), features=trained.get("features"))
-    models.load_weights(model, checkpoint, part="all")
-    return model.to(device).eval(), checkpoint
+    task = checkpoint["task"]
+    model = rebuild(checkpoint, len(task["sequences"]), len(task["classes"]), part="all")
+    return model.to(device), checkpoint
 
 
 def prepare_scan(paths):

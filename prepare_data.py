@@ -291,9 +291,8 @@ def restore(array, geometry):
 class Source(NamedTuple):
     """A native layout. The patterns are searched in the path below --input, without its ending .nii or
     .nii.gz; a match of the group `test` marks what the paper does not pretrain on."""
-    pattern: str  # of a volume: groups subject, session, suffix; site goes in front of the subject
+    pattern: str  # of a volume: groups subject, session, suffix, text (free); site in front of the subject
     label: str = ""  # of a label map: the same subject, session and site
-    text: str = ""  # groups whose free text `classify` reads if the suffix says nothing: any name is taken
     volumes: tuple[str, ...] = ()  # the sequences in a 4-D file
     rule: bool = False  # the official code takes no volume with negative values from here
     hold_out: str = ""  # split of a random quarter of the labelled subjects, by sklearn's count: ceil(n / 4)
@@ -326,8 +325,8 @@ SOURCES = {
     "fomo60k": Source(r"(?P<subject>sub_[^/]+)/(?P<session>ses_[^/]+)/(?P<text>[^/]+)$"),
     "bids": Source(r"(?P<subject>sub-[A-Za-z0-9]+)/((?P<session>ses-[A-Za-z0-9]+)/)?((anat|dwi|swi|perf)/)?"
                    r"(?P=subject)(_[a-z]+-[A-Za-z0-9]+)*_(?P<suffix>[A-Za-z0-9]+)$",
-                   r"(?P<subject>sub-[A-Za-z0-9]+)/((?P<session>ses-[A-Za-z0-9]+)/)?([^/]+/)?(?P=subject)[^/]*_"
-                   r"(lesion|msk|mask|dseg|label|roi)$"),
+                   r"(?P<subject>sub-[A-Za-z0-9]+)/((?P<session>ses-[A-Za-z0-9]+)/)?([^/]+/)?(?P=subject)"
+                   r"[^/]*_(lesion|msk|mask|dseg|label|roi)$"),
     "nnunet": Source(r"(imagesTr|(?P<test>imagesTs))/(?P<subject>[^/]+)_(?P<suffix>\d{4})$",
                      r"labels(Tr|Ts)/(?P<subject>[^/]+)$"),
 }
@@ -444,7 +443,8 @@ def find_scans(source, folder, dry_run=False):
         held = set(data.split_subjects([subject for subject, _ in labels], 0.25, 0)[1])
     for key, scans in sessions.items():
         label = labels.get(key, "")
-        split = "train" if label else "test" if source == "brats21" and labels else "pretrain"
+        # Without a label where others have one: those that the challenge holds back are for testing, too.
+        split = "train" if label else "test" if held and row.hold_out == "test" else "pretrain"
         split = row.hold_out if key[0] in held else split
         sessions[key] = [scan._replace(label=label, split=scan.split or split) for scan in scans]
     return [sessions[key] for key in sorted(sessions)], skipped
@@ -514,16 +514,15 @@ def prepare_session(source, name, root, out, scans):
 def label_by_grid(root, scans):
     """A session's label map belongs to the volumes on its grid (DWI and ADC of ISLES22, not its FLAIR); to
     all if it is on none's, so that they are rejected by name."""
-    def headers(path):
-        image = nib.load(os.path.join(root, path))
-        return image.shape[:3], image.affine
-
     def fits(scan):
         try:
-            (shape, affine), (label_shape, label_affine) = headers(scan.path), headers(scan.label)
-        except DAMAGE:
+            image, label = (nib.load(os.path.join(root, path)) for path in (scan.path, scan.label))
+            check_header(image, scan.path, scan.channel)
+            check_header(label, scan.label)
+            check_same_grid(label, {"shape": image.shape[:3], "affine": image.affine})
+        except (Rejected, *DAMAGE):
             return False
-        return shape == label_shape and np.allclose(affine, label_affine, atol=1e-2)
+        return True
 
     if len(scans) == 1 or not scans[0].label:
         return scans
@@ -568,7 +567,8 @@ def prepare_volume(root, out, name, scan, image, box, rule):
            "spacing": "x".join(f"{s:g}" for s in geometry["spacing"]), "sha256": digest}
     save_array(f"{out}/volumes/{stem}.npy", volume.astype(np.float16))
     os.makedirs(os.path.dirname(f"{out}/geometry/{stem}"), exist_ok=True)
-    common.write_text(f"{out}/geometry/{stem}.json", json.dumps(geometry | {"row": row}))
+    with common.atomic(f"{out}/geometry/{stem}.json") as temporary, open(temporary, "w") as file:
+        json.dump(geometry | {"row": row}, file)
     return row
 
 
@@ -611,8 +611,8 @@ def estimate(scans, root, out, workers):
               f"{shutil.disk_usage(folder).free / 1e9:.0f} free), {hours:.2f} hours with {workers} workers")
 
 
-def write_task(out, name, root):
-    """nnU-Net's dataset.json -> a task file for finetune.py; -> {number of a channel: its sequence}."""
+def read_dataset(root):
+    """nnU-Net's dataset.json -> ({number of a channel: its sequence}, the settings of a task)."""
     path = os.path.join(root, "dataset.json")
     try:
         with open(path, encoding="utf-8") as file:
@@ -630,14 +630,11 @@ def write_task(out, name, root):
     regions = {key: value for key, value in labels.items() if isinstance(value, list)}
     names = {value: key for key, value in labels.items() if isinstance(value, int)}
     values = sorted({0, *names, *(v for region in regions.values() for v in region)})
-    task = {"data": out, "source": name, "sequences": [channels[key] for key in sorted(channels)],
-            "ignore": ignore, "classes": [names.get(v, f"label {v}") for v in values],
+    task = {"sequences": [channels[key] for key in sorted(channels)], "ignore": ignore,
+            "classes": [names.get(v, f"label {v}") for v in values],
             "labels": {v: i for i, v in enumerate(values)},
             "regions": {key: [values.index(v) for v in region] for key, region in regions.items()}}
-    os.makedirs(out, exist_ok=True)
-    common.write_text(f"{out}/{name}.yaml", yaml.safe_dump(task, sort_keys=False))
-    print(f"to finetune on it: python finetune.py --task {out}/{name}.yaml")
-    return {f"{key:04}": sequence for key, sequence in channels.items()}
+    return {f"{key:04}": sequence for key, sequence in channels.items()}, task
 
 
 # Table 1 of the paper: subjects, sessions, volumes, sequences.
@@ -686,14 +683,14 @@ def main(cfg):
     name = cfg.name or (os.path.basename(os.path.abspath(root)) if cfg.source == "nnunet" else cfg.source)
     name = re.sub(r"[^A-Za-z0-9.-]+", "_", name)
     if cfg.source == "nnunet":
-        channels = write_task(cfg.out, name, root)
+        channels, task = read_dataset(root)
         sessions = [[scan._replace(sequence=channels.get(scan.sequence, scan.sequence)) for scan in scans]
                     for scans in sessions]
     found = sum(map(len, sessions)) + skipped.total()
     mine = sessions[int(shard)::int(shards)]
-    if elsewhere := sum(map(len, sessions)) - sum(map(len, mine)):
-        skipped["other shards"] = elsewhere
     total = sum(map(len, mine))
+    if elsewhere := found - skipped.total() - total:
+        skipped["other shards"] = elsewhere
     if cfg.dry_run or total > 100:
         estimate([scan for scans in mine for scan in scans], root, cfg.out, cfg.workers)
     if cfg.dry_run:
@@ -704,6 +701,10 @@ def main(cfg):
         return 0
 
     claim(cfg.out, name, os.path.abspath(cfg.input))
+    if cfg.source == "nnunet":
+        path = f"{cfg.out}/{name}.yaml"
+        common.write_text(path, yaml.safe_dump({"data": cfg.out, "source": name} | task, sort_keys=False))
+        print(f"to finetune on it: python finetune.py --task {path}")
     rows, rejected = [], []
     work = functools.partial(prepare_session, cfg.source, name, root, cfg.out)
     try:

@@ -296,7 +296,6 @@ def main(cfg):
     stop = common.catch_signals()
     out = cfg.out or f"runs/{cfg.model}"
     dtype = torch.float64 if cfg.precision == "fp64" else torch.float32
-    versions = common.versions()
 
     with common.together():  # nobody goes on before the folder is there
         check(cfg)
@@ -311,11 +310,10 @@ def main(cfg):
         models.check_patch(model, cfg.patch_size, device, cfg.precision)
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                       eps=cfg.eps, amsgrad=cfg.amsgrad, fused=True)
-        step = common.resume(f"{out}/last.pt", cfg, FREE, model, optimizer)
-        hours = common.load_checkpoint(f"{out}/last.pt").get("hours", 0.0) if step else 0.0
+        step, hours = common.resume(f"{out}/last.pt", cfg, FREE, model, optimizer)
         if rank == 0:
             print(f"{cfg.model}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-                  f"{processes.world} x {device}, {cfg.precision}\n{versions}\nrun folder {out}"
+                  f"{processes.world} x {device}, {cfg.precision}\n{common.versions()}\nrun folder {out}"
                   + (f", continues at step {step}" if step else ""))
         if rank == 0 and not cfg.estimate:
             with common.writing(out):
@@ -338,7 +336,8 @@ def main(cfg):
                 common.save_checkpoint(f"{out}/last.pt", {
                     "kind": "pretrain", "row": cfg.model, "step": step, "config": dataclasses.asdict(cfg),
                     "hours": hours + (time.perf_counter() - began) / 3600,  # over all continuations
-                    "model": model.state_dict(), "optimizer": optimizer.state_dict(), "versions": versions,
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                    "versions": common.versions(),
                     "subjects": sorted({c.subject for c in train}),
                     "sha256": [v.sha256 for c in train for v in c.volumes]})
 

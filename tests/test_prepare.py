@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-import yaml
 from conftest import ROOT, mistake, script
 from skimage.transform import resize
 
@@ -313,8 +312,7 @@ def test_nnunet_becomes_a_task(everything):
 def test_labels_of_nnunet(labels, classes, regions, ignore, tmp_path):
     known = {"modality": {"0": "MRI", "1": "MRI"}, "labels": labels}
     (tmp_path / "dataset.json").write_text(json.dumps(known))
-    channels = prepare_data.write_task(str(tmp_path), "d", str(tmp_path))
-    task = yaml.safe_load((tmp_path / "d.yaml").read_text())
+    channels, task = prepare_data.read_dataset(str(tmp_path))
     assert (task["classes"], task["regions"], task["ignore"]) == (classes, regions, ignore)
     assert channels == {"0000": "0-MRI", "0001": "1-MRI"}
 
@@ -327,6 +325,11 @@ def test_dry_run_lists_and_writes_nothing(everything, tmp_path, capsys):
     for path, kind in truth.items():
         assert f"{'skip' if kind == 'junk' else 'take'} {path}: " in printed
     assert "estimate from" in printed and not (tmp_path / "o").exists()
+
+
+def test_dry_run_of_nnunet_writes_no_task(everything, tmp_path, capsys):
+    prepare("nnunet", everything[0] / "nnunet" / "Dataset501_Lesions", tmp_path / "o", dry_run=True)
+    assert "FLAIR, train, label" in capsys.readouterr().out and not (tmp_path / "o").exists()
 
 
 def test_dicom_alone(tmp_path):
@@ -527,6 +530,15 @@ def test_two_shards_at_once_are_one_run(prepared, raw, tmp_path):
     assert ours == theirs
 
 
+def test_what_a_killed_run_left_is_overwritten(prepared, raw, tmp_path):
+    for path in prepared.rglob("geometry/*/*.json"):
+        left = tmp_path / "out" / path.relative_to(prepared)
+        left.parent.mkdir(parents=True, exist_ok=True)
+        left.with_name(f".part-{path.name}").write_text("half")
+    prepare("bids", raw, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(prepared)
+
+
 def test_a_full_disk_ends_in_one_line(prepared, raw, tmp_path):
     """A limit on the size of files, 100 KB, stands for the full disk: some volumes still fit."""
     code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000)); "
@@ -556,6 +568,21 @@ def test_a_label_on_another_grid_is_rejected(tmp_path):
         prepare_data.preprocess_label(image_of(np.asarray(label.dataobj)[:-1], label.affine), geometry)
     with pytest.raises(Rejected, match="label values unknown"):
         prepare_data.preprocess_label(image_of(np.full(image.shape, 0.5, np.float32), image.affine), geometry)
+
+
+def test_a_label_on_other_axes_belongs_to_the_scan_on_its_grid(tmp_path):
+    """A session whose volumes lie on two grids; the label is stored as neither, but lies on the first."""
+    folder = tmp_path / "raw" / "sub-1" / "anat"
+    folder.mkdir(parents=True)
+    image, label = head(size=40)
+    wanted = nib.orientations.axcodes2ornt("PSR")
+    turn = nib.orientations.ornt_transform(nib.io_orientation(label.affine), wanted)
+    label.as_reoriented(turn).to_filename(folder / "sub-1_lesion.nii.gz")
+    image.to_filename(folder / "sub-1_FLAIR.nii.gz")
+    head((1, 1, 2), "LAS", 10, size=40)[0].to_filename(folder / "sub-1_T1w.nii.gz")
+    assert prepare("bids", tmp_path / "raw", tmp_path / "out") == 0
+    labels = {row["sequence"]: row["label"] for row in tables(tmp_path / "out", "index")}
+    assert labels["FLAIR"] and labels["T1"] == ""
 
 
 @pytest.mark.parametrize(("settings", "message"), [

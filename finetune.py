@@ -51,6 +51,7 @@ class Config:
     oversample: float = 0.33  # share of patches that must hold foreground; the official code's
     precision: str = "bf16"  # bf16 (autocast), fp32 or fp64; Appendix A: bf16-mixed
     compile: bool | None = None  # torch.compile; by default, as in Appendix A, all but SwinUNETR
+    recompute: bool = False  # make activations again in the backward pass: less memory, longer steps
     overlap: float = 0.5  # of the sliding windows in evaluation
     save_every: int = 500  # steps between checkpoints
     log_every: int = 50  # steps between log lines
@@ -81,7 +82,8 @@ class Task:
 # Appendix A, read as U-Net XL, B, MedNeXt L, M, SwinUNETR: the printed header names the columns wrongly.
 RATES = {"mednext_l": 5e-4, "mednext_l_mednextdec": 5e-4, "mednext_m": 6e-4}
 PRECISIONS = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of the weights
-FREE = ("data", "folds", "workers", "device", "out", "save_every", "log_every", "compile", "estimate")
+FREE = ("data", "folds", "workers", "device", "out", "save_every", "log_every", "compile", "recompute",
+        "estimate")
 
 
 def dice_ce(logits, label, ignore=data.IGNORE):
@@ -201,6 +203,8 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
         model, report = build(cfg, task, pretrained, seed)
         models.check_patch(model, cfg.patch_size, device, cfg.precision)
         model.to(device, PRECISIONS[cfg.precision])
+        if cfg.recompute:
+            models.recompute(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                       eps=cfg.eps, amsgrad=cfg.amsgrad, fused=True)
         step, _ = common.resume(path, cfg, FREE, model, optimizer)

@@ -6,6 +6,7 @@ Parameter names are the official ones, so that published checkpoints load withou
 """
 
 import difflib
+import functools
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -38,11 +39,14 @@ ROWS = {
 
 
 # ------------------------------------------------------------------------------------------ U-Net, B and XL
-def channels_first(x):
-    """x.contiguous(), slow for channels-last volumes on a CPU: there a transposed matrix for each sample."""
-    if x.is_contiguous() or x.device.type != "cpu":
+def quick_format(x):
+    """x in the memory format in which a CPU convolves it fastest: channels-last, but for the coarse levels,
+    where the layout of the weights' gradient costs more than that gains."""
+    if x.device.type != "cpu" or x[0, 0].numel() <= 8 ** 3:
         return x.contiguous()
-    return torch.stack([sample.t().contiguous() for sample in x.movedim(1, -1).flatten(1, 3)]).view(x.shape)
+    if x.shape[1] == 1:  # already both, and its strides say which: those of a copy
+        return x.clone(memory_format=torch.channels_last_3d)
+    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 class ConvNormAct(nn.Module):
@@ -54,12 +58,32 @@ class ConvNormAct(nn.Module):
         self.norm = nn.InstanceNorm3d(channels_out, affine=True)
 
     def forward(self, x):
-        """Instance norm as batch norm of (1, B * C, D, H, W), which it is: instance_norm returns a view, and
-        the gradient of an operation in place on a view copies it three times."""
-        x, b = self.conv(x), len(x)
-        y = nn.functional.batch_norm(x.flatten(0, 1)[None], None, None, self.norm.weight.repeat(b),
-                                     self.norm.bias.repeat(b), True, eps=self.norm.eps)
-        return nn.functional.leaky_relu(y, 0.01, inplace=True).view_as(x)
+        return nn.functional.leaky_relu(self.normalise(self.conv(quick_format(x))), 0.01, inplace=True)
+
+    def normalise(self, x):
+        """Instance norm as batch norm, which it is for a single sample. torch's own returns a view, and the
+        gradient of an operation in place on a view copies it three times; nor does it know channels-last."""
+        weight, bias, eps, batch = self.norm.weight, self.norm.bias, self.norm.eps, len(x)
+        if x.is_contiguous():
+            samples = x.flatten(0, 1)[None]
+            y = nn.functional.batch_norm(samples, None, None, weight.repeat(batch), bias.repeat(batch), True,
+                                         eps=eps)
+            return y.view_as(x)
+        samples = x.split(1) if batch > 1 else [x]
+        parts = [nn.functional.batch_norm(one, None, None, weight, bias, True, eps=eps) for one in samples]
+        return torch.cat(parts) if batch > 1 else parts[0]
+
+
+def upsample(x, up):
+    """A transposed convolution whose stride is its kernel's size. Channels-last, it is one matrix product,
+    whose columns are then put in their places."""
+    if x.is_contiguous():
+        return up(x)
+    (b, _, *size), k, c = x.shape, up.stride[0], up.out_channels
+    y = nn.functional.linear(x.movedim(1, -1), up.weight.permute(2, 3, 4, 1, 0).flatten(0, 3),
+                             up.bias.repeat(k ** 3))
+    y = y.view(b, *size, k, k, k, c).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    return y.reshape(b, *(k * side for side in size), c).movedim(-1, 1)
 
 
 class Block(nn.Module):
@@ -115,15 +139,22 @@ class UNetDecoder(nn.Module):
             self.out_conv = nn.ConvTranspose3d(f, channels, stem, stem)
 
     def forward(self, levels):
-        *skips, x = [channels_first(level) for level in levels]  # MedNeXt and Swin give channels-last
+        *skips, x = levels
         for up, block in ((self.upsample1, self.decoder_conv1), (self.upsample2, self.decoder_conv2),
                           (self.upsample3, self.decoder_conv3), (self.upsample4, self.decoder_conv4)):
-            x, skip = up(x), skips.pop()
+            x, skip = upsample(x, up), skips.pop()
             x = block(torch.cat([x, skip], 1) if self.skips else x)
         return self.out_conv(x)
 
 
 # --------------------------------------------------------------------- MedNeXt, M and L, kernel 3 (no UpKern)
+def channels_first(x):
+    """x.contiguous(), slow for channels-last volumes on a CPU: there a transposed matrix for each sample."""
+    if x.is_contiguous() or x.device.type != "cpu":
+        return x.contiguous()
+    return torch.stack([sample.t().contiguous() for sample in x.movedim(1, -1).flatten(1, 3)]).view(x.shape)
+
+
 class DepthwiseConv(torch.autograd.Function):
     """3^3 depthwise convolution of a channels-last tensor on a CPU, with quicker gradients than oneDNN's: the
     input's is the convolution with the mirrored kernel, the kernel's comes from matrix products."""
@@ -578,6 +609,15 @@ def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skip
     if row.decoder == "mednext":
         return Network(encoder, pred_head=MedNeXtDecoder(out_channels, f, row.blocks, row.expansion))
     return Network(encoder, pred_head=UNetDecoder(out_channels, f, light=False, skips=True))
+
+
+def recompute(model):
+    """Activation checkpointing: every block makes its activations again in the backward pass instead of
+    keeping them. The same results; bench/models.py has what it saves and what it costs."""
+    for module in model.modules():
+        if isinstance(module, (Block, MedNeXtBlock, SwinBlock, ResidualBlock)):
+            module.forward = functools.partial(torch.utils.checkpoint.checkpoint, module.forward,
+                                               use_reentrant=False, preserve_rng_state=False)
 
 
 def check_patch(model, size, device, precision):

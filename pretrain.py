@@ -52,6 +52,7 @@ class Config:
     eps: float = 1e-8  # AdamW; Appendix A
     precision: str = "bf16"  # bf16 (autocast), fp32 or fp64; Appendix A: bf16-mixed
     compile: bool = True  # torch.compile; Appendix A: yes, but for SwinUNETR
+    recompute: bool = False  # make activations again in the backward pass: less memory, longer steps
     val_fraction: float = 0.01  # share of subjects held out, at least one
     val_every: int | None = None  # steps between validations; by default once an epoch
     save_every: int = 500  # steps between checkpoints
@@ -66,7 +67,7 @@ class Config:
 
 # Keys that may change between a run and its continuation: they do not touch what is computed.
 FREE = ("data", "workers", "device", "out", "save_every", "log_every", "val_every", "compile", "micro_batch",
-        "estimate", "preview")
+        "estimate", "preview", "recompute")
 
 
 # --------------------------------------------------------------------------------- the objective, section 3.1
@@ -308,6 +309,8 @@ def main(cfg):
         model = models.build_model(cfg.model, task, decoder=cfg.decoder, skips=cfg.skips, merge=cfg.merge,
                                    features=cfg.features).to(device, dtype)
         models.check_patch(model, cfg.patch_size, device, cfg.precision)
+        if cfg.recompute:
+            models.recompute(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                       eps=cfg.eps, amsgrad=cfg.amsgrad, fused=True)
         step, hours = common.resume(f"{out}/last.pt", cfg, FREE, model, optimizer)

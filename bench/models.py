@@ -1,12 +1,13 @@
 """Forward and backward of every row, as the scripts run it, beside the same row written plainly.
 
-    python bench/models.py [--rows mednext_m,unet_b] [--side 64] [--threads 2] [--rounds 3] [--compile]
+    python bench/models.py [--rows mednext_m,unet_b] [--side 64] [--threads 2] [--rounds 2] [--compile]
 
 Plain is eager float32 in NCDHW order with torch's own modules and the allocator as it comes; for SwinUNETR it
-is MONAI's, where that is installed. Each variant runs in a process of its own, one step at a time, turn by
-turn, so that all of them meet the same machine; the table has medians and ratios. Ours keeps freed memory, as
-the scripts do (common.keep_freed_memory), which costs some of it: the peak of what is alive at once is
-measured in a process without that, the same for both.
+is MONAI's, where that is installed. `recompute` is bf16 with activation checkpointing, as --recompute. Each
+variant runs in a process of its own, one step at a time, turn by turn, so that all of them meet the same
+machine; the table has medians and ratios. Ours keeps freed memory, as the scripts do
+(common.keep_freed_memory), which costs some of it: the peak of what is alive at once is measured in processes
+that give freed memory back at once.
 """
 
 import argparse
@@ -20,18 +21,23 @@ import time
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from window import GIVES_BACK  # noqa: E402
+
 import common  # noqa: E402
 import models  # noqa: E402
 
-VARIANTS = ("plain", "ours fp32", "ours bf16")
+VARIANTS = ("plain", "ours fp32", "ours bf16", "ours bf16 recompute")
 
 
 def plain_network(row):
-    """The row as its authors wrote it: for MedNeXt without branch_cpu, for SwinUNETR MONAI's network."""
+    """The row as its authors wrote it: for SwinUNETR MONAI's network, for the others torch's own modules."""
     if models.ROWS[row].family == "swin":
         from monai.networks.nets import SwinUNETR
         return SwinUNETR(in_channels=1, out_channels=2, feature_size=48)
     models.MedNeXtBlock.branch_cpu = models.MedNeXtBlock.branch
+    models.quick_format = torch.Tensor.contiguous
+    models.upsample = lambda x, up: up(x)
+    models.ConvNormAct.normalise = lambda self, x: self.norm(x)
     return models.build_model(row, "segment", out_channels=2)
 
 
@@ -45,6 +51,8 @@ def serve(row, variant, side, threads, compiled):
         if not variant.endswith("memory"):
             common.keep_freed_memory()
         model = models.build_model(row, "segment", out_channels=2)
+        if "recompute" in variant:
+            models.recompute(model)
     run = torch.compile(model) if compiled and variant != "plain" else model
     x = torch.rand(1, 1, side, side, side)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -64,7 +72,8 @@ def measure(row, variants, arguments, rounds):
     words = [sys.executable, __file__, "--side", str(arguments.side), "--threads", str(arguments.threads)]
     words += ["--compile"] * arguments.compile
     workers = {v: subprocess.Popen([*words, "--serve", v, "--rows", row], text=True, stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for v in variants}
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   env=os.environ | (GIVES_BACK if "memory" in v else {})) for v in variants}
     times = {v: [] for v in variants}
     for turn in range(rounds + 1):
         for variant, worker in list(workers.items()):
@@ -88,7 +97,7 @@ def main():
     parser.add_argument("--rows", default=",".join(r for r in models.ROWS if r != "unet_demo"))
     parser.add_argument("--side", type=int, default=64, help="voxels of the patch")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="ours under torch.compile")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -97,8 +106,8 @@ def main():
     print(f"Segmentation network, batch 1, {arguments.side}^3, {arguments.threads} threads, torch "
           f"{torch.__version__}, ours {'compiled' if arguments.compile else 'eager'}; forward + backward, "
           f"median of {arguments.rounds}\n")
-    print("| row | plain fp32 s | ours fp32 s | ours bf16 s | fp32 faster | bf16 faster | peak GiB: plain, "
-          "fp32, bf16 |\n|---|---|---|---|---|---|---|")
+    print("| row | plain fp32 s | ours fp32 s | ours bf16 s | recompute s | fp32 faster | bf16 faster | "
+          "recompute faster | peak GiB: plain, fp32, bf16, recompute |\n" + "|---" * 9 + "|")
     for row in arguments.rows.split(","):
         found = measure(row, VARIANTS, arguments, arguments.rounds)
         memory = measure(row, [f"{v} memory" for v in VARIANTS], arguments, 1)

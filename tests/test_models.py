@@ -74,6 +74,45 @@ def test_names_and_shapes_are_the_official_ones(official):
     assert {name: list(tensor.shape) for name, tensor in state.items()} == expected
 
 
+# ---------------------------------------------------------------------------------- quick forms, plain forms
+@pytest.mark.parametrize("size", [(1, 1, 12), (1, 3, 12), (2, 3, 12), (2, 3, 6)])
+def test_the_convolution_block_is_torchs_own_modules(size):
+    """(batch, channels, side): one or several samples, channels-last or, at a coarse level, first."""
+    batch, channels, side = size
+    block = models.ConvNormAct(channels, 4).double()
+    torch.nn.init.normal_(block.norm.weight)
+    x = torch.rand(batch, channels, side, side, side, dtype=torch.float64, requires_grad=True)
+    found, wanted = block(x), torch.nn.functional.leaky_relu(block.norm(block.conv(x)), 0.01)
+    weights = torch.rand_like(wanted)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad((found * weights).sum(), (x, *block.parameters())),
+                               torch.autograd.grad((wanted * weights).sum(), (x, *block.parameters())))
+
+
+def test_upsampling_by_a_matrix_product_is_the_transposed_convolution():
+    up = torch.nn.ConvTranspose3d(6, 4, 2, 2)
+    x = torch.rand(2, 6, 3, 4, 5)
+    torch.testing.assert_close(models.upsample(x.contiguous(memory_format=torch.channels_last_3d), up), up(x))
+
+
+@pytest.mark.parametrize("row", ["unet_demo", "mednext_m", "swinunetr"])
+def test_recomputing_changes_nothing_but_the_memory(row):
+    x, found = torch.rand(1, 1, 64, 64, 64), []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = models.build_model(row, "segment")
+        if recompute:
+            models.recompute(model)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, k=kept: k.append(t.nbytes) or t, lambda t: t):
+            output = model(x)
+        output.square().mean().backward()
+        found.append((output, [p.grad for p in model.parameters()], sum(kept)))
+    (output, gradients, kept), (output2, gradients2, kept2) = found
+    assert torch.equal(output, output2) and kept2 < kept / 2
+    assert all(torch.equal(*pair) for pair in zip(gradients, gradients2, strict=True))
+
+
 # --------------------------------------------------------------------------------------------- golden outputs
 @pytest.mark.parametrize("official", ["unet_b", "unet_b_lw_dec", "mednext_m3_std_dec", "mednext_m3_lw_dec"])
 def test_outputs_of_the_official_networks(official):

@@ -44,7 +44,7 @@ def quick_format(x):
     where the layout of the weights' gradient costs more than that gains."""
     if x.device.type != "cpu" or x[0, 0].numel() <= 8 ** 3:
         return x.contiguous()
-    if x.shape[1] == 1:  # already both, and its strides say which: those of a copy
+    if x.shape[1] == 1:  # contiguous in both formats; convolutions go by the strides, which only a copy changes
         return x.clone(memory_format=torch.channels_last_3d)
     return x.contiguous(memory_format=torch.channels_last_3d)
 
@@ -87,7 +87,7 @@ def upsample(x, up):
 
 
 class Block(nn.Module):
-    """Two of them; one in the light decoder."""
+    """Two ConvNormAct; one in the light decoder (Table 2)."""
 
     def __init__(self, channels_in, channels_out, convolutions=2):
         super().__init__()
@@ -259,9 +259,7 @@ class MedNeXtEncoder(nn.Module):
         self.bottleneck = mednext_level(16 * f, blocks[4], expansion[4])
 
     def forward(self, x):
-        if x.device.type == "cpu":
-            x = x.contiguous(memory_format=torch.channels_last_3d)
-        levels = [self.enc_block_0(self.stem(x))]
+        levels = [self.enc_block_0(self.stem(quick_format(x)))]
         for down, level in ((self.down_0, self.enc_block_1), (self.down_1, self.enc_block_2),
                             (self.down_2, self.enc_block_3), (self.down_3, self.bottleneck)):
             levels.append(level(down(levels[-1])))
@@ -559,15 +557,11 @@ class Network(nn.Module):
 
     def __init__(self, encoder, rec_head=None, pred_head=None):
         super().__init__()
-        self.encoder = encoder
-        if rec_head is not None:
-            self.rec_head = rec_head
-        if pred_head is not None:
-            self.pred_head = pred_head
+        self.encoder, self.rec_head, self.pred_head = encoder, rec_head, pred_head
 
     def forward(self, x):
         check_multiple(x, self.size_multiple)
-        return (self.rec_head if hasattr(self, "rec_head") else self.pred_head)(self.encoder(x))
+        return (self.pred_head if self.rec_head is None else self.rec_head)(self.encoder(x))
 
 
 def check_multiple(x, multiple):
@@ -626,10 +620,10 @@ def check_patch(model, size, device, precision):
 
     Three on a CPU in bf16: oneDNN's weight gradient of a 3^3 convolution over 2^3 voxels is not finite there
     (torch 2.13)."""
-    levels = 3 if device.type == "cpu" and precision == "bf16" else 2
-    if size % model.size_multiple or size < levels * model.size_multiple:
-        raise UserError(f"patch_size {size}: choose a multiple of {model.size_multiple}, at least {levels} "
-                        "times that" + " in bf16 on a CPU" * (levels == 3))
+    coarsest = 3 if device.type == "cpu" and precision == "bf16" else 2  # voxels a side
+    if size % model.size_multiple or size < coarsest * model.size_multiple:
+        raise UserError(f"patch_size {size}: choose a multiple of {model.size_multiple}, at least {coarsest} "
+                        "times that" + " in bf16 on a CPU" * (coarsest == 3))
 
 
 # -------------------------------------------------------------------------------------------- loading weights

@@ -1,19 +1,20 @@
 """How much of the machine a pretraining step uses: model FLOPs a second over the best dense rate it reaches.
 
-    python bench/step.py [--rows unet_b,unet_xl] [--sides 64,96] [--threads 2] [--rounds 3]
+    python bench/step.py [--rows unet_b,unet_xl] [--sides 64,96] [--threads 2] [--rounds 4]
                          [--modes eager,compiled]
 
 A step is the paper's: AMAES at batch 1, forward with the light decoder, masked reconstruction, backward,
 fused AdamW with amsgrad; no augmentation. FLOPs are those of its convolutions and matrix products, two a
 multiply-add, forward and backward. The dense rate is the faster of a 4096^3 matrix product and a 3^3
 convolution of 128 channels at 32^3, in the same precision with the same threads, measured in turns with the
-step. Medians; the first turn, in which a compiled step compiles, does not count.
+step. Medians, after turns that do not count, until a step is no faster than the one before.
 """
 
 import argparse
 import itertools
 import os
 import statistics
+import subprocess
 import sys
 import time
 
@@ -27,7 +28,7 @@ import pretrain  # noqa: E402
 
 
 def dense(dtype):
-    """(name, FLOPs, function) of the two dense operations."""
+    """(FLOPs, function) of the two dense operations."""
     a, b = torch.randn(2, 4096, 4096).to(dtype)
     x, w = torch.randn(1, 128, 32, 32, 32).to(dtype), torch.randn(128, 128, 3, 3, 3).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last_3d)
@@ -59,34 +60,55 @@ def training_step(row, side, dtype, compiled):
     return step
 
 
+def measure(row, side, dtype, mode, rounds):
+    """A row of the table."""
+    work = [*dense(dtype), (flops(row, side), training_step(row, side, dtype, mode == "compiled"))]
+    def turn():
+        seconds = []
+        for _, function in work:
+            began = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - began)
+        return seconds
+
+    before = float("inf")
+    for _ in range(8):  # compile, and find the memory
+        now = turn()[-1]
+        if now > 0.98 * before:
+            break
+        before = now
+    times = zip(*(turn() for _ in range(rounds)), strict=True)
+    seconds = [statistics.median(t) for t in times]
+    rates = [n / s / 1e12 for (n, _), s in zip(work, seconds, strict=True)]
+    print(f"| {row} | {side} | {str(dtype)[6:]} | {mode} | {work[-1][0] / 1e12:.3f} | "
+          f"{seconds[-1]:.2f} | {rates[-1]:.3f} | {max(rates[:-1]):.3f} | "
+          f"{rates[-1] / max(rates[:-1]):.0%} |", flush=True)
+
+
+EACH = ("modes", "rows", "sides", "precisions")  # every combination, in a process of its own
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", default="unet_b,unet_xl,mednext_m,mednext_l,swinunetr")
     parser.add_argument("--sides", default="64,96")
+    parser.add_argument("--precisions", default="float32,bfloat16")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--modes", default="eager,compiled")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    common.keep_freed_memory()
+    if arguments.alone:
+        torch.set_num_threads(arguments.threads)
+        common.keep_freed_memory()
+        return measure(arguments.rows, int(arguments.sides), getattr(torch, arguments.precisions),
+                       arguments.modes, arguments.rounds)
     print(f"{arguments.threads} threads, torch {torch.__version__}\n\n| row | side | precision | mode | "
-          "TFLOP a step | step s | TFLOP/s | best dense TFLOP/s | share |\n" + "|---" * 9 + "|")
-    for mode, row, side, dtype in itertools.product(
-            arguments.modes.split(","), arguments.rows.split(","), map(int, arguments.sides.split(",")),
-            (torch.float32, torch.bfloat16)):
-        torch.compiler.reset()
-        work = [*dense(dtype), (flops(row, side), training_step(row, side, dtype, mode == "compiled"))]
-        times = [[] for _ in work]
-        for turn in range(arguments.rounds + 1):
-            for (_, function), found in zip(work, times, strict=True):
-                began = time.perf_counter()
-                function()
-                if turn:
-                    found.append(time.perf_counter() - began)
-        rates = [n / statistics.median(t) / 1e12 for (n, _), t in zip(work, times, strict=True)]
-        print(f"| {row} | {side} | {str(dtype)[6:]} | {mode} | {work[-1][0] / 1e12:.3f} | "
-              f"{statistics.median(times[-1]):.2f} | {rates[-1]:.3f} | {max(rates[:-1]):.3f} | "
-              f"{rates[-1] / max(rates[:-1]):.0%} |", flush=True)
+          "TFLOP a step | step s | TFLOP/s | best dense TFLOP/s | share |\n" + "|---" * 9 + "|", flush=True)
+    for words in itertools.product(*(getattr(arguments, key).split(",") for key in EACH)):
+        words = [word for pair in zip(EACH, words, strict=True) for word in (f"--{pair[0]}", pair[1])]
+        words += ["--threads", str(arguments.threads), "--rounds", str(arguments.rounds), "--alone"]
+        subprocess.run([sys.executable, "-W", "ignore", __file__, *words], check=True)
 
 
 if __name__ == "__main__":

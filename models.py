@@ -44,7 +44,7 @@ def quick_format(x):
     where the layout of the weights' gradient costs more than that gains."""
     if x.device.type != "cpu" or x[0, 0].numel() <= 8 ** 3:
         return x.contiguous()
-    if x.shape[1] == 1:  # contiguous in both formats; convolutions go by the strides, which only a copy changes
+    if x.shape[1] == 1:  # contiguous in both formats; what counts are the strides, which a copy sets
         return x.clone(memory_format=torch.channels_last_3d)
     return x.contiguous(memory_format=torch.channels_last_3d)
 

@@ -1,13 +1,13 @@
 """How much of the machine a pretraining step uses: model FLOPs a second over the best dense rate it reaches.
 
-    python bench/step.py [--rows unet_b,unet_xl] [--sides 64,96] [--threads 2] [--rounds 4]
+    python bench/step.py [--rows unet_b,unet_xl] [--sides 64,96] [--threads 2] [--rounds 3]
                          [--modes eager,compiled]
 
 A step is the paper's: AMAES at batch 1, forward with the light decoder, masked reconstruction, backward,
 fused AdamW with amsgrad; no augmentation. FLOPs are those of its convolutions and matrix products, two a
 multiply-add, forward and backward. The dense rate is the faster of a 4096^3 matrix product and a 3^3
 convolution of 128 channels at 32^3, in the same precision with the same threads, measured in turns with the
-step. Medians, after turns that do not count, until a step is no faster than the one before.
+step. Medians of at least as many turns as --rounds, over at least 8 s of steps, after 4 s that do not count.
 """
 
 import argparse
@@ -71,14 +71,13 @@ def measure(row, side, dtype, mode, rounds):
             seconds.append(time.perf_counter() - began)
         return seconds
 
-    before = float("inf")
-    for _ in range(8):  # compile, and find the memory
-        now = turn()[-1]
-        if now > 0.98 * before:
-            break
-        before = now
-    times = zip(*(turn() for _ in range(rounds)), strict=True)
-    seconds = [statistics.median(t) for t in times]
+    turn()  # compiles
+    warm, times = [], []
+    while sum(warm) < 4:  # seconds in which it finds its memory
+        warm.append(turn()[-1])
+    while len(times) < rounds or sum(t[-1] for t in times) < 8:
+        times.append(turn())
+    seconds = [statistics.median(t) for t in zip(*times, strict=True)]
     rates = [n / s / 1e12 for (n, _), s in zip(work, seconds, strict=True)]
     print(f"| {row} | {side} | {str(dtype)[6:]} | {mode} | {work[-1][0] / 1e12:.3f} | "
           f"{seconds[-1]:.2f} | {rates[-1]:.3f} | {max(rates[:-1]):.3f} | "
@@ -94,7 +93,7 @@ def main():
     parser.add_argument("--sides", default="64,96")
     parser.add_argument("--precisions", default="float32,bfloat16")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--modes", default="eager,compiled")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -28,9 +28,6 @@ class Draw(NamedTuple):
     intensity: tuple = ()  # (function name, parameters) in the order of application
 
 
-PRESETS = ("none", "spatial", "all")
-
-
 # ---------------------------------------------------------------------------------------- the policy, Table 5
 def draw(seed, preset, patch_size):
     """Table 5 on one screen: the augmentations of one sample with their probabilities and ranges -> Draw.

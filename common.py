@@ -39,18 +39,21 @@ class UserError(Exception):
 
 def run(main, config_class):
     """Entry point of every script: command line -> main(cfg). A UserError is one line and exit code 2."""
-    message = ""
+    message, cfg = "", None
     try:
-        code = main(parse_config(config_class, sys.argv[1:])) or 0
+        cfg = parse_config(config_class, sys.argv[1:])
+        code = main(cfg) or 0
     except UserError as error:
         message, code = str(error), 2
-    except torch.OutOfMemoryError:
-        message, code = "out of GPU memory: smaller --micro_batch, --batch_size or --patch_size", 1
     except RuntimeError as error:
-        if "gloo/transport" not in str(error):
+        if "gloo/transport" in str(error):
+            message, code = "stopped: another process ended, see its own message", 1
+        elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            names = [field.name for field in dataclasses.fields(config_class) if field.name in MEMORY]
+            message, code = f"out of memory: smaller {', '.join(names)}, or recompute", 1
+        else:
             raise
-        message, code = "stopped: another process ended, see its own message", 1
-    if message:
+    if message and (cfg or os.environ.get("LOCAL_RANK", "0") == "0"):  # a command line is the same on a node
         tqdm.write("error: " + " ".join(message.split()), file=sys.stderr)  # on a line beside its bars
     if dist.is_initialized() and dist.get_world_size() > 1:
         sys.stdout.flush()
@@ -86,6 +89,8 @@ def parse_config(config_class, argv):
             values |= read_yaml(config_class, word)
         else:
             inputs.append(word)
+    if inputs and not any(field.name == "inputs" for field in dataclasses.fields(config_class)):
+        raise UserError(f"{inputs[0]!r} is neither a --key nor a .yaml file")
     given |= {"inputs": inputs} if inputs else {}
     return build_config(config_class, values | cast_values(config_class, given, "the command line"))
 
@@ -116,6 +121,12 @@ def cast_values(config_class, values, where):
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(kinds)}"
             raise UserError(f"unknown key {key!r} in {where}; {hint}")
     return {key: _cast(value, kinds[key], key, where) for key, value in values.items()}
+
+
+RANGES = {"overlap": (0, 0.95)} | dict.fromkeys(  # of numbers; all others start at 0
+    ("batch_size", "micro_batch", "batch", "patch_size", "token_size", "log_every", "save_every", "val_every",
+     "preview"), (1, math.inf))
+MEMORY = ("micro_batch", "batch_size", "batch", "patch_size")
 
 
 def build_config(config_class, values):
@@ -150,6 +161,9 @@ def _cast(value, kind, key, where):
         raise wrong from None
     if kind is float and not math.isfinite(number):
         raise wrong
+    low, high = RANGES.get(key, (0, math.inf))
+    if kind in (int, float) and not low <= number <= high:
+        raise UserError(f"{key} in {where}: {number} is out of range, {low} to {high}")
     return number
 
 
@@ -283,6 +297,12 @@ def total(tensor):
     return tensor
 
 
+def check_same(message, *numbers):
+    """UserError with the message unless the numbers are the same on all processes."""
+    mine = torch.tensor(numbers, dtype=torch.float64)
+    stop_all(message if (total(mine) != mine * dist.get_world_size()).any() else "")
+
+
 def compile_or_warn(model, wanted, device):
     """torch.compile; where that fails on something tiny (no compiler, no Triton), the model as it is and one
     line of warning. All processes compile, or none."""
@@ -319,7 +339,7 @@ def estimate(batches, workers, steps, device):
     if device.type == "cuda":
         peak, memory = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         memory /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     step = statistics.median(times)

@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import signal
+from collections import Counter
 from typing import NamedTuple
 
 import nibabel
@@ -108,6 +109,8 @@ def labelled_cases(folder, source, sequences):
             cases.append(Case("_".join(p for p in (subject, session) if p), f"{origin}/{subject}",
                               tuple(os.path.join(folder, v.path) for v in channels),
                               os.path.join(folder, channels[0].label), channels))
+    if twice := [name for name, n in Counter(case.name for case in cases).items() if n > 1]:
+        raise UserError(f"{folder} has {twice[0]} in several sources: name one in the task, as `source`")
     return cases
 
 
@@ -230,7 +233,7 @@ def on_axes(label, affine):
     """Values (D, H, W) of a label map, a nibabel image, in the axis order and directions that a scan of the
     same grid is stored in."""
     axes = [nibabel.io_orientation(one) for one in (label.affine, affine)]
-    values = np.asarray(label.dataobj).reshape(label.shape[:3])
+    values = label.get_fdata(dtype=np.float32, caching="unchanged").reshape(label.shape[:3])
     return nibabel.apply_orientation(values, nibabel.orientations.ornt_transform(*axes))
 
 

@@ -26,6 +26,7 @@ import common
 import data
 import models
 import predict
+import prepare_data
 from common import UserError
 
 
@@ -90,17 +91,17 @@ def dice_ce(logits, label, ignore=data.IGNORE):
     """Cross-entropy minus soft Dice, the official code's loss: logits (B, K, D, H, W), label (B, D, H, W) ->
     scalar.
 
-    Dice with smoothing 1, for each sample and class with the background, then the mean: a perfect fit is -1.
-    Voxels whose label is `ignore` count in neither."""
+    Both of each sample, Dice with smoothing 1 of each class with the background, then the mean: a perfect fit
+    is -1. Voxels whose label is `ignore` count in neither."""
     logits, label = logits.to(torch.promote_types(logits.dtype, torch.float32)), label.long()
     counted = label != ignore
-    entropy = F.cross_entropy(logits, label, ignore_index=ignore, reduction="sum")
+    entropy = F.cross_entropy(logits, label, ignore_index=ignore, reduction="none").sum((1, 2, 3))
     classes = torch.arange(logits.shape[1], device=label.device).view(1, -1, 1, 1, 1)
     truth = label.unsqueeze(1) == classes
     share = logits.softmax(1) * counted.unsqueeze(1)
     overlap = (share * truth).sum((2, 3, 4))
     dice = (2 * overlap + 1) / (share.sum((2, 3, 4)) + truth.sum((2, 3, 4)) + 1 + 1e-8)
-    return entropy / counted.sum().clamp(min=1) - dice.mean()
+    return (entropy / counted.sum((1, 2, 3)).clamp(min=1)).mean() - dice.mean()
 
 
 # -------------------------------------------------------------------------------------- the task, section 4.1
@@ -112,8 +113,14 @@ def read_task(name):
         known = ", ".join(sorted(os.path.splitext(file)[0] for file in os.listdir(folder)))
         raise UserError(f"no task {name!r}: give a path to a task file, or one of {known}")
     task = common.build_config(Task, common.read_yaml(Task, path))
-    if sorted(set(task.labels.values())) != list(range(len(task.classes))):
+    found, numbers = list(task.labels.values()), list(range(len(task.classes)))
+    if any(value not in numbers for value in found) or any(number not in found for number in numbers):
         raise UserError(f"{path}: labels must map onto the class numbers 0 to {len(task.classes) - 1}")
+    if not all(str(value).isdigit() and int(value) < 256 for value in (*task.labels, *task.ignore)):
+        raise UserError(f"{path}: labels maps label values, 0 to 255, to class numbers; ignore lists values")
+    if not all(isinstance(region, list) and all(n in numbers for n in region)
+               for region in task.regions.values()):
+        raise UserError(f"{path}: a region is a list of class numbers, as [1, 2]")
     if task.evaluate not in ("rest", "test"):
         raise UserError(f"{path}: evaluate {task.evaluate!r}: choose rest or test")
     return os.path.splitext(os.path.basename(path))[0], task
@@ -211,6 +218,8 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
         if processes.rank == 0:
             print(report)
             common.cut_log(folder, step)
+    common.check_same(f"{folder} or {task.data} differs between the nodes: share or copy them", step,
+                      len(cases))
     if step == cfg.steps:
         return model
     train_model = common.compile_or_warn(DistributedDataParallel(model), cfg.compile, device)
@@ -269,9 +278,9 @@ def evaluate_fold(cfg, task, model, seen, cases, folder, processes, stop):
             try:
                 volume, geometry, truth = data.read_case(case)
                 classes = predict.segment(model, volume, geometry, cfg.patch_size, cfg.precision, cfg.overlap,
-                                          batch=cfg.batch_size)  # less memory than a step, however many share
+                                          batch=cfg.batch_size)  # not a share: it moves the last bits
                 scores = predict.score_case(classes, truth, dataclasses.asdict(task), geometry["affine"])
-            except (OSError, ValueError, UserError) as error:
+            except (UserError, *prepare_data.DAMAGE) as error:
                 raise UserError(f"cannot evaluate {case.name}: {error}") from None
             same = any(v.sha256 in hashes for v in case.volumes)
             mine.append({"case": case.name, "subject": case.subject,
@@ -409,7 +418,7 @@ def settings_of(folder, cfg, task):
     if (then["ckpt"], then["model"]) != (cfg.ckpt, cfg.model):
         raise UserError(f"{folder} is of --ckpt {then['ckpt']} --model {then['model']}: give the same here")
     return dataclasses.replace(cfg, **{key: value for key, value in then.items()
-                                       if key not in (*FREE, "task", "networks", "overlap")})
+                                       if key not in (*FREE, "task", "networks", "overlap", "batch_size")})
 
 
 def load_fold(cfg, task, fold, train, device):
@@ -425,12 +434,20 @@ def load_fold(cfg, task, fold, train, device):
     return model, checkpoint
 
 
-def check_folds(cfg):
-    """UserError if the run folder has finished folds of other settings: they would be taken for these."""
+def check_folds(cfg, assignment):
+    """UserError if the run folder has folds of other settings, another task or other cases, finished or not:
+    they would be taken for these."""
+    if not glob.glob(os.path.join(glob.escape(cfg.out), "fold_*", "*")):
+        return
     path = os.path.join(cfg.out, "config.yaml")
-    if os.path.exists(path) and glob.glob(os.path.join(glob.escape(cfg.out), "fold_*", "dice.json")):
+    if os.path.exists(path):
         then = dataclasses.asdict(cfg) | common.read_yaml(Config, path)
         common.check_same_run(f"{cfg.out} has folds", then, cfg, FREE)
+    path = os.path.join(cfg.out, "folds.json")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            if file.read() != assignment:
+                raise UserError(f"{cfg.out} has folds of another task, or of other cases: new --out")
 
 
 def main(cfg):
@@ -454,7 +471,9 @@ def main(cfg):
         chosen = range(len(folds)) if cfg.folds is None else cfg.folds
         if not set(chosen) <= set(range(len(folds))):
             raise UserError(f"folds {cfg.folds}: task {name} has the folds 0 to {len(folds) - 1}")
-        check_folds(cfg)
+        settings = {key: value for key, value in dataclasses.asdict(task).items() if key != "data"}
+        assignment = json.dumps({"task": name, "settings": settings, "folds": folds}, indent=1)
+        check_folds(cfg, assignment)
         if processes.rank == 0:
             print(f"task {name}: {len(cases)} cases; each fold trains on {len(folds[0]['train'])} and "
                   f"evaluates {len(folds[0]['evaluate'])}; {cfg.model}, augment {cfg.augment}, lr {cfg.lr}\n"
@@ -469,9 +488,9 @@ def main(cfg):
             with common.writing(cfg.out):
                 for fold in chosen:
                     os.makedirs(os.path.dirname(finished[fold]), exist_ok=True)
-            settings = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
-            common.write_text(f"{cfg.out}/config.yaml", settings)
-            common.write_text(f"{cfg.out}/folds.json", json.dumps({"task": name, "folds": folds}, indent=1))
+            common.write_text(f"{cfg.out}/config.yaml",
+                              yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
+            common.write_text(f"{cfg.out}/folds.json", assignment)
 
     before = history(pretrained)
     for fold in chosen:

@@ -29,7 +29,7 @@ class Config:
     inputs: tuple[str, ...] = ()  # the scan: one NIfTI file a channel, in the task's order
     out: str = "segmentation.nii.gz"  # label map on the scan's own grid, in the source's label values
     truth: str | None = None  # label map to score against
-    features: str | None = None  # instead of a segmentation: the encoder's features, to this .npy file
+    features: str | None = None  # instead of a segmentation: the encoder's features, to this .npy (no width)
     overlap: float = 0.5  # of neighbouring windows; the official code: 0.5
     gaussian: bool = False  # weigh window centres more; the official code does not
     batch: int = 1  # windows that pass through the network at once
@@ -318,6 +318,8 @@ def prepare_scan(paths):
 
 
 def main(cfg):
+    if not cfg.out.endswith((".nii", ".nii.gz")):
+        raise UserError(f"out {cfg.out}: a NIfTI file ends in .nii or .nii.gz")
     if not cfg.inputs:
         raise UserError("name the scan: python predict.py --ckpt CKPT scan.nii.gz --out seg.nii.gz")
     if cfg.features:

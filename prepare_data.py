@@ -11,6 +11,7 @@ import csv
 import ctypes
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -44,7 +45,7 @@ class Config:
     input: str | None = None  # folder with the raw scans, or the manifest's csv file
     out: str = "datasets/brains45k"  # prepared folder; several sources may share one
     name: str | None = None  # what the index calls it, for several inputs of one source; default: the source
-    workers: int = 2  # processes, one session at a time each
+    workers: int = 2  # processes, at least one, one session at a time each
     shard: str = "0/1"  # i/n: prepare every n-th session, from the i-th; shards of one folder may run at once
     dry_run: bool = False  # list what would be taken and what skipped, and why; write nothing
     table: bool = False  # print Table 1 of a prepared folder, beside the paper's numbers
@@ -326,7 +327,7 @@ SOURCES = {
     "bids": Source(r"(?P<subject>sub-[A-Za-z0-9]+)/((?P<session>ses-[A-Za-z0-9]+)/)?((anat|dwi|swi|perf)/)?"
                    r"(?P=subject)(_[a-z]+-[A-Za-z0-9]+)*_(?P<suffix>[A-Za-z0-9]+)$",
                    r"(?P<subject>sub-[A-Za-z0-9]+)/((?P<session>ses-[A-Za-z0-9]+)/)?([^/]+/)?(?P=subject)"
-                   r"[^/]*_(lesion|msk|mask|dseg|label|roi)$"),
+                   r"(?![^/]*_desc-brain_)[^/]*_(lesion|msk|mask|dseg|label|roi)$"),
     "nnunet": Source(r"(imagesTr|(?P<test>imagesTs))/(?P<subject>[^/]+)_(?P<suffix>\d{4})$",
                      r"labels(Tr|Ts)/(?P<subject>[^/]+)$"),
 }
@@ -431,8 +432,8 @@ def find_scans(source, folder, dry_run=False):
         key = who.subject, who.session
         if who.skip:
             skipped[who.skip] += 1
-            if who.skip == "label":
-                labels.setdefault(key, path)
+            if who.skip == "label" and labels.setdefault(key, path) != path:
+                print(f"{path} is not used: {labels[key]} is the label map of its session already")
             if dry_run:
                 print(f"skip {path}: {who.skip}")
         for channel, sequence in enumerate(who.sequences):
@@ -490,7 +491,7 @@ def prepare_session(source, name, root, out, scans):
     -> ([index rows], [(path, reason, damage)]). The geometry is written last: where it exists, all the rest
     does. Memory: up to 7 times the larger of the float32 volume on its own and on the 1 mm grid."""
     torch.set_num_threads(1)
-    rows, rejected, box = [], [], ()
+    rows, rejected, boxes = [], [], {}
     scans = label_by_grid(root, scans)
     for scan in scans:
         record = f"{out}/geometry/{stem_of(name, scan)}.json"
@@ -501,9 +502,9 @@ def prepare_session(source, name, root, out, scans):
                     row = json.load(file)["row"]
             if not row or bool(row["label"]) != bool(scan.label):
                 image = load_scan(os.path.join(root, scan.path), scan.channel)
-                if scan.label and box == ():
-                    box = shared_box(root, [s for s in scans if s.label])
-                row = prepare_volume(root, out, name, scan, image, box if scan.label else None,
+                if scan.label and scan.label not in boxes:
+                    boxes[scan.label] = shared_box(root, [s for s in scans if s.label == scan.label])
+                row = prepare_volume(root, out, name, scan, image, boxes.get(scan.label),
                                      SOURCES[source].rule if source in SOURCES else False)
             rows.append(row | {"split": scan.split})  # more subjects may have come: the split is of now
         except Rejected as reason:
@@ -556,7 +557,7 @@ def prepare_volume(root, out, name, scan, image, box, rule):
         label = f"labels/{stem}.npy"
         truth = load_scan(os.path.join(root, scan.label))
         save_array(f"{out}/{label}", preprocess_label(truth, geometry))
-        values = np.asarray(truth.dataobj).reshape(truth.shape[:3]).astype(np.uint8)
+        values = truth.get_fdata(dtype=np.float32).reshape(truth.shape[:3]).astype(np.uint8)
         with common.atomic(f"{out}/labels/{stem}_native.nii.gz") as temporary:
             nib.Nifti1Image(values, truth.affine).to_filename(temporary)
     with open(os.path.join(root, scan.path), "rb") as file:
@@ -675,6 +676,8 @@ def main(cfg):
         raise UserError(f"source {cfg.source!r}, input {cfg.input!r}: give --input, and choose --source from "
                         f"{', '.join(SOURCES)} and manifest")
     shard, _, shards = cfg.shard.partition("/")
+    if not cfg.workers:
+        raise UserError("workers 0: give 1 or more")
     if not (shard.isdigit() and shards.isdigit() and int(shard) < int(shards)):
         raise UserError(f"shard {cfg.shard!r}: expected i/n with i from 0 to n - 1, as 3/64")
     manifest = cfg.source == "manifest"
@@ -717,6 +720,7 @@ def main(cfg):
         rows.sort(key=lambda row: row["path"])
         write_table(f"{cfg.out}/index/{part}", data.Volume._fields, [row.values() for row in rows])
         write_table(f"{cfg.out}/rejected/{part}", ("path", "reason"), sorted(row[:2] for row in rejected))
+        forget_other_shards(cfg.out, name, shards)
     except BrokenProcessPool:
         raise UserError("a worker was killed, most likely for want of memory: fewer --workers; the same "
                         "command goes on where it stopped") from None
@@ -739,6 +743,14 @@ def claim(out, name, folder):
     with common.writing(out):
         os.makedirs(f"{out}/index", exist_ok=True)
     common.write_text(path, folder)
+
+
+def forget_other_shards(out, name, shards):
+    """Remove the tables of runs in another number of shards: they hold the splits of then."""
+    for path in glob.glob(f"{glob.escape(out)}/*/{glob.escape(name)}-*of*.csv"):
+        count = re.fullmatch(rf"{re.escape(name)}-\d+of(\d+)\.csv", os.path.basename(path))
+        if count and count[1] != shards:
+            os.unlink(path)
 
 
 def count_by_reason(skipped):

@@ -324,9 +324,7 @@ def main(cfg):
             common.write_text(f"{out}/config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
             common.write_text(f"{out}/held_out.json", json.dumps(held_out, indent=1))
             common.cut_log(out, step)
-    mine = torch.tensor([step, len(train)], dtype=torch.float64)
-    common.stop_all(f"{out} or {cfg.data} differs between the nodes: share them, or copy them"
-                    if (common.total(mine) != mine * processes.world).any() else "")
+    common.check_same(f"{out} or {cfg.data} differs between the nodes: share or copy them", step, len(train))
     ddp = DistributedDataParallel(model)
     train_model = common.compile_or_warn(ddp, cfg.compile, device)  # `model` is saved and evaluated
     losses = []  # on their way to the host; read a step late, so that the device never waits
@@ -401,8 +399,8 @@ def main(cfg):
     if unreadable:
         common.stop_all(batch.fault)
     if rank == 0 and not cfg.estimate:
-        print(f"{out}/last.pt holds step {step} of {steps}"
-              + ("" if step == steps else "; the same command goes on from there"))
+        print(f"{out}/last.pt holds step {step} of {steps}" if step else "stopped before the first step",
+              end="\n" if step == steps else "; the same command goes on from there\n")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def measure(row, variants, arguments, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", default=",".join(r for r in models.ROWS if r != "unet_demo"))
+    parser.add_argument("--rows", default="unet_b,unet_xl,mednext_m,mednext_l,swinunetr")
     parser.add_argument("--side", type=int, default=64, help="voxels of the patch")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)

@@ -379,6 +379,27 @@ def test_a_loss_that_is_not_finite_stops_all_and_keeps_the_checkpoint(prepared, 
     assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
 
 
+# ---------------------------------------------------------------------------------------- several processes
+def another_folder():
+    """Patch: process 1 is on a node whose run folder is another."""
+    resume = common.resume
+    if os.environ["RANK"] == "1":
+        common.resume = lambda *arguments: (resume(*arguments)[0] + 1, 0.0)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_nodes_that_see_different_folders_stop(prepared, task, tmp_path, name):
+    settings = PRETRAIN if name == "pretrain" else FINETUNE | {"task": task}
+    run = Run(name, tmp_path / "output", 2, another_folder, data=prepared, out=tmp_path / "run", **settings)
+    output = run.finish(2, 2)
+    assert output.count("error: ") == 1 and "differs between the nodes" in output
+
+
+def test_a_mistake_on_the_command_line_is_printed_once(tmp_path):
+    output = Run("pretrain", tmp_path / "output", 2, stepss=3).finish(2, 2)
+    assert output.count("error: unknown key 'stepss'") == 1, output
+
+
 # -------------------------------------------------------------------------------------------------- full disk
 def limiting(target, number, size):
     """Patch: during the nth call of a function no file may grow beyond `size` bytes, as on a full disk."""

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import log_of, mistake, script
+from runs import Run
 
 import common
 import data
@@ -101,6 +103,15 @@ def test_ignored_voxels_do_not_count():
     finetune.dice_ce(logits, label).backward()
     assert logits.grad[:, :, 2:].abs().max() == 0 and logits.grad[:, :, :2].abs().max() > 0
     assert math.isfinite(finetune.dice_ce(logits, torch.full_like(label, data.IGNORE)).item())
+
+
+def test_shares_of_a_batch_average_to_its_loss():
+    """As DDP averages them, also where the label of one sample is ignored in part."""
+    logits = torch.randn(2, 3, 4, 4, 4, dtype=torch.float64)
+    label = torch.randint(0, 3, (2, 4, 4, 4))
+    label[0, :3] = data.IGNORE
+    shares = [finetune.dice_ce(logits[i:i + 1], label[i:i + 1]).item() for i in range(2)]
+    assert finetune.dice_ce(logits, label).item() == pytest.approx(np.mean(shares), abs=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------ folds
@@ -352,6 +363,9 @@ def test_a_checkpoint_with_code_is_refused_and_nothing_runs(prepared, task, tmp_
     ({"stepz": 3}, "did you mean 'steps'"),
     ({"precision": "fp16"}, "choose bf16, fp32, fp64"),
     ({"augment": "basic"}, "choose auto, none, spatial, all"),
+    ({"batch_size": 0}, "batch_size in the command line: 0 is out of range"),
+    ({"overlap": 1}, "overlap in the command line: 1.0 is out of range, 0 to 0.95"),
+    ({"lr": -1}, "lr in the command line: -1.0 is out of range"),
     ({"n_train": 5}, "trains on 5 subjects and needs more"),
 ])
 def test_a_mistake_ends_in_one_line(prepared, task, tmp_path, settings, message):
@@ -371,6 +385,8 @@ def test_prediction_refuses_what_it_cannot_use(finetuned, pretrained, raw, tmp_p
                                      ((tmp_path / "broken.nii.gz",), {"ckpt": ckpt}, "broken.nii.gz")):
         assert message in mistake("predict", *words, out=tmp_path / "x.nii.gz", **settings)
     assert not (tmp_path / "x.nii.gz").exists()
+    line = mistake("predict", scan, ckpt=ckpt, out=tmp_path / "seg.mgz")
+    assert "ends in .nii or .nii.gz" in line
 
 
 # ----------------------------------------------------------------------------------------------- the protocol
@@ -405,6 +421,62 @@ def test_finished_folds_of_other_settings_are_not_taken_for_these(finetuned, pre
     line = mistake("finetune", ckpt=pretrained, **settings)
     assert "folds of another run (augment spatial -> none)" in line
     assert before == ((out / "dice.json").read_text(), (out / "config.yaml").read_text())
+
+
+def test_folds_of_an_edited_task_are_not_taken_for_these(finetuned, prepared, pretrained, task, tmp_path):
+    out, _ = finetuned
+    settings = TINY | {"data": prepared, "out": out, "ckpt": pretrained}
+    before = task.read_text()
+    try:
+        task.write_text(json.dumps(json.loads(before) | {"regions": {"any": [1]}}))
+        assert "folds of another task, or of other cases" in mistake("finetune", task=task, **settings)
+    finally:
+        task.write_text(before)
+
+
+def test_subjects_of_one_name_in_two_sources_are_refused(prepared, task, tmp_path):
+    folder = twice(prepared, tmp_path / "data")
+    line = mistake("finetune", task=task, data=folder, model="unet_demo", out=tmp_path / "run")
+    assert "in several sources: name one in the task" in line
+
+
+def twice(prepared, folder):
+    """A prepared folder that holds its volumes as two sources."""
+    shutil.copytree(prepared, folder)
+    index = (folder / "index" / "bids-0of1.csv").read_text()
+    shutil.copytree(folder / "volumes" / "bids", folder / "volumes" / "more")
+    shutil.copytree(folder / "labels" / "bids", folder / "labels" / "more")
+    index = index.replace("/bids/", "/more/").replace(",bids,", ",more,")
+    (folder / "index" / "more-0of1.csv").write_text(index)
+    return folder
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"labels": {"background": 0, "lesion": 1}}, "labels maps label values, 0 to 255"),
+    ({"labels": {"0": 0, "300": 1}}, "labels maps label values, 0 to 255"),
+    ({"labels": {"0": 0, "1": [1]}}, "labels must map onto the class numbers 0 to 1"),
+    ({"ignore": [300]}, "ignore lists values"),
+    ({"regions": {"any": 1}}, "a region is a list of class numbers"),
+    ({"regions": {"any": ["lesion"]}}, "a region is a list of class numbers"),
+    ({"folds": -1}, "folds in "), ({"n_train": -3}, "n_train in ")])
+def test_a_mistake_in_a_task_file_ends_in_one_line(change, message, prepared, task, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps(json.loads(task.read_text()) | change))
+    assert message in mistake("finetune", task=path, data=prepared, model="unet_demo")
+
+
+def test_a_damaged_truth_stops_the_evaluation_in_one_line(finetuned, prepared, tmp_path):
+    out, _ = finetuned
+    shutil.copytree(prepared, tmp_path / "data")
+    for path in (tmp_path / "data").rglob("*_native.nii.gz"):
+        path.write_bytes(path.read_bytes()[:60])
+    shutil.copytree(out, tmp_path / "run")
+    for path in (tmp_path / "run").glob("fold_*/dice.json"):
+        path.unlink()
+    words = {key: value for key, value in common.read_yaml(finetune.Config, out / "config.yaml").items()
+             if value is not None} | {"data": tmp_path / "data", "out": tmp_path / "run"}
+    output = Run("finetune", tmp_path / "output", **words).finish(2)
+    assert "error: cannot evaluate sub-" in output and "Traceback" not in output
 
 
 def test_leakage_is_visible(finetuned, pretrained, prepared):

@@ -25,6 +25,7 @@ from skimage.transform import resize
 import data
 import finetune
 import phantom
+import predict
 import prepare_data
 from prepare_data import Rejected
 
@@ -327,6 +328,73 @@ def test_dry_run_lists_and_writes_nothing(everything, tmp_path, capsys):
     assert "estimate from" in printed and not (tmp_path / "o").exists()
 
 
+def test_other_shards_of_before_are_forgotten(tmp_path):
+    """They hold the splits of fewer subjects."""
+    def add(numbers):
+        for i in numbers:
+            image, label = head(size=24, seed=i)
+            folder = tmp_path / "raw" / f"BraTS2021_{i:05}"
+            folder.mkdir(parents=True)
+            image.to_filename(folder / f"{folder.name}_flair.nii.gz")
+            label.to_filename(folder / f"{folder.name}_seg.nii.gz")
+
+    add(range(4))
+    for shard in ("0/2", "1/2"):
+        prepare("brats21", tmp_path / "raw", tmp_path / "out", shard=shard)
+    add(range(4, 8))
+    prepare("brats21", tmp_path / "raw", tmp_path / "out")
+    prepare("brats21", tmp_path / "raw", tmp_path / "new")
+    splits = [{v.path: v.split for v in data.read_index(str(tmp_path / name))} for name in ("out", "new")]
+    assert splits[0] == splits[1] and sorted(splits[0].values()).count("test") == 2
+
+
+def test_labels_on_two_grids_of_one_session(tmp_path):
+    """Each volume is cropped with those that share its label."""
+    lines = ["path,subject,session,sequence,label"]
+    for name, spacing in (("FLAIR", (1, 1, 1)), ("DWI", (2, 2, 2))):
+        image, label = head(spacing, size=48)
+        image.to_filename(tmp_path / f"{name}.nii.gz")
+        label.to_filename(tmp_path / f"{name}_label.nii.gz")
+        lines.append(f"{name}.nii.gz,a,1,{name},{name}_label.nii.gz")
+    (tmp_path / "scans.csv").write_text("\n".join(lines))
+    assert prepare("manifest", tmp_path / "scans.csv", tmp_path / "out") == 0
+    for name in ("FLAIR", "DWI"):
+        case, = data.labelled_cases(str(tmp_path / "out"), None, [name])
+        volume, geometry, truth = data.read_case(case)
+        back = prepare_data.restore(volume, geometry)
+        assert back.shape[1:] == truth.shape and truth.any()
+
+
+def test_a_scaled_label_is_the_same_for_training_and_for_scores(tmp_path):
+    """Stored as 65535 with the slope 1/65535: 1 - 2^-32 in float64, 1 in float32."""
+    image, label = head(size=48)
+    mask = nib.Nifti1Image((np.asarray(label.dataobj) > 0).astype(np.uint16) * 65535, label.affine)
+    mask.header.set_slope_inter(np.float32(1 / 65535), 0)
+    folder = tmp_path / "raw" / "sub-1" / "anat"
+    folder.mkdir(parents=True)
+    image.to_filename(folder / "sub-1_FLAIR.nii.gz")
+    mask.to_filename(folder / "sub-1_lesion.nii.gz")
+    assert nib.load(folder / "sub-1_lesion.nii.gz").dataobj.slope != 1
+    prepare("bids", tmp_path / "raw", tmp_path / "out")
+    case, = data.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
+    assert data.read_case(case)[2].max() == 1
+    assert predict.read_label(folder / "sub-1_lesion.nii.gz", image).max() == 1
+
+
+def test_a_second_label_map_is_named_and_a_brain_mask_is_none(tmp_path, capsys):
+    image, label = head(size=24)
+    for name, file in (("sub-1/anat/sub-1_FLAIR", image), ("sub-1/anat/sub-1_lesion", label),
+                       ("sub-1/anat/sub-1_space-x_dseg", label),
+                       ("derivatives/prep/sub-1/anat/sub-1_desc-brain_mask", label)):
+        path = tmp_path / "raw" / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file.to_filename(path)
+    prepare("bids", tmp_path / "raw", tmp_path / "out", dry_run=True)
+    printed = capsys.readouterr().out
+    assert "sub-1_space-x_dseg.nii.gz is not used: sub-1/anat/sub-1_lesion.nii.gz is the label" in printed
+    assert "label sub-1/anat/sub-1_lesion.nii.gz" in printed and "1 prepared" not in printed
+
+
 def test_dry_run_of_nnunet_writes_no_task(everything, tmp_path, capsys):
     prepare("nnunet", everything[0] / "nnunet" / "Dataset501_Lesions", tmp_path / "o", dry_run=True)
     assert "FLAIR, train, label" in capsys.readouterr().out and not (tmp_path / "o").exists()
@@ -587,6 +655,7 @@ def test_a_label_on_other_axes_belongs_to_the_scan_on_its_grid(tmp_path):
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"input": "/nowhere"}, "/nowhere is not a folder"),
+    ({"input": ".", "workers": 0}, "workers 0: give 1 or more"),
     ({"input": "."}, "no .nii or .nii.gz file"),
     ({"source": "brats"}, "choose"),
     ({"shard": "3/3"}, "expected i/n"),

@@ -195,6 +195,8 @@ def test_without_a_compiler_a_run_goes_on_with_one_warning(prepared, tmp_path):
     ({"steps": 1.5}, "expected int"),
     ({"model": "unet_xxl"}, "unet_xl"),
     ({"batch_size": 3, "micro_batch": 2}, "micro_batch 2 does not divide"),
+    ({"micro_batch": -1}, "micro_batch in the command line: -1 is out of range"),
+    ({"log_every": 0}, "log_every in the command line: 0 is out of range"),
     ({"mask_ratio": 1.5}, "mask_ratio 1.5"),
     ({"patch_size": 20}, "multiple of 16"),
     ({"patch_size": 16}, "multiple of 16, at least 2 times that"),
@@ -208,6 +210,10 @@ def test_without_a_compiler_a_run_goes_on_with_one_warning(prepared, tmp_path):
 ])
 def test_a_mistake_ends_in_one_line(prepared, tmp_path, settings, message):
     assert message in mistake("pretrain", **TINY | {"data": prepared, "out": tmp_path} | settings)
+
+
+def test_a_stray_word_ends_in_one_line():
+    assert "'unet_b' is neither a --key nor a .yaml file" in mistake("pretrain", "unet_b")
 
 
 def test_a_run_with_other_settings_is_not_continued(prepared, tmp_path):

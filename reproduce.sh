@@ -7,17 +7,17 @@
 #   SCALE=tiny ./reproduce.sh     # every command for two steps of a narrow network on synthetic scans, on the
 #                                 # CPU, in tiny/: shows that the commands work; its Dice means nothing
 #
-# Hours: 31 and 39 are the paper's, for U-Net XL on two H100. Those with ~ are scaled from the 31 by the FLOPs
-# of bench/cost.py: a guess, and low for MedNeXt and SwinUNETR, which move more memory for a FLOP. Finetuning
-# is counted on one H100, six folds of 10,000 patches and their evaluation. In all ~185 h of two GPUs and ~45
-# of one. What the machine at hand takes: pretrain.py configs/unet_xl.yaml --estimate.
+# Hours: 31 and 39 are the paper's, for U-Net XL on two H100. Those with ~ are calculated: pretraining by
+# bench/cost.py; finetuning, on one H100, six folds of 10,000 patches and their evaluation, by FLOPs alone, so
+# low for MedNeXt and SwinUNETR. In all ~230 h of two GPUs and ~75 of one. What the machine at hand takes:
+# pretrain.py configs/unet_xl.yaml --estimate.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 RAW=${RAW:-/raw}          # one folder for each source
 GPUS=${GPUS:-2}           # of this node
 WORKERS=${WORKERS:-16}    # processes that prepare scans
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-python}  # on the PATH, or an absolute path
 DATA=datasets/brains45k
 CODE=""                   # where the scripts are
 
@@ -105,10 +105,10 @@ finetune unet_xl brats21_cv --ckpt runs/unet_xl/last.pt
 compare table3 --table 3 runs/brats21_cv-{no_augment,unet_xl-amaes}
 
 # ---- Tables 4 and 6: every network, from scratch and pretrained.
-pretrain unet_b "$GPUS"                                # ~8 h
-pretrain mednext_m "$GPUS"                             # ~10 h
-pretrain mednext_l "$GPUS"                             # ~15 h
-pretrain swinunetr 1                                   # ~12 h; on one GPU: [23] contrasts its two samples
+pretrain unet_b "$GPUS"                                # ~11 h
+pretrain mednext_m "$GPUS"                             # ~33 h
+pretrain mednext_l "$GPUS"                             # ~48 h
+pretrain swinunetr 1                                   # ~40 h; on one GPU: [23] contrasts its two samples
 runs=()
 for task in brats21 isles22 wmh wmh_ood; do            # wmh_ood evaluates the networks of wmh: minutes
     # ~1.7 h a task for U-Net XL, 0.4 B, 0.5 MedNeXt M, 0.6 L, 0.7 L with its own decoder, 0.7 SwinUNETR

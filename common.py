@@ -30,6 +30,7 @@ from pickle import UnpicklingError  # what torch.load(weights_only=True) raises 
 import torch
 import torch.distributed as dist
 import yaml
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 
@@ -301,6 +302,15 @@ def check_same(message, *numbers):
     """UserError with the message unless the numbers are the same on all processes."""
     mine = torch.tensor(numbers, dtype=torch.float64)
     stop_all(message if (total(mine) != mine * dist.get_world_size()).any() else "")
+
+
+def distribute(model):
+    """DistributedDataParallel. It warns of gradients whose strides are not their weights', even along an axis
+    of one, where channels-last convolutions set others: such gradients are viewed in the weights' here."""
+    for weight in model.parameters():
+        if 1 in weight.shape:
+            weight.register_hook(lambda grad: grad.flatten().view(grad.shape))
+    return DistributedDataParallel(model)
 
 
 def compile_or_warn(model, wanted, device):

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import augment
@@ -222,7 +221,7 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
                       len(cases))
     if step == cfg.steps:
         return model
-    train_model = common.compile_or_warn(DistributedDataParallel(model), cfg.compile, device)
+    train_model = common.compile_or_warn(common.distribute(model), cfg.compile, device)
     losses, saved, unreadable, seen = [], step, False, history(pretrained, cases)
 
     def save(step):

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import augment
@@ -325,7 +324,7 @@ def main(cfg):
             common.write_text(f"{out}/held_out.json", json.dumps(held_out, indent=1))
             common.cut_log(out, step)
     common.check_same(f"{out} or {cfg.data} differs between the nodes: share or copy them", step, len(train))
-    ddp = DistributedDataParallel(model)
+    ddp = common.distribute(model)
     train_model = common.compile_or_warn(ddp, cfg.compile, device)  # `model` is saved and evaluated
     losses = []  # on their way to the host; read a step late, so that the device never waits
 

@@ -212,6 +212,16 @@ def test_a_mistake_ends_in_one_line(prepared, tmp_path, settings, message):
     assert message in mistake("pretrain", **TINY | {"data": prepared, "out": tmp_path} | settings)
 
 
+@pytest.mark.parametrize(("row", "precision"), [
+    ("unet_demo", "fp32"), ("unet_demo", "bf16"), ("mednext_m", "bf16"), ("swinunetr", "fp32")])
+def test_a_run_warns_of_nothing(prepared, tmp_path, row, precision):
+    """Of gradients laid out otherwise than their weights, for one."""
+    settings = TINY | {"model": row, "features": 16, "steps": 2, "patch_size": 64, "batch_size": 1,
+                       "precision": precision, "workers": 0}
+    output = Run("pretrain", tmp_path / "output", data=prepared, out=tmp_path / "run", **settings).finish()
+    assert "arning" not in output, output
+
+
 def test_a_stray_word_ends_in_one_line():
     assert "'unet_b' is neither a --key nor a .yaml file" in mistake("pretrain", "unet_b")
 

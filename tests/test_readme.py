@@ -55,6 +55,7 @@ def test_commands_are_understood(words, monkeypatch, capsys):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
     monkeypatch.setattr(sys, "argv", [script, *options])
+    monkeypatch.syspath_prepend((ROOT / script).parent)  # as python itself does
     spec = importlib.util.spec_from_file_location("shown", ROOT / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -51,7 +51,7 @@ def run(main, config_class):
             message, code = "stopped: another process ended, see its own message", 1
         elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             names = [field.name for field in dataclasses.fields(config_class) if field.name in MEMORY]
-            message, code = f"out of memory: smaller {', '.join(names)}, or recompute", 1
+            message, code = f"out of memory; what helps, see --help: {', '.join(names)}", 1
         else:
             raise
     if message and (cfg or os.environ.get("LOCAL_RANK", "0") == "0"):  # a command line is the same on a node
@@ -127,7 +127,7 @@ def cast_values(config_class, values, where):
 RANGES = {"overlap": (0, 0.95)} | dict.fromkeys(  # of numbers; all others start at 0
     ("batch_size", "micro_batch", "batch", "patch_size", "token_size", "log_every", "save_every", "val_every",
      "preview"), (1, math.inf))
-MEMORY = ("micro_batch", "batch_size", "batch", "patch_size")
+MEMORY = ("micro_batch", "batch_size", "batch", "patch_size", "recompute")  # what may help
 
 
 def build_config(config_class, values):

@@ -63,6 +63,7 @@ def training_step(row, side, dtype, compiled):
 def measure(row, side, dtype, mode, rounds):
     """A row of the table."""
     work = [*dense(dtype), (flops(row, side), training_step(row, side, dtype, mode == "compiled"))]
+
     def turn():
         seconds = []
         for _, function in work:

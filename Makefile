@@ -51,7 +51,7 @@ PEERS := monai==1.6.1 einops==0.8.2 yucca==1.1.7 batchgenerators==0.25.5 batchge
 	@touch $@
 
 # make bench BENCH="step window" runs some of them.
-BENCH ?= cost prepare loader models step window augment pipeline compare
+BENCH ?= cost prepare loader models window augment pipeline compare step
 bench: .venv/peers
 	@$(PY) -c "import platform, os, torch; print(f'# Measurements\n\n{os.cpu_count()} cores, {platform.machine()}, Linux; Python ' \
 		f'{platform.python_version()}, torch {torch.__version__}. What each is, and its conditions: the first lines of bench/*.py.')" \

@@ -1,11 +1,12 @@
 """predict.sliding_window beside MONAI's sliding_window_inference: same network, windows, overlap and weights.
 
-    python bench/window.py [--rows pointwise,unet_demo] [--shape 240,240,155] [--patch 128] [--threads 2]
+    python bench/window.py [--rows pointwise:2,unet_demo:4] [--shape 240,240,155] [--patch 128] [--threads 2]
                            [--rounds 3] [--gaussian] [--batch 1]
 
-`pointwise` is a single 1^3 convolution: what the windows cost without a network. Each variant runs in a
-process of its own, turn by turn, all with freed memory kept (common.keep_freed_memory); the table has
-medians.
+A row is a network and its number of classes; `pointwise` is a single 1^3 convolution: what the windows cost
+without a network. Each variant runs in a process of its own, turn by turn, all with freed memory kept
+(common.keep_freed_memory); the table has medians of at least --rounds and 5 s after one that does not
+count, or that one where it takes over a minute.
 
 Memory is the peak of resident memory above the process before it makes the volume, measured in processes that
 give freed memory back at once; what counts is how much of it lies above one bare forward pass of a window.
@@ -54,8 +55,9 @@ def serve(options):
     torch.manual_seed(0)
     if not options.memory:
         common.keep_freed_memory()
-    model = (torch.nn.Conv3d(1, 2, 1) if options.rows == "pointwise"
-             else models.build_model(options.rows, "segment", out_channels=2)).eval()
+    network, classes = options.rows.split(":")
+    model = (torch.nn.Conv3d(1, int(classes), 1) if network == "pointwise"
+             else models.build_model(network, "segment", out_channels=int(classes))).eval()
     with torch.inference_mode():
         model(torch.rand(1, 1, 32, 32, 32))
         runner(options.serve, model, torch.rand(1, 1, 1, 1), options)  # imports
@@ -102,19 +104,21 @@ def measure(row, options):
         peak[variant] = ask(worker)[1]
         worker.communicate()
     workers, times = {v: start(v, row, options) for v in TITLES}, {v: [] for v in TITLES}
-    for turn in range(options.rounds + 1):
+    while len(times["ours"]) <= options.rounds or sum(times["ours"]) < 5:
         for variant, worker in workers.items():
-            found = ask(worker)[:1]
-            times[variant] += found if turn else []  # the first one warms up
+            times[variant] += ask(worker)[:1]
+        if times["ours"][0] > 60:
+            break
     difference = ask(workers["monai"], "compare")[0]
     for worker in workers.values():
         worker.communicate()
-    return {v: statistics.median(t) for v, t in times.items()}, peak, difference
+    return {v: statistics.median(t[1:] or t) for v, t in times.items()}, peak, difference
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", default="pointwise,unet_demo")
+    parser.add_argument("--rows", default="pointwise:2,pointwise:4,unet_demo:2,unet_demo:4,unet_b:4",
+                        help="networks and their numbers of classes")
     parser.add_argument("--shape", default="240,240,155", help="voxels of the volume")
     parser.add_argument("--patch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
@@ -128,8 +132,8 @@ def main():
         return serve(options)
     print(f"Sliding window over {options.shape}, patch {options.patch}, overlap 0.5, "
           f"{'Gaussian' if options.gaussian else 'equal'} weights, batch {options.batch}, {options.threads} "
-          f"threads, torch {torch.__version__}; median of {options.rounds}, alternated\n\n"
-          "| network | | seconds | faster than MONAI | MiB beyond a forward pass | of MONAI's |\n"
+          f"threads, torch {torch.__version__}; medians, alternated\n\n"
+          "| network: classes | | seconds | faster than MONAI | MiB beyond a forward pass | of MONAI's |\n"
           "|---|---|---|---|---|---|")
     differences = {}
     for row in options.rows.split(","):

@@ -3,9 +3,10 @@
     python bench/loader.py [--side 64] [--workers 1] [--steps 16] [--volumes 45000]
 
 First, pretraining steps of unet_demo in bf16 with the loader and from memory (the same batches, read before),
-in turns: loaders of the length of a turn, the first step of each not counted. Then an index of 10^5 rows; and
-`volumes` small files (hard links to a few), whose cases are opened and sampled: time and memory should not
-depend on how many there are.
+in turns: loaders of the length of a turn, the first step of each not counted. Then what the kernel fetches
+from storage for a crop, once without the volume in the page cache and once with it (Linux counts it; 0 on a
+file system in memory). Then an index of 10^5 rows; and `volumes` small files (hard links to a few), whose
+cases are opened and sampled: time and memory should not depend on how many there are.
 """
 
 import argparse
@@ -66,6 +67,29 @@ def steps_a_second(folder, side, workers, steps, rounds=5):
     return [statistics.median(rates) for rates in found]
 
 
+def fetched(folder, side, crops=8):
+    """MiB that a crop of side^3 from a scan of usual size takes from storage: (cold, from the page cache)."""
+    path = f"{folder}/scan.npy"
+    np.save(path, np.random.default_rng(0).random((176, 208, 176)).astype(np.float16))
+    case = data.Case("scan", "scan", (path,), None, ())
+    dataset, found = data.Crops([case], side, 0, "none"), ([], [])
+    with open(path, "rb") as file:
+        os.fsync(file)
+        for epoch in range(crops):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            for turn in found:
+                before = storage()
+                dataset[epoch, 0]
+                turn.append((storage() - before) / 2 ** 20)
+    return [statistics.mean(turn) for turn in found]
+
+
+def storage():
+    """Bytes that this process made the kernel fetch from storage."""
+    with open("/proc/self/io", encoding="utf-8") as file:
+        return int(dict(line.split(": ") for line in file)["read_bytes"])
+
+
 def index_of(folder, n):
     """Write an index of n rows over 8 volumes, hard links each -> seconds to open it."""
     volumes = data.read_index(folder)
@@ -119,6 +143,10 @@ def main():
         loaded, memory = steps_a_second(folder, arguments.side, arguments.workers, arguments.steps)
         print(f"unet_demo, {arguments.side}^3, batch 4, {arguments.workers} worker: {loaded:.2f} steps a "
               f"second with the loader, {memory:.2f} from memory: {loaded / memory:.0%}")
+        for side in (64, 128):
+            cold, warm = fetched(temporary, side)
+            print(f"a crop of {side}^3, {side ** 3 / 2 ** 19:.1f} MiB, of a scan of 12.3 MiB: {cold:.1f} MiB "
+                  f"from storage, {warm:.1f} MiB when it is in the page cache")
         print(f"an index of 100,000 rows opens in {index_of(folder, 100_000):.2f} s")
         for n in (arguments.volumes // 10, arguments.volumes):
             index_of(folder, n)

@@ -491,13 +491,15 @@ def check_same_run(what, then, cfg, free):
         raise UserError(f"{what} of another run ({', '.join(changed)}): new --out, or the old values")
 
 
-def resume(path, cfg, free, model, optimizer):
+def resume(path, cfg, free, model, optimizer, sha256=None):
     """Continue from `path`: load model and optimizer -> (step to go on with, hours it took); zeros if there
-    is no file. UserError if it is another configuration's run."""
+    is no file. UserError if it is another configuration's run, or one on other raw files than `sha256`."""
     if not os.path.exists(path):
         return 0, 0.0
     checkpoint = load_checkpoint(path)
     check_same_run(f"{path} is", checkpoint.get("config", {}), cfg, free)
+    if sha256 not in (None, checkpoint.get("sha256")):
+        raise UserError(f"{path} is of a run on other data: new --out, or the old --data")
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])

@@ -312,7 +312,8 @@ def main(cfg):
             models.recompute(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                       eps=cfg.eps, amsgrad=cfg.amsgrad, fused=True)
-        step, hours = common.resume(f"{out}/last.pt", cfg, FREE, model, optimizer)
+        raw = [v.sha256 for case in train for v in case.volumes]
+        step, hours = common.resume(f"{out}/last.pt", cfg, FREE, model, optimizer, raw)
         if rank == 0:
             print(f"{cfg.model}, {sum(p.numel() for p in model.parameters()):,} parameters, "
                   f"{processes.world} x {device}, {cfg.precision}\n{common.versions()}\nrun folder {out}"
@@ -338,8 +339,7 @@ def main(cfg):
                     "hours": hours + (time.perf_counter() - began) / 3600,  # over all continuations
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "versions": common.versions(),
-                    "subjects": sorted({c.subject for c in train}),
-                    "sha256": [v.sha256 for c in train for v in c.volumes]})
+                    "subjects": sorted({c.subject for c in train}), "sha256": raw})
 
     stream = data.SampleStream(len(train), cfg.seed, cfg.batch_size, step, steps, rank, processes.world)
     dataset = data.Crops(train, cfg.patch_size, cfg.seed, cfg.augment)

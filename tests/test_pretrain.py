@@ -1,6 +1,7 @@
 """The objective of section 3.1, and that a pretraining run is the same with any number of processes."""
 
 import math
+import os
 import re
 import threading
 
@@ -230,3 +231,15 @@ def test_a_run_with_other_settings_is_not_continued(prepared, tmp_path):
     Run("pretrain", tmp_path / "output", data=prepared, out=tmp_path, **TINY | {"steps": 1}).finish()
     changed = TINY | {"steps": 1, "mask_ratio": 0.5}
     assert "mask_ratio 0.6 -> 0.5" in mistake("pretrain", data=prepared, out=tmp_path, **changed)
+
+
+def test_a_run_on_other_data_is_not_continued(prepared, tmp_path):
+    """Own scans given to the command of an earlier run would be trained on from its last step, or not at
+    all."""
+    settings = TINY | {"steps": 1, "out": tmp_path / "run"}
+    Run("pretrain", tmp_path / "output", data=prepared, **settings).finish()
+    os.makedirs(tmp_path / "other/index")
+    os.symlink(prepared / "volumes", tmp_path / "other/volumes")
+    lines = "".join(part.read_text() for part in sorted(prepared.glob("index/*.csv"))).splitlines()
+    (tmp_path / "other/index/all.csv").write_text("\n".join(lines[:-1]) + "\n")
+    assert "other data: new --out" in mistake("pretrain", data=tmp_path / "other", **settings)

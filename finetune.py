@@ -79,7 +79,7 @@ class Task:
     sites: bool = False  # subjects are named <site>_<number>; sites that were not trained on are scored apart
 
 
-# Appendix A, read as U-Net XL, B, MedNeXt L, M, SwinUNETR: the printed header names the columns wrongly.
+# Appendix A, read as U-Net XL, B, MedNeXt L, M, SwinUNETR: the header is garbled in the text at hand.
 RATES = {"mednext_l": 5e-4, "mednext_l_mednextdec": 5e-4, "mednext_m": 6e-4}
 PRECISIONS = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of the weights
 FREE = ("data", "folds", "workers", "device", "out", "save_every", "log_every", "compile", "recompute",

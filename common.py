@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import fcntl
 import functools
 import hashlib
 import inspect
@@ -38,6 +39,10 @@ class UserError(Exception):
     """A mistake the user can mend. Its message is one line: what is wrong, where, and the likely fix."""
 
 
+# What torch says when a loader process was killed, or found no room for what it hands over.
+LOST = ("is killed by signal", "exited unexpectedly", "shared memory")
+
+
 def run(main, config_class):
     """Entry point of every script: command line -> main(cfg). A UserError is one line and exit code 2."""
     message, cfg = "", None
@@ -52,6 +57,9 @@ def run(main, config_class):
         elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             names = [field.name for field in dataclasses.fields(config_class) if field.name in MEMORY]
             message, code = f"out of memory; what helps, see --help: {', '.join(names)}", 1
+        elif any(words in str(error) for words in LOST):
+            message = "a loader process was lost, for want of memory or of /dev/shm (docker: --shm-size)?"
+            message, code = f"{message} Try fewer --workers", 1
         else:
             raise
     if message and (cfg or os.environ.get("LOCAL_RANK", "0") == "0"):  # a command line is the same on a node
@@ -378,18 +386,39 @@ def writing(path):
 
 @contextlib.contextmanager
 def atomic(path, owner=""):
-    """Yields a temporary name beside `path`, renamed at the end: what exists under its final name is whole.
-    What a killed process left, the next one overwrites. owner: tells apart those that write a file at once.
-    """
+    """Yields a temporary name beside `path`, whose folder is made; at the end it is on the disk, and renamed:
+    what exists under its final name is whole. What a killed process left, the next one overwrites. owner:
+    tells apart those that write a file at once."""
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".part{owner}-{name}")
     try:
         with writing(path):
+            os.makedirs(folder or ".", exist_ok=True)
             yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+_locks = []
+
+
+def lock(folder):
+    """This process alone works in `folder` until it ends. UserError if another one does, as a job that was
+    submitted again while the first still runs."""
+    path = os.path.join(folder, ".lock")
+    with writing(path):
+        os.makedirs(folder, exist_ok=True)
+        _locks.append(open(path, "w"))
+    try:
+        fcntl.lockf(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another process is at work in {folder}: wait for it, or new --out") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def write_text(path, text):
@@ -410,8 +439,7 @@ def seal(file, tail):
 
 
 def save_checkpoint(path, payload):
-    """Tensors, numbers, strings and containers of them in one file with its checksum; on the disk before it
-    is renamed."""
+    """Tensors, numbers, strings and containers of them in one file with its checksum."""
     with atomic(path) as temporary, open(temporary, "w+b") as file:
         try:
             torch.save({"format": FORMAT} | payload, file)
@@ -421,8 +449,6 @@ def save_checkpoint(path, payload):
         end = seal(file, 2)  # in place of the last two bytes, the length of no comment
         file.seek(-2, os.SEEK_END)
         file.write(end)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def check_file(path):
@@ -533,6 +559,6 @@ def table(header, rows):
 def versions():
     """What a run was made with, for its header and its checkpoints."""
     here = os.path.dirname(os.path.abspath(__file__))
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=here, capture_output=True, text=True)
     return {"python": sys.version.split()[0], "torch": str(torch.__version__),
             "cuda": torch.version.cuda or "", "commit": git.stdout.strip() or "unknown"}

@@ -99,7 +99,7 @@ def labelled_cases(folder, source, sequences):
     """Subjects' sessions that have a label and every one of `sequences`, the channels, in that order; not
     those whose split is pretrain, which the paper sets aside (63 of ISLES22)."""
     sessions = {}
-    for v in read_index(folder):
+    for v in sorted(read_index(folder), key=lambda v: not v.label):  # of two runs the one with the label
         if source in (None, v.source) and v.split != "pretrain":
             sessions.setdefault((v.source, v.subject, v.session), {}).setdefault(v.sequence, v)
     cases = []
@@ -146,9 +146,6 @@ class SampleStream(Sampler):
         self.n, self.seed, self.batch_size = n, seed, batch_size
         self.first_step, self.steps, self.rank, self.world = first_step, steps, rank, world
 
-    def __len__(self):
-        return self.steps - self.first_step
-
     def __iter__(self):
         for step in range(self.first_step, self.steps):
             positions = range(step * self.batch_size, (step + 1) * self.batch_size)[self.rank::self.world]
@@ -167,9 +164,6 @@ class Crops(Dataset):
     def __init__(self, cases, patch_size, seed, preset, classes=None, oversample=0.0):
         self.cases, self.patch, self.seed, self.preset = cases, (patch_size,) * 3, seed, preset
         self.classes, self.oversample = classes, oversample
-
-    def __len__(self):
-        return len(self.cases)
 
     def __getitem__(self, key):
         epoch, index = key

@@ -497,12 +497,13 @@ def main(cfg):
         if common.agree(os.path.exists(finished[fold]))[0]:
             continue
         train, rest = ([by_name[n] for n in folds[fold][part]] for part in ("train", "evaluate"))
-        seen = before
-        if task.networks:
-            with common.together():
+        with common.together():
+            if processes.rank == 0:
+                common.lock(folder)
+            if task.networks:
                 model, seen = load_fold(cfg, task, fold, folds[fold]["train"], processes.device)
-        else:
-            seed = common.derive_seed(cfg.seed, "fold", fold)
+        if not task.networks:
+            seed, seen = common.derive_seed(cfg.seed, "fold", fold), before
             model = train_fold(cfg, task, pretrained, train, seed, folder, processes, stop)
         if model is None:
             break
@@ -513,17 +514,17 @@ def main(cfg):
             if processes.rank == 0:
                 common.write_text(finished[fold], json.dumps(records, indent=1))
     if processes.rank == 0:
-        # Whatever folds are there, from this run or from others beside it.
-        done = {f: json.load(open(path)) for f, path in finished.items() if os.path.exists(path)}
         with torch.device("meta"):
             params = sum(p.numel() for p in build(cfg, task, {})[0].parameters())
         sites = sorted({site(c) for c in cases if c.volumes[0].split != "test"}) if task.sites else None
+        # Whatever folds are there, from this run or from others beside it.
+        done = {f: json.load(open(path)) for f, path in finished.items() if os.path.exists(path)}
         run = {"task": name, "model": cfg.model, "ckpt": cfg.ckpt, "origin": origin, "augment": cfg.augment,
                "params": params, "classes": task.classes[1:], "regions": list(task.regions), "sites": sites,
                "pretraining": before["pretraining"], "config": dataclasses.asdict(cfg),
                "folds": done}
-        common.write_text(os.path.join(cfg.out, "dice.json"), json.dumps(run, indent=1))
         if done:
+            common.write_text(os.path.join(cfg.out, "dice.json"), json.dumps(run, indent=1))
             summary = summarise(run, folds)
             common.write_text(os.path.join(cfg.out, "summary.md"), summary)
             print(summary)

@@ -134,9 +134,7 @@ class UNetDecoder(nn.Module):
         self.decoder_conv3 = Block(2 * f * wide, 2 * f, convolutions)
         self.upsample4 = nn.ConvTranspose3d(2 * f, f, 2, 2)
         self.decoder_conv4 = Block(f * wide, f, convolutions)
-        self.out_conv = nn.Conv3d(f, channels, 1)
-        if stem > 1:
-            self.out_conv = nn.ConvTranspose3d(f, channels, stem, stem)
+        self.out_conv = nn.ConvTranspose3d(f, channels, stem, stem) if stem > 1 else nn.Conv3d(f, channels, 1)
 
     def forward(self, levels):
         *skips, x = levels

@@ -6,6 +6,7 @@
 
 import dataclasses
 import itertools
+import os
 
 import nibabel as nib
 import numpy as np
@@ -159,7 +160,7 @@ def components(mask):
     """The connected component, by 26 neighbours, of each True voxel of (D, H, W): (N,) voxel numbers.
 
     Every voxel starts on its own; of two neighbours the larger number is hooked to the smaller."""
-    padded = np.pad(mask, 1)
+    padded = np.pad(np.ascontiguousarray(mask), 1)
     voxels = np.flatnonzero(padded)
     number = np.full(padded.size, -1, np.int32)
     number[voxels] = np.arange(len(voxels))
@@ -267,8 +268,7 @@ def write_features(cfg):
     stem = cfg.features.removesuffix(".npy")
     pooled = torch.cat(network.pooled).mean(0)
     for path, array in ((f"{stem}.npy", pooled), (f"{stem}_voxels.npy", voxels.half())):
-        with common.atomic(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, array.cpu().numpy())
+        prepare_data.save_array(path, array.cpu().numpy())
         print(f"wrote {path}: {tuple(array.shape)}")
 
 
@@ -309,7 +309,8 @@ def prepare_scan(paths):
     was trained on such. Raises UserError naming the file."""
     images = [prepare_data.load_scan(path) for path in paths]
     for path, image in zip(paths, images, strict=True):
-        if image.shape != images[0].shape or not np.allclose(image.affine, images[0].affine, atol=1e-2):
+        same = image.shape[:3] == images[0].shape[:3]
+        if not same or not np.allclose(image.affine, images[0].affine, atol=1e-2):
             raise UserError(f"{path} is not on the grid of {paths[0]}: register and resample the channels")
     box = prepare_data.union_box([prepare_data.tight_box(prepare_data.read_voxels(i)[0]) for i in images])
     prepared = [prepare_data.preprocess(image, box) for image in images]
@@ -322,6 +323,8 @@ def main(cfg):
         raise UserError(f"out {cfg.out}: a NIfTI file ends in .nii or .nii.gz")
     if not cfg.inputs:
         raise UserError("name the scan: python predict.py --ckpt CKPT scan.nii.gz --out seg.nii.gz")
+    if os.path.realpath(cfg.out) in map(os.path.realpath, (*cfg.inputs, cfg.truth or "")):
+        raise UserError(f"out {cfg.out} is one of the files to read: name another")
     if cfg.features:
         return write_features(cfg)
     model, checkpoint = load_network(cfg.ckpt, common.pick_device(cfg.device))
@@ -336,7 +339,7 @@ def main(cfg):
     values = np.zeros(256, np.uint8)  # class -> the source's own label value (BraTS: 4 for enhancing tumour)
     for value, number in sorted(task["labels"].items(), reverse=True):
         values[number] = value
-    header = image.header.copy()
+    header = nib.Nifti1Header.from_header(image.header)
     header.set_data_dtype(np.uint8)
     header.set_slope_inter(1, 0)
     with common.atomic(cfg.out) as temporary:

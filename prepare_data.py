@@ -61,14 +61,14 @@ class Rejected(UserError):
 
 # ----------------------------------------------------------------------------------- preprocessing, section 2
 def load_scan(path, channel=None):
-    """A NIfTI file, its header checked, as a nibabel image without trailing axes of one. Raises Rejected.
+    """A NIfTI file, its header checked, as a nibabel image. Raises Rejected.
 
     .nii.gz is unpacked whole, in memory: only so is its checksum looked at. channel: which volume of a 4-D
     file."""
     try:
         image = nib.load(path)
         check_header(image, path, channel)
-        if path_of(image).endswith(".gz"):
+        if path_of(image).endswith(".gz") and hasattr(image, "from_bytes"):  # not a pair of .hdr and .img
             size = math.prod(image.shape) * image.get_data_dtype().itemsize + image.dataobj.offset
             image = type(image).from_bytes(unpack(path, size + 2 ** 20))
         image = image if channel is None else image.slicer[..., channel]
@@ -189,7 +189,7 @@ def preprocess(nifti, box=None):
 
 
 @functools.lru_cache(maxsize=64)
-def resampling_matrix(n_in, n_out, antialias):
+def resampling_matrix(n_in, n_out):
     """Cubic spline resampling of one axis as a matrix (n_out, n_in), float64: scikit-image's resize(order=3).
 
     Gaussian antialias filter, spline prefilter (the inverse of the B-spline's values at the voxels), cubic
@@ -205,7 +205,7 @@ def resampling_matrix(n_in, n_out, antialias):
         return rows
 
     at = np.arange(n_in)[:, None]
-    sigma = max(0.0, (n_in / n_out - 1) / 2) if antialias else 0.0
+    sigma = max(0.0, (n_in / n_out - 1) / 2)
     radius = int(4 * sigma + 0.5)
     offsets = np.arange(-radius, radius + 1)
     kernel = np.exp(-0.5 * (offsets / max(sigma, 1e-12)) ** 2)
@@ -225,7 +225,7 @@ def resample(volume, shape):
     x = torch.from_numpy(np.ascontiguousarray(volume, dtype=np.float32))[None]
     for axis in sorted(range(3), key=lambda a: shape[a] / volume.shape[a]):  # those that shrink most first
         if shape[axis] != volume.shape[axis]:
-            x = augment.apply_matrix(x, resampling_matrix(volume.shape[axis], shape[axis], True), axis)
+            x = augment.apply_matrix(x, resampling_matrix(volume.shape[axis], shape[axis]), axis)
     return x[0].clamp(float(volume.min()), float(volume.max())).numpy()
 
 
@@ -410,7 +410,7 @@ def walk(folder):
     if not os.path.isdir(folder):
         raise UserError(f"--input {folder} is not a folder")
     found = dicom = 0
-    for top, folders, files in os.walk(folder):
+    for top, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
         for name in sorted(files):
             dicom += name.lower().endswith((".dcm", ".ima"))
@@ -455,7 +455,7 @@ def read_manifest(path):
     """csv with the columns path, subject, session, sequence and optionally label, split -> like
     find_scans."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # Excel's begins with a mark
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read the manifest {path}: {error}") from None
@@ -480,7 +480,6 @@ def stem_of(source, scan):
 
 
 def save_array(path, array):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     with common.atomic(path) as temporary, open(temporary, "wb") as file:
         np.save(file, array)
 
@@ -493,23 +492,36 @@ def prepare_session(source, name, root, out, scans):
     torch.set_num_threads(1)
     rows, rejected, boxes = [], [], {}
     scans = label_by_grid(root, scans)
-    for scan in scans:
-        record = f"{out}/geometry/{stem_of(name, scan)}.json"
+    before = [recorded(root, f"{out}/geometry/{stem_of(name, scan)}.json", scan) for scan in scans]
+    for scan, (row, _) in zip(scans, before, strict=True):
+        if scan.label and not row and scan.label not in boxes:
+            boxes[scan.label] = shared_box(root, [s for s in scans if s.label == scan.label])
+    for scan, (row, box) in zip(scans, before, strict=True):
         try:
-            row = None
-            if os.path.exists(record):
-                with open(record, encoding="utf-8") as file:
-                    row = json.load(file)["row"]
-            if not row or bool(row["label"]) != bool(scan.label):
+            shared = boxes.get(scan.label)
+            if not row or shared and shared != box:  # a mended scan may change its neighbours' box
                 image = load_scan(os.path.join(root, scan.path), scan.channel)
-                if scan.label and scan.label not in boxes:
-                    boxes[scan.label] = shared_box(root, [s for s in scans if s.label == scan.label])
-                row = prepare_volume(root, out, name, scan, image, boxes.get(scan.label),
-                                     SOURCES[source].rule if source in SOURCES else False)
+                row = prepare_volume(root, out, name, scan, image, shared,
+                                     source in SOURCES and SOURCES[source].rule)
             rows.append(row | {"split": scan.split})  # more subjects may have come: the split is of now
         except Rejected as reason:
             rejected.append((scan.path, str(reason), reason.damage))
     return rows, rejected
+
+
+def recorded(root, record, scan):
+    """(row, box) of a scan that was prepared, from its files as they are now; (None, None) otherwise."""
+    try:
+        with open(record, encoding="utf-8") as file:
+            geometry = json.load(file)
+        row, done = geometry["row"], os.path.getmtime(record)
+    except (FileNotFoundError, ValueError):  # not yet, or not whole
+        return None, None
+    files = [os.path.join(root, path) for path in (scan.path, scan.label) if path]
+    if bool(row["label"]) != bool(scan.label) or any(os.path.getmtime(f) > done for f in files
+                                                     if os.path.exists(f)):
+        return None, None
+    return row, tuple(map(tuple, geometry["box"]))
 
 
 def label_by_grid(root, scans):
@@ -567,7 +579,6 @@ def prepare_volume(root, out, name, scan, image, box, rule):
            "shape": "x".join(map(str, volume.shape)),
            "spacing": "x".join(f"{s:g}" for s in geometry["spacing"]), "sha256": digest}
     save_array(f"{out}/volumes/{stem}.npy", volume.astype(np.float16))
-    os.makedirs(os.path.dirname(f"{out}/geometry/{stem}"), exist_ok=True)
     with common.atomic(f"{out}/geometry/{stem}.json") as temporary, open(temporary, "w") as file:
         json.dump(geometry | {"row": row}, file)
     return row
@@ -653,8 +664,7 @@ TABLE_1 = {"adni": (1563, 8019, 9548, "T1, Flair, T2*"),
 def table_1(folder):
     """Markdown: what is in a prepared folder for pretraining, and the paper's numbers in brackets."""
     taken = [v for v in data.read_index(folder) if v.split != "test"]
-    lines = ["| source | subjects | sessions | volumes | sequences | in the paper |", "|---" * 6 + "|"]
-    totals, paper = np.zeros(3, int), np.sum([row[:3] for row in TABLE_1.values()], 0)
+    rows, totals, paper = [], np.zeros(3, int), np.sum([row[:3] for row in TABLE_1.values()], 0)
     for source in [*TABLE_1, *sorted({v.source for v in taken} - set(TABLE_1))]:
         found = [v for v in taken if v.source == source]
         counts = [len({v.subject for v in found}), len({(v.subject, v.session) for v in found}), len(found)]
@@ -663,9 +673,10 @@ def table_1(folder):
                  for count, known in zip(counts, TABLE_1.get(source, (0, 0, 0))[:3], strict=True)]
         kinds = Counter(v.sequence for v in found).most_common()
         kinds = ", ".join(f"{name} {count:,}" for name, count in kinds)
-        lines.append(f"| {source} | {' | '.join(cells)} | {kinds} | {TABLE_1.get(source, ('',))[-1]} |")
+        rows.append([source, *cells, kinds, TABLE_1.get(source, ("",))[-1]])
     cells = [f"{count:,} ({known:,})" for count, known in zip(totals, paper, strict=True)]
-    return "\n".join([*lines, f"| total | {' | '.join(cells)} | | |"])
+    header = ["source", "subjects", "sessions", "volumes", "sequences", "in the paper"]
+    return "\n".join(common.table(header, [*rows, ["total", *cells, "", ""]]))
 
 
 def main(cfg):
@@ -691,13 +702,14 @@ def main(cfg):
                     for scans in sessions]
     found = sum(map(len, sessions)) + skipped.total()
     mine = sessions[int(shard)::int(shards)]
-    total = sum(map(len, mine))
+    volumes = [scan for scans in mine for scan in scans]
+    total = len(volumes)
     if elsewhere := found - skipped.total() - total:
         skipped["other shards"] = elsewhere
     if cfg.dry_run or total > 100:
-        estimate([scan for scans in mine for scan in scans], root, cfg.out, cfg.workers)
+        estimate(volumes, root, cfg.out, cfg.workers)
     if cfg.dry_run:
-        for scan in (scan for scans in mine for scan in scans):
+        for scan in volumes:
             print(f"take {scan.path}: {scan.subject}, {scan.session}, {scan.sequence}, {scan.split}"
                   + (f", label {scan.label}" if scan.label else ""))
         print(f"{name}: {found} found = {total} to prepare + {count_by_reason(skipped)}")
@@ -740,8 +752,6 @@ def claim(out, name, folder):
         if before != folder:
             raise UserError(f"{out} holds {name} of {before}: give this one another --name, or, if that "
                             f"folder was only moved, delete {path}")
-    with common.writing(out):
-        os.makedirs(f"{out}/index", exist_ok=True)
     common.write_text(path, folder)
 
 
@@ -759,7 +769,6 @@ def count_by_reason(skipped):
 
 
 def write_table(path, columns, rows):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     with common.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 

@@ -9,7 +9,6 @@ Beside it, `objective: swin`, the pretraining of SwinUNETR [23] that the paper c
 import dataclasses
 import json
 import math
-import os
 import time
 
 import nibabel as nib
@@ -233,8 +232,6 @@ def write_preview(cfg, model, cases, stem, device, dtype):
     with autocast(cfg, device):
         output = model.eval()(image)
     model.train()
-    with common.writing(stem):
-        os.makedirs(os.path.dirname(stem), exist_ok=True)
     for name, volumes in (("input", image), ("reconstruction", output), ("target", target)):
         for number, volume in enumerate(volumes.float().cpu().numpy()):
             with common.atomic(f"{stem}_{number}_{name}.nii.gz") as temporary:
@@ -319,8 +316,7 @@ def main(cfg):
                   f"{processes.world} x {device}, {cfg.precision}\n{common.versions()}\nrun folder {out}"
                   + (f", continues at step {step}" if step else ""))
         if rank == 0 and not cfg.estimate:
-            with common.writing(out):
-                os.makedirs(out, exist_ok=True)
+            common.lock(out)
             common.write_text(f"{out}/config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
             common.write_text(f"{out}/held_out.json", json.dumps(held_out, indent=1))
             common.cut_log(out, step)

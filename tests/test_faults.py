@@ -153,6 +153,7 @@ def test_preempted_evaluation_exits_0_without_a_score(prepared, task, tmp_path):
     os.kill(run.parts[0].pid, signal.SIGTERM)
     run.finish(seconds=10)
     assert (tmp_path / "run" / "fold_1" / "last.pt").exists()
+    assert not list((tmp_path / "run").rglob("dice.json")), "compare.py would stop at a run without folds"
     assert not (tmp_path / "run" / "fold_1" / "dice.json").exists()
 
 
@@ -398,6 +399,35 @@ def test_nodes_that_see_different_folders_stop(prepared, task, tmp_path, name):
 def test_a_mistake_on_the_command_line_is_printed_once(tmp_path):
     output = Run("pretrain", tmp_path / "output", 2, stepss=3).finish(2, 2)
     assert output.count("error: unknown key 'stepss'") == 1, output
+
+
+def killed_loader():
+    def read(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+    data.Crops.read = read
+
+
+def test_a_lost_loader_process_ends_in_one_line(prepared, tmp_path):
+    output = Run("pretrain", tmp_path / "output", patch=killed_loader, data=prepared, out=tmp_path / "run",
+                 **PRETRAIN | {"workers": 1}).finish(1)
+    assert output.count("error: a loader process was lost") == output.count("rror") == 1, output
+
+
+def test_a_second_process_in_a_run_folder_is_refused(prepared, task, tmp_path):
+    """A job submitted again while the first still runs: both would write one checkpoint."""
+    for name, settings in (("pretrain", PRETRAIN), ("finetune", FINETUNE | {"task": task})):
+        settings = settings | {"data": prepared, "out": tmp_path / name, "steps": 10 ** 4, "workers": 0}
+        run = Run(name, tmp_path / "output", **settings)
+        run.wait_for(lambda name=name: list((tmp_path / name).rglob("log.jsonl")))
+        assert "another process is at work" in mistake(name, **settings)
+        run.kill()
+        Run(name, tmp_path / "again", **settings | {"estimate": "true"}).finish()
+
+
+def test_a_machine_without_git(prepared, tmp_path):
+    output = Run("pretrain", tmp_path / "output", environment={"PATH": str(tmp_path)}, data=prepared,
+                 out=tmp_path / "run", **PRETRAIN | {"steps": 1}).finish()
+    assert "'commit': 'unknown'" in output
 
 
 # -------------------------------------------------------------------------------------------------- full disk

@@ -387,6 +387,29 @@ def test_prediction_refuses_what_it_cannot_use(finetuned, pretrained, raw, tmp_p
     assert not (tmp_path / "x.nii.gz").exists()
     line = mistake("predict", scan, ckpt=ckpt, out=tmp_path / "seg.mgz")
     assert "ends in .nii or .nii.gz" in line
+    before = open(scan, "rb").read()
+    assert "one of the files to read" in mistake("predict", scan, ckpt=ckpt, out=scan)
+    assert open(scan, "rb").read() == before
+
+
+def test_prediction_takes_what_preparation_takes(finetuned, raw, tmp_path):
+    """FreeSurfer's format, a fourth axis of one; and a folder for the result that is not there yet."""
+    ckpt = finetuned[0] / "fold_0" / "last.pt"
+    source = nib.load(glob.glob(f"{raw}/**/*FLAIR.nii.gz", recursive=True)[0])
+    voxels = source.get_fdata(dtype=np.float32)
+    nib.MGHImage(voxels, source.affine).to_filename(tmp_path / "scan.mgz")
+    nib.Nifti1Image(voxels[..., None], source.affine).to_filename(tmp_path / "scan.nii.gz")
+    results = []
+    for name in ("scan.mgz", "scan.nii.gz"):
+        out = tmp_path / "new" / f"{name}.nii.gz"
+        run("predict", tmp_path / name, ckpt=ckpt, overlap=0, out=out)
+        results.append(nib.load(out))
+        assert results[-1].shape == source.shape and results[-1].get_data_dtype() == np.uint8
+        assert np.allclose(results[-1].affine, source.affine, atol=1e-4)
+    assert np.array_equal(*(np.asarray(result.dataobj) for result in results))
+    images = [tmp_path / "scan.nii.gz", tmp_path / "plain.nii.gz"]
+    nib.Nifti1Image(voxels, source.affine).to_filename(images[1])
+    assert predict.prepare_scan(images)[0].shape[0] == 2
 
 
 # ----------------------------------------------------------------------------------------------- the protocol

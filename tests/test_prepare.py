@@ -189,6 +189,57 @@ def test_a_second_run_does_only_what_is_missing(prepared, raw, tmp_path):
     assert tables(out, "index") == tables(prepared, "index")
 
 
+def session_of_two(folder):
+    """A FLAIR and a T2 on one grid with a label; the T2 reaches 3 mm further to one side."""
+    image, label = head(size=48)
+    narrow = np.asarray(image.dataobj).copy()
+    narrow[:3] = 0
+    os.makedirs(folder / "sub-1" / "anat", exist_ok=True)
+    for name, file in (("FLAIR", image_of(narrow, image.affine)), ("T2w", image), ("lesion", label)):
+        file.to_filename(folder / "sub-1" / "anat" / f"sub-1_{name}.nii.gz")
+    return folder / "sub-1" / "anat" / "sub-1_T2w.nii.gz"
+
+
+def test_channels_of_a_session_share_a_box_when_one_is_mended_later(tmp_path):
+    second, out = session_of_two(tmp_path / "raw"), tmp_path / "out"
+    whole = second.read_bytes()
+    second.write_bytes(whole[:2000])
+    assert prepare("bids", tmp_path / "raw", out) == 1
+    second.write_bytes(whole)
+    assert prepare("bids", tmp_path / "raw", out) == 0
+    boxes = [json.loads(path.read_text())["box"] for path in out.rglob("geometry/*/*.json")]
+    assert len(boxes) == 2 and boxes[0] == boxes[1]
+    assert len({volume.shape for volume in data.read_index(str(out))}) == 1
+
+
+def test_a_corrected_label_is_taken_by_the_next_run(tmp_path):
+    session_of_two(tmp_path / "raw")
+    prepare("bids", tmp_path / "raw", tmp_path / "out")
+    path = tmp_path / "raw" / "sub-1" / "anat" / "sub-1_lesion.nii.gz"
+    label = nib.load(path)
+    image_of(np.ones(label.shape, np.uint8), label.affine).to_filename(path)
+    prepare("bids", tmp_path / "raw", tmp_path / "out")
+    case, = data.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
+    assert np.load(case.label).all() and data.read_case(case)[2].all()
+
+
+def test_a_record_that_a_crash_left_empty_is_made_again(prepared, raw, tmp_path):
+    shutil.copytree(prepared, tmp_path / "out")
+    victim = next((tmp_path / "out" / "geometry").rglob("*.json"))
+    victim.write_text("")
+    assert prepare("bids", raw, tmp_path / "out") == 0
+    assert json.loads(victim.read_text())["row"]
+
+
+def test_of_two_volumes_of_a_sequence_the_task_takes_the_labelled_one(prepared, tmp_path):
+    rows = [volume for volume in data.read_index(str(prepared)) if volume.label]
+    for other in ("volumes/bids/0.npy", "volumes/bids/z.npy"):
+        out = tmp_path / os.path.basename(other)
+        prepare_data.write_table(f"{out}/index/all.csv", data.Volume._fields,
+                                 [*rows, rows[0]._replace(path=other, label="")])
+        assert len(data.labelled_cases(str(out), None, ["FLAIR"])) == len(rows)
+
+
 def test_brats21_layout_holds_out_a_quarter(tmp_path):
     script("tests/phantom.py", out=tmp_path / "raw", subjects=1, labelled=4, layout="brats21", size=32)
     result = script("prepare_data.py", source="brats21", input=tmp_path / "raw", out=tmp_path / "out")
@@ -417,6 +468,25 @@ def test_manifest(raw, tmp_path):
     assert "2 found = 2 prepared" in result.stdout
     assert [(r["subject"], r["split"]) for r in tables(tmp_path / "out", "index")] == [
         ("anna", "train"), ("bert", "pretrain")]
+
+
+def test_manifest_of_a_spreadsheet_with_packed_pairs(tmp_path):
+    image, _ = head(size=40)
+    nib.Nifti1Pair(np.asarray(image.dataobj), image.affine).to_filename(tmp_path / "scan.img.gz")
+    (tmp_path / "scans.csv").write_text("path,subject,session,sequence\nscan.img.gz,a,1,FLAIR\n",
+                                        encoding="utf-8-sig")
+    assert prepare("manifest", tmp_path / "scans.csv", tmp_path / "out") == 0
+    row, = data.read_index(str(tmp_path / "out"))
+    volume, _ = prepare_data.preprocess(image)
+    assert np.abs(np.load(tmp_path / "out" / row.path) - volume).max() < 1e-3
+
+
+def test_linked_folders_are_walked(raw, tmp_path):
+    (tmp_path / "links").mkdir()
+    for folder in raw.glob("sub-*"):
+        (tmp_path / "links" / folder.name).symlink_to(folder)
+    linked, plain = (list(prepare_data.walk(str(folder))) for folder in (tmp_path / "links", raw))
+    assert linked == plain != []
 
 
 # ------------------------------------------------------------------------------------------ bad input

@@ -40,7 +40,7 @@ class UserError(Exception):
 
 
 # What torch says when a loader process was killed, or found no room for what it hands over.
-LOST = ("is killed by signal", "exited unexpectedly", "shared memory")
+LOST = ("DataLoader worker (pid", "shared memory(shm)", "shared memory object")
 
 
 def run(main, config_class):

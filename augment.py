@@ -126,6 +126,8 @@ def rotation_matrix(angles):
 
 def context_of(size, angles, scale, elastic):
     """Box that the transformed patch reads, of the patch's parity on each axis so that the centres align."""
+    if not (angles or scale or elastic):
+        return size
     reach = np.array([(n - 1) / 2 for n in size])
     if elastic:  # displacements are sub-voxel to about 2 voxels: five standard deviations
         alpha, sigma, _ = elastic

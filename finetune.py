@@ -484,9 +484,8 @@ def main(cfg):
         return estimate(cfg, task, pretrained, by_name, folds, processes, stop)
     with common.together():
         if processes.rank == 0:
-            with common.writing(cfg.out):
-                for fold in chosen:
-                    os.makedirs(os.path.dirname(finished[fold]), exist_ok=True)
+            for fold in chosen:
+                common.lock(os.path.dirname(finished[fold]))
             common.write_text(f"{cfg.out}/config.yaml",
                               yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
             common.write_text(f"{cfg.out}/folds.json", assignment)
@@ -497,13 +496,12 @@ def main(cfg):
         if common.agree(os.path.exists(finished[fold]))[0]:
             continue
         train, rest = ([by_name[n] for n in folds[fold][part]] for part in ("train", "evaluate"))
-        with common.together():
-            if processes.rank == 0:
-                common.lock(folder)
-            if task.networks:
+        seen = before
+        if task.networks:
+            with common.together():
                 model, seen = load_fold(cfg, task, fold, folds[fold]["train"], processes.device)
-        if not task.networks:
-            seed, seen = common.derive_seed(cfg.seed, "fold", fold), before
+        else:
+            seed = common.derive_seed(cfg.seed, "fold", fold)
             model = train_fold(cfg, task, pretrained, train, seed, folder, processes, stop)
         if model is None:
             break

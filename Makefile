@@ -1,9 +1,9 @@
-# make demo | test | soak | bench: each sets itself up in .venv; nothing else is needed than Python 3.11, make, a compiler.
+# make demo | test | soak | bench | gpu: each sets itself up in .venv; nothing else is needed than Python 3.11, make, a compiler.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PY := .venv/bin/python
 TORCHRUN := $(PY) -m torch.distributed.run --standalone
 
-.PHONY: demo test soak bench clean
+.PHONY: demo test soak bench gpu clean
 
 .venv/ready: requirements.txt requirements-dev.txt
 	@echo "== installing into .venv"
@@ -59,6 +59,10 @@ bench: .venv/peers
 	for name in $(BENCH); do echo "== bench/$$name.py"; printf '\n## bench/%s.py\n\n' $$name >> bench/RESULTS.md; \
 		$(PY) -W ignore bench/$$name.py >> bench/RESULTS.md || exit 1; done
 	cat bench/RESULTS.md
+
+# What only a GPU can say, in minutes: bench/GPU.md reads it. Lines are appended to bench/GPU.jsonl.
+gpu: .venv/ready
+	$(PY) bench/gpu.py --minutes 8
 
 clean:
 	rm -rf .venv demo .pytest_cache .ruff_cache

@@ -308,14 +308,39 @@ def prepare_scan(paths):
     As in preparation, the channels share the union of their tight boxes, and values are float16: the network
     was trained on such. Raises UserError naming the file."""
     images = [prepare_data.load_scan(path) for path in paths]
+    grid = {"shape": images[0].shape[:3], "affine": images[0].affine}
     for path, image in zip(paths, images, strict=True):
-        same = image.shape[:3] == images[0].shape[:3]
-        if not same or not np.allclose(image.affine, images[0].affine, atol=1e-2):
-            raise UserError(f"{path} is not on the grid of {paths[0]}: register and resample the channels")
+        try:
+            prepare_data.check_same_grid(image, grid)
+        except prepare_data.Rejected:
+            raise UserError(f"{path} is not on the grid of {paths[0]}: register and resample the "
+                            "channels") from None
     box = prepare_data.union_box([prepare_data.tight_box(prepare_data.read_voxels(i)[0]) for i in images])
     prepared = [prepare_data.preprocess(image, box) for image in images]
     volume = np.stack([volume.astype(np.float16) for volume, _ in prepared])
     return torch.from_numpy(volume), prepared[0][1], images[0]
+
+
+# All that a NIfTI header says of its grid: voxel sizes, units, and two transforms with what they mean.
+GRID = ("pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
+        "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")
+
+
+def grid_header(image):
+    """Header of a label map on the grid of a scan. Of the scan's own it takes the grid alone: descriptions,
+    display ranges and extensions are the scan's, and may name the patient."""
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape(image.shape[:3])
+
+    if isinstance(image.header, nib.Nifti1Header):  # NIfTI-2 and pairs, too
+        for field in GRID:
+            header[field] = image.header[field]
+        header["pixdim"][4:] = 1  # of time and other axes
+    else:  # FreeSurfer's and Analyze's are in mm, and have no form codes
+        header.set_zooms(image.header.get_zooms()[:3])
+        header.set_xyzt_units("mm")
+    return header
 
 
 def main(cfg):
@@ -332,6 +357,8 @@ def main(cfg):
     if len(cfg.inputs) != len(task["sequences"]):
         raise UserError(f"the network reads {len(task['sequences'])} channels "
                         f"({', '.join(task['sequences'])}), got {len(cfg.inputs)} files")
+    for name, path in zip(task["sequences"], cfg.inputs, strict=True):
+        print(f"{name}: {path}")
     volume, geometry, image = prepare_scan(cfg.inputs)
     truth = read_label(cfg.truth, image) if cfg.truth else None
     classes = segment(model, volume, geometry, trained["patch_size"], trained["precision"], cfg.overlap,
@@ -339,11 +366,8 @@ def main(cfg):
     values = np.zeros(256, np.uint8)  # class -> the source's own label value (BraTS: 4 for enhancing tumour)
     for value, number in sorted(task["labels"].items(), reverse=True):
         values[number] = value
-    header = nib.Nifti1Header.from_header(image.header)
-    header.set_data_dtype(np.uint8)
-    header.set_slope_inter(1, 0)
     with common.atomic(cfg.out) as temporary:
-        nib.Nifti1Image(values[classes], image.affine, header).to_filename(temporary)
+        nib.Nifti1Image(values[classes], image.affine, grid_header(image)).to_filename(temporary)
     voxel_ml = np.prod(nib.affines.voxel_sizes(image.affine)) / 1000
     for number, name in list(enumerate(task["classes"]))[1:]:
         print(f"{name}: {(classes == number).sum() * voxel_ml:.2f} ml")

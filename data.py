@@ -36,6 +36,8 @@ class Volume(NamedTuple):
     shape: str
     spacing: str
     sha256: str
+    label_sha256: str = ""  # of the raw label file
+    label_values: str = ""  # value:voxels native/prepared, sorted by value: "0:87120/87040 1:257/254"
 
 
 class Case(NamedTuple):
@@ -71,22 +73,37 @@ def read_index(folder):
     parts = sorted(glob.glob(os.path.join(glob.escape(folder), "index", "*.csv")))
     if not parts:
         raise UserError(f"{folder} has no index/*.csv: not a prepared folder, as prepare_data.py makes")
+
     volumes = {}
     for part in parts:
         try:
             with open(part, newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                if missing := sorted(set(Volume._fields) - set(reader.fieldnames or ())):
-                    raise UserError(f"{part} lacks the columns {', '.join(missing)}; prepare it again")
-                for row in reader:
-                    volumes[row["path"]] = Volume(*(row[field] or "" for field in Volume._fields))
+                volumes |= {volume.path: volume for volume in read_part(part, csv.reader(file))}
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"cannot read {part}: {error}; prepare it again") from None
+
     for volume in volumes.values():
         for path in (volume.path, volume.label):
-            if os.path.isabs(path) or ".." in path.split("/"):
+            if ".." in path.split("/") or os.path.isabs(path):
                 raise UserError(f"the index of {folder} points outside of it: {path}")
     return [volumes[path] for path in sorted(volumes)]
+
+
+def read_part(part, rows):
+    """Yields the Volumes of one index part, whose rows csv has split."""
+    header = next(rows, [])
+    missing = set(Volume._fields) - set(Volume._field_defaults) - set(header)
+    if missing:
+        raise UserError(f"{part} lacks the columns {', '.join(sorted(missing))}; prepare it again")
+
+    # A column that older versions did not write is read from behind the row's end, where "" stands.
+    places = [header.index(field) if field in header else len(header) for field in Volume._fields]
+    for row in rows:
+        if len(row) == len(header):
+            row.append("")
+            yield Volume._make([row[place] for place in places])
+        elif row:
+            raise UserError(f"{part} is damaged at the volume {row[0]}; prepare it again")
 
 
 def pretraining_cases(folder):

@@ -730,7 +730,8 @@ def main(cfg):
                 progress.update(len(done) + len(refused))
         part = f"{name}-{shard}of{shards}.csv"
         rows.sort(key=lambda row: row["path"])
-        write_table(f"{cfg.out}/index/{part}", data.Volume._fields, [row.values() for row in rows])
+        columns = data.Volume._fields
+        write_table(f"{cfg.out}/index/{part}", columns, [[row.get(c, "") for c in columns] for row in rows])
         write_table(f"{cfg.out}/rejected/{part}", ("path", "reason"), sorted(row[:2] for row in rejected))
         forget_other_shards(cfg.out, name, shards)
     except BrokenProcessPool:

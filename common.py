@@ -439,6 +439,35 @@ def read_text(path):
         return file.read()
 
 
+def check_files(folder, paths):
+    """UserError unless all these files of a prepared folder are there. Each of its folders is listed once,
+    which is quick for 45,000 files on a network disk, too."""
+    listed, missing = {}, []
+    for path in paths:
+        parent, name = os.path.split(path)
+        if parent not in listed:
+            try:
+                listed[parent] = {entry.name for entry in os.scandir(parent)}
+            except OSError:
+                listed[parent] = set()
+        if name not in listed[parent]:
+            missing.append(path)
+    if missing:
+        raise UserError(f"{folder} lacks {len(missing)} files that its index names, the first "
+                        f"{min(missing)}: copy the whole folder, or prepare it again")
+
+
+def checksum(path):
+    """sha256 of a file; of our checkpoints the one that they carry."""
+    with open(path, "rb") as file:
+        file.seek(-min(os.path.getsize(path), len(SEAL) + 64), os.SEEK_END)
+        end = file.read()
+        if end.startswith(SEAL):
+            return end.removeprefix(SEAL).decode("ascii")
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 FORMAT = 1  # of our checkpoints; counts up when older code could not read them any more
 SEAL = b"sha256:"  # and 64 hex digits: the comment of the zip file that a checkpoint is, its last bytes
 
@@ -627,15 +656,34 @@ def check_same_run(what, then, cfg, free):
         raise UserError(f"{what} of another run ({', '.join(changed)}): new --out, or the old values")
 
 
-def resume(path, cfg, free, model, optimizer, sha256=None):
+def check_same_inputs(what, then, now, fix="new --out, or the old data"):
+    """UserError if cases are made of other files now than then: both {name: {part: checksum or shape}}.
+
+    What one of the two does not say is not compared, as in folders of earlier versions."""
+    words = {"sha256": "scan", "label_sha256": "label", "shape": "prepared volume"}
+    changed = {}
+    for name in sorted(set(then) & set(now)):
+        differ = [word for part, word in words.items() if then[name].get(part) and now[name].get(part)
+                  and then[name][part] != now[name][part]]
+        if differ:
+            changed[name] = " and ".join(differ)
+    if changed:
+        first = min(changed)
+        raise UserError(f"{what} (another {changed[first]} of {first}; cases that differ: "
+                        f"{len(changed)}): {fix}")
+
+
+def resume(path, cfg, free, model, optimizer, sha256=None, inputs=None):
     """Continue from `path`: load model and optimizer -> (step to go on with, hours it took); zeros if there
-    is no file. UserError if it is another configuration's run, or one on other raw files than `sha256`."""
+    is no file. UserError if it is another configuration's run, or one on other raw files than `sha256`, or
+    `inputs`, as tasks.inputs_of gives them."""
     if not os.path.exists(path):
         return 0, 0.0
     checkpoint = load_checkpoint(path)
     check_same_run(f"{path} is", checkpoint.get("config", {}), cfg, free)
     if sha256 not in (None, checkpoint.get("sha256")):
         raise UserError(f"{path} is of a run on other data: new --out, or the old --data")
+    check_same_inputs(f"{path} is of a run on other data", checkpoint.get("inputs", {}), inputs or {})
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])

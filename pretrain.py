@@ -195,12 +195,27 @@ def autocast(cfg, device):
 def open_data(cfg):
     """Training and validation cases: a seeded share of the subjects is held out (official code: volumes)."""
     cases = data.pretraining_cases(cfg.data)
+    if not cases:
+        raise UserError(f"{cfg.data} has no volume to pretrain on: all are of the split test")
+    common.check_files(cfg.data, [path for case in cases for path in case.images])
     kept, held = data.split_subjects([c.subject for c in cases], cfg.val_fraction, cfg.seed)
     kept = set(kept)
     train = [c for c in cases if c.subject in kept]
     if not train:
-        raise UserError(f"{cfg.data} holds {len(cases)} volumes of one subject: none left to train on")
+        raise UserError(f"{cfg.data} holds {len(cases)} volumes of {len(held)} subjects, and val_fraction "
+                        f"{cfg.val_fraction} holds out all of them: none is left to train on")
     return train, [c for c in cases if c.subject not in kept], held
+
+
+def shared_scans(train, validation):
+    """A line about held-out volumes whose raw file is trained on, too, under another subject; or ""."""
+    trained = {volume.sha256: case.subject for case in train for volume in case.volumes if volume.sha256}
+    shared = [case for case in validation if case.volumes[0].sha256 in trained]
+    if not shared:
+        return ""
+    twin = trained[shared[0].volumes[0].sha256]
+    return (f"{len(shared)} of {len(validation)} held-out volumes are trained on, too: the first is "
+            f"{shared[0].name}, the same file as one of {twin}")
 
 
 @torch.no_grad()
@@ -298,6 +313,8 @@ def main(cfg):
         check(cfg)
         objective = OBJECTIVES[cfg.objective]
         train, validation, held_out = open_data(cfg)
+        if rank == 0 and (line := shared_scans(train, validation)):
+            print(line)
         steps, warmup, micro = plan(cfg, len(train), processes)
         val_every = cfg.val_every or max(1, len(train) // cfg.batch_size)
         torch.manual_seed(cfg.seed)

@@ -1,0 +1,462 @@
+"""What is known of a task's data before the first step; a run goes on with the data it began with."""
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import mistake
+from test_finetune import run
+
+import common
+import data
+import finetune
+import prepare_data
+import pretrain
+import tasks
+
+TASK = {"data": "set by --data", "sequences": ["FLAIR"], "classes": ["background", "lesion"],
+        "labels": {0: 0, 1: 1}, "n_train": 2, "folds": 2}
+TINY = {"model": "unet_demo", "features": 4, "steps": 4, "patch_size": 32, "batch_size": 2, "save_every": 2,
+        "log_every": 1, "compile": "false", "precision": "fp32", "workers": 0, "lr": 1e-3, "overlap": 0}
+
+
+# ------------------------------------------------------------------------ a prepared folder by hand
+def head(seed, n=30):
+    z, y, x = np.indices((n, n, n)) - (n - 1) / 2
+    radius = np.sqrt(z ** 2 + y ** 2 + x ** 2)
+    noise = np.random.default_rng(seed).normal(0, 20, radius.shape)
+    return np.where(radius < 0.42 * n, 300 + 100 * np.cos(z / 4) + noise, 0).clip(0).astype(np.float32)
+
+
+def lesion(value=1, at=10, n=30):
+    label = np.zeros((n, n, n), np.uint8)
+    label[at:at + 4, 12:16, 12:16] = value
+    return label
+
+
+def volume_of(subject, sequence="FLAIR", label=None, **fields):
+    """A row of the index. label: the values and voxels, as the index has them."""
+    stem = f"mine/{subject}_1_{sequence}"
+    row = data.Volume(f"volumes/{stem}.npy", "mine", subject, "1", sequence, "train", "", "30x30x30", "1x1x1",
+                      f"scan of {subject} {sequence}")
+    if label is not None:
+        row = row._replace(label=f"labels/{stem}.npy", label_sha256=f"label of {subject}", label_values=label)
+    return row._replace(**fields)
+
+
+def write_index(folder, volumes, columns=data.Volume._fields):
+    path = folder / "index" / "mine-0of1.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        rows = [volume._asdict() for volume in volumes]
+        csv.writer(file).writerows([columns, *([row[column] for column in columns] for row in rows)])
+
+
+def counts(native, prepared):
+    """The label values of two arrays, as the index has them."""
+    return " ".join(f"{value}:{(native == value).sum()}/{(prepared == value).sum()}"
+                    for value in np.unique(native))
+
+
+def prepare(folder, labels, columns=data.Volume._fields):
+    """A prepared folder, as prepare_data.py writes it, of heads with these label arrays: {subject: array}."""
+    volumes = []
+    for number, (subject, label) in enumerate(sorted(labels.items())):
+        row = volume_of(subject, label="")
+        voxels, geometry = prepare_data.preprocess(nib.Nifti1Image(head(number), np.eye(4)))
+        truth = prepare_data.preprocess_label(nib.Nifti1Image(label, np.eye(4)), geometry)
+        stem = os.path.splitext(row.label)[0]
+        for path, array in ((row.path, voxels.astype(np.float16)), (row.label, truth)):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            np.save(folder / path, array)
+        nib.Nifti1Image(label, np.eye(4)).to_filename(folder / f"{stem}_native.nii.gz")
+        record = folder / stem.replace("labels", "geometry", 1)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.with_name(f"{record.name}.json").write_text(json.dumps(geometry))
+        volumes.append(row._replace(label_values=counts(label, truth), shape="x".join(map(str, voxels.shape)),
+                                    label_sha256=f"label of {label.sum()} at {label.argmax()}"))
+    write_index(folder, volumes, columns)
+    return folder
+
+
+def cases_of(*volumes):
+    return [data.Case(v.subject, f"mine/{v.subject}", (v.path,), v.label, (v,)) for v in volumes]
+
+
+def task_of(**changes):
+    settings = TASK | {"classes": ("background", "lesion"), "sequences": ("FLAIR",)} | changes
+    return finetune.Task(**settings)
+
+
+# ------------------------------------------------------------------------------------- label values
+def test_label_values_of_the_index():
+    volume = volume_of("a", label="0:87120/87040 1:257/254 4:3/0")
+    assert tasks.values_of(volume) == {0: (87120, 87040), 1: (257, 254), 4: (3, 0)}
+    assert tasks.values_of(volume_of("a", label="")) == {}, "prepared before values were counted"
+    for damaged in ("0:1", "0:1/2/3", "a:1/2", "0:1/2,1:3/4", "x"):
+        with pytest.raises(common.UserError, match=r"volumes/mine/a_1_FLAIR.npy: prepare it again"):
+            tasks.values_of(volume_of("a", label=damaged))
+
+
+def test_a_value_that_the_task_does_not_name():
+    """The case, the value, and the line to write; also where the value is lost at 1 mm, since scores are on
+    the scan's own grid."""
+    good, lost = volume_of("a", label="0:90/80 1:3/3"), volume_of("c", label="0:9/8 5:1/0")
+    bad = volume_of("b", label="0:9/8 2:4/4 3:12/11")
+    tasks.check_values("mine.yaml", task_of(), cases_of(good))
+    tasks.check_values("mine.yaml", task_of(), cases_of(volume_of("a", label="")))
+    tasks.check_values("mine.yaml", task_of(ignore=(2, 3, 5)), cases_of(good, bad, lost))
+    tasks.check_values("mine.yaml", task_of(labels={"0": 0, "1": 1, "2": 1, "3": 1}), cases_of(good, bad))
+    with pytest.raises(common.UserError) as error:
+        tasks.check_values("mine.yaml", task_of(), cases_of(good, bad, bad._replace(subject="d"), lost))
+    message = str(error.value)
+    assert message.startswith("b has 4 voxels of label value 2, which task mine.yaml does not name")
+    assert "values without a name: 2, 3, 5; cases with 2: 2" in message
+    assert "`labels: {0: 0, 1: 1, 2: 1, 3: 1, 5: 1}`" in message and "`ignore: [2, 3, 5]`" in message
+    with pytest.raises(common.UserError, match="c has 1 voxels of label value 5"):
+        tasks.check_values("mine.yaml", task_of(), cases_of(good, lost))
+
+
+def test_cases_and_folds_without_foreground():
+    rows = {"a": "0:90/80 1:3/3", "b": "0:90/80", "c": "0:90/80 1:2/0", "d": "0:90/80 2:7/7",
+            "e": "0:90/80 1:3/3"}
+    cases = {name: cases_of(volume_of(name, label=label))[0] for name, label in rows.items()}
+    folds = [{"train": ["a", "b"], "evaluate": ["c", "d", "e"]}, {"train": ["e", "c"], "evaluate": ["a"]}]
+    lines = tasks.check_foreground(task_of(ignore=(2,)), cases, folds)
+    assert lines == ["3 of 5 cases have no foreground voxel, b the first; 1 of them had some on the "
+                     "scan's own grid"]
+    two = task_of(classes=("background", "core", "rim"), labels={0: 0, 1: 1, 2: 2})
+    folds[1] = {"train": ["d", "e"], "evaluate": ["a"]}
+    assert tasks.check_foreground(two, cases, folds)[1:] == ["rim: no voxel to train on in fold 0"]
+    folds[1] = {"train": ["b", "c"], "evaluate": ["a"]}
+    with pytest.raises(common.UserError, match="fold 1 would be trained on no foreground at all: none of "):
+        tasks.check_foreground(task_of(ignore=(2,)), cases, folds)
+    assert tasks.check_foreground(task_of(ignore=(2,)), cases, ()) != [], "nothing is trained: said, no error"
+    old = {name: cases_of(volume_of(name, label=""))[0] for name in rows}
+    assert tasks.check_foreground(task_of(), old, folds) == []
+
+
+# -------------------------------------------------------------------- sequences, sessions and grids
+@pytest.mark.parametrize(("wanted", "source", "message"), [
+    (["FLIAR"], None, "no labelled case with FLIAR; with a label it has FLAIR 3, T1 1. Is FLIAR meant to be "
+                      "FLAIR?"),
+    (["flair"], None, "Is flair meant to be FLAIR?"), (["T1w"], None, "Is T1w meant to be T1?"),
+    (["FLAIR", "t1"], None, "Is t1 meant to be T1?"),
+    (["DWI"], None, "with a label it has FLAIR 3, T1 1. A label counts for the scans on its own grid"),
+    (["FLAIR", "T1"], None, "a session 1: FLAIR 30x30x30 (voxels of 1x1x1 mm) with a label, T1 25x25x25 "
+                            "(voxels of 0.8x1x1 mm) without"),
+    (["FLAIR"], "other", "of source other: its sources, with their volumes, are mine 7"),
+])
+def test_why_a_folder_has_no_case(tmp_path, wanted, source, message):
+    """The public report: T1 loses its label, since its grid differs, and the message named sequences only."""
+    volumes = [volume_of(name, label="") for name in "abc"]
+    volumes += [volume_of(name, "T1", shape="25x25x25", spacing="0.8x1x1") for name in "abc"]
+    write_index(tmp_path, [*volumes, volume_of("d", "T1", label="")])
+    task = tmp_path / "mine.yaml"
+    task.write_text(json.dumps(TASK | {"sequences": wanted} | ({"source": source} if source else {})))
+    line = mistake("finetune", task=task, data=tmp_path, model="unet_demo", out=tmp_path / "run")
+    assert message in line and not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_labels_says_so(tmp_path):
+    write_index(tmp_path, [volume_of(name) for name in "abc"])
+    task = task_of(data=str(tmp_path))
+    assert tasks.why_none(task).endswith("none of its 3 volumes has a label")
+    write_index(tmp_path, [volume_of("a"), volume_of("b", label="", split="pretrain")])
+    assert tasks.why_none(task).endswith("has a label but 1 of the split pretrain, which no task takes")
+
+
+def test_sessions_left_out_and_odd_pairs_are_said(tmp_path):
+    volumes = [volume_of(name, sequence, label="") for name in "ab" for sequence in ("FLAIR", "T1")]
+    volumes += [volume_of("c", label=""), volume_of("c", "T1"), volume_of("d", label="")]
+    write_index(tmp_path, [*volumes, volume_of("e")])
+    task = task_of(data=str(tmp_path), sequences=("FLAIR", "T1"))
+    cases = data.labelled_cases(task.data, None, task.sequences)
+    line, = tasks.left_out(task, cases)
+    assert line.startswith("2 labelled sessions are left out: they lack one of FLAIR, T1")
+    assert "c session 1" in line
+    assert tasks.left_out(task_of(data=str(tmp_path)), cases) == []
+    assert tasks.other_labels(cases) == tasks.same_files(cases) == []
+    tasks.check_grids(cases)
+
+    first, second = cases
+    other = first._replace(volumes=(first.volumes[0], first.volumes[1]._replace(label_sha256="x")))
+    assert "1 cases have another label map for each sequence, a_1 the first" in tasks.other_labels([other])[0]
+    twin = second._replace(volumes=(first.volumes[0], second.volumes[1]))
+    line, = tasks.same_files([first, twin])
+    assert "1 scans are the same file under several subjects, mine/a and mine/b the first" in line
+    odd = first._replace(volumes=(first.volumes[0], first.volumes[1]._replace(shape="30x30x31")))
+    with pytest.raises(common.UserError, match=r"a_1 differ in shape \(FLAIR 30x30x30, T1 30x30x31\)"):
+        tasks.check_grids([second, odd])
+
+
+def test_checks_of_45000_volumes_take_under_a_second(tmp_path):
+    volumes = [volume_of(f"s{number:05}", label="0:87120/87040 1:257/254") for number in range(45_000)]
+    write_index(tmp_path, volumes)
+    (tmp_path / "volumes/mine").mkdir(parents=True)
+    for volume in volumes[:1000]:
+        (tmp_path / volume.path).touch()
+    cases = {case.name: case for case in cases_of(*volumes)}
+    began = time.perf_counter()
+    tasks.check_values("mine.yaml", task_of(), cases.values())
+    tasks.check_foreground(task_of(), cases, [{"train": list(cases), "evaluate": []}])
+    tasks.check_grids(cases.values())
+    tasks.same_files(cases.values())
+    with pytest.raises(common.UserError, match="lacks 44000 files"):
+        common.check_files(tmp_path, [tmp_path / volume.path for volume in volumes])
+    assert time.perf_counter() - began < 3, "half a second on an idle core"
+
+
+# --------------------------------------------------------------------------------------- whole runs
+@pytest.fixture(scope="module")
+def labels():
+    return {name: lesion(at=at) for name, at in zip("abcde", (6, 8, 10, 12, 14), strict=True)}
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    path = tmp_path_factory.mktemp("task") / "mine.yaml"
+    path.write_text(json.dumps(TASK))
+    return path
+
+
+@pytest.fixture(scope="module")
+def first(labels, mine, tmp_path_factory):
+    """A prepared folder, and a finished run on it."""
+    folder = tmp_path_factory.mktemp("first")
+    prepare(folder / "data", labels)
+    run("finetune", task=mine, data=folder / "data", out=folder / "run", **TINY)
+    return folder
+
+
+@pytest.fixture
+def again(first, mine, tmp_path):
+    """A copy of that run, and the command that made it."""
+    shutil.copytree(first / "run", tmp_path / "run")
+    return TINY | {"task": mine, "data": first / "data", "out": tmp_path / "run"}
+
+
+def cut(folder, fold=0, step=2):
+    """As if the run had been killed at a step of a fold."""
+    (folder / f"fold_{fold}" / "dice.json").unlink()
+    path = folder / f"fold_{fold}" / "last.pt"
+    checkpoint = common.load_checkpoint(path)
+    common.save_checkpoint(path, checkpoint | {"step": step})
+
+
+def test_a_run_says_what_it_was_made_of(first):
+    inputs = json.loads((first / "run" / "inputs.json").read_text())
+    by_subject = {volume.subject: volume for volume in data.read_index(str(first / "data"))}
+    assert inputs["ckpt"] is None and sorted(inputs["cases"]) == ["a_1", "b_1", "c_1", "d_1", "e_1"]
+    for records in json.loads((first / "run" / "dice.json").read_text())["folds"].values():
+        for record in records:
+            volume = by_subject[record["case"][0]]
+            assert record["sha256"] == inputs["cases"][record["case"]]["sha256"] == [volume.sha256]
+            assert record["label_sha256"] == inputs["cases"][record["case"]]["label_sha256"]
+            assert record["label_sha256"] == volume.label_sha256
+    folds = json.loads((first / "run" / "folds.json").read_text())["folds"]
+    checkpoint = common.load_checkpoint(first / "run" / "fold_1" / "last.pt")
+    assert checkpoint["inputs"] == {name: inputs["cases"][name] for name in folds[1]["train"]}
+
+
+@pytest.mark.parametrize("state", ["finished", "cut"])
+@pytest.mark.parametrize("change", ["label", "scan", "shape"])
+def test_a_run_is_not_continued_on_other_data(again, labels, tmp_path, state, change):
+    """Corrected labels, or another --data: finished folds would print the scores of the old data, and a cut
+    fold would go on with the new."""
+    other = prepare(tmp_path / "other", labels | ({"b": lesion(at=9)} if change == "label" else {}))
+    volumes = data.read_index(str(other))
+    changed = {"label": {}, "scan": {"sha256": "another"}, "shape": {"shape": "9x9x9"}}[change]
+    write_index(other, [v._replace(**changed) if v.subject == "b" else v for v in volumes])
+    if state == "cut":
+        cut(tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    line = mistake("finetune", **again | {"data": other})
+    word = {"label": "label", "scan": "scan", "shape": "prepared volume"}[change]
+    assert f"has folds of other data (another {word} of b_1; cases that differ: 1): new --out, or the" in line
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_cut_fold_knows_its_data_by_itself(again, labels, tmp_path):
+    trained = json.loads((tmp_path / "run" / "folds.json").read_text())["folds"][0]["train"]
+    other = prepare(tmp_path / "other", labels | {trained[0][0]: lesion(at=9)})
+    cut(tmp_path / "run")
+    (tmp_path / "run" / "inputs.json").unlink()
+    line = mistake("finetune", **again | {"data": other})
+    assert f"fold_0/last.pt is of a run on other data (another label of {trained[0]}" in line
+
+
+def test_the_same_data_elsewhere_is_the_same(again, first, tmp_path):
+    shutil.copytree(first / "data", tmp_path / "moved")
+    cut(tmp_path / "run")
+    run("finetune", **again | {"data": tmp_path / "moved"})
+    assert ((tmp_path / "run" / "inputs.json").read_text() == (first / "run" / "inputs.json").read_text())
+    assert (tmp_path / "run" / "fold_0" / "dice.json").exists()
+
+
+def test_runs_and_folders_of_earlier_versions_go_on(again, first, labels, tmp_path):
+    """Neither the run folder nor the prepared folder says what labels there were; a folder that is prepared
+    again meanwhile does."""
+    old = prepare(tmp_path / "old", labels, data.Volume._fields[:-2])
+    (tmp_path / "run" / "inputs.json").unlink()
+    for fold in range(2):
+        path = tmp_path / "run" / f"fold_{fold}" / "last.pt"
+        checkpoint = common.load_checkpoint(path)
+        del checkpoint["inputs"]
+        common.save_checkpoint(path, checkpoint)
+        path = path.with_name("dice.json")
+        records = json.loads(path.read_text())
+        for record in records:
+            del record["sha256"], record["label_sha256"]
+        path.write_text(json.dumps(records))
+    cut(tmp_path / "run")
+    printed = run("finetune", **again | {"data": old})
+    assert "mean ± SD" in printed
+    inputs = json.loads((tmp_path / "run" / "inputs.json").read_text())["cases"]
+    assert {case["label_sha256"] for case in inputs.values()} == {""}
+
+    run("finetune", **again)
+    known = json.loads((tmp_path / "run" / "inputs.json").read_text())["cases"]
+    assert known == json.loads((first / "run" / "inputs.json").read_text())["cases"]
+    run("finetune", **again | {"data": old})
+    assert json.loads((tmp_path / "run" / "inputs.json").read_text())["cases"] == known, "not forgotten"
+
+
+def test_networks_are_evaluated_on_the_data_they_were_trained_on(first, labels, tmp_path):
+    """Of another run's networks the trained cases must be the same; those evaluated are this run's own."""
+    task = tmp_path / "mine_ood.yaml"
+    task.write_text(json.dumps(TASK | {"networks": "mine"}))
+    settings = {"task": task, "model": "unet_demo", "features": 4, "networks": first / "run", "overlap": 0}
+    folds = json.loads((first / "run" / "folds.json").read_text())["folds"]
+    both = [set(fold["train"]) for fold in folds]
+    fresh, = set(labels) - {name[0] for name in both[0] | both[1]} or {None}
+    if fresh:
+        other = prepare(tmp_path / "evaluated", labels | {fresh: lesion(at=9)})
+        run("finetune", data=other, out=tmp_path / "fresh", **settings)
+        line = mistake("finetune", data=first / "data", out=tmp_path / "fresh", **settings)
+        assert "cases that differ: 1" in line
+    trained = min(both[0])
+    other = prepare(tmp_path / "trained", labels | {trained[0]: lesion(at=9)})
+    line = mistake("finetune", data=other, out=tmp_path / "refused", **settings)
+    assert f"was trained on other data (another label of {trained}" in line
+    assert "finetune mine again, or the old data" in line
+
+
+def test_folds_of_one_run_start_from_one_checkpoint(first, mine, tmp_path):
+    """Pretraining that went on between two folds would give them different starts."""
+    settings = TINY | {"task": mine, "data": first / "data", "out": tmp_path / "run", "steps": 1,
+                       "ckpt": tmp_path / "last.pt"}
+    checkpoint = common.load_checkpoint(first / "run" / "fold_0" / "last.pt")
+    common.save_checkpoint(tmp_path / "last.pt", checkpoint)
+    run("finetune", folds=0, **settings)
+    run("finetune", folds=1, **settings)
+    checkpoint["model"] = {name: tensor + 1 for name, tensor in checkpoint["model"].items()}
+    common.save_checkpoint(tmp_path / "last.pt", checkpoint)
+    assert "last.pt, which has changed since: new --out" in mistake("finetune", folds=1, **settings)
+    torch.save({"state_dict": checkpoint["model"]}, tmp_path / "foreign.pth")
+    assert common.checksum(tmp_path / "foreign.pth") == common.checksum(tmp_path / "foreign.pth")
+    assert len(common.checksum(tmp_path / "foreign.pth")) == len(common.checksum(tmp_path / "last.pt")) == 64
+
+
+def test_an_unknown_value_stops_before_the_first_step(labels, mine, tmp_path):
+    label = lesion()
+    label[20:22, 20:22, 20:22] = 3
+    folder = prepare(tmp_path / "data", labels | {"c": label})
+    line = mistake("finetune", task=mine, data=folder, out=tmp_path / "run", **TINY)
+    assert "c_1 has 8 voxels of label value 3" in line and "`ignore: [3]`" in line
+    assert not (tmp_path / "run").exists()
+    old = prepare(tmp_path / "old", labels | {"c": label}, data.Volume._fields[:-2])
+    with pytest.raises(common.UserError, match="do not name"):  # later, since the index does not say
+        run("finetune", task=mine, data=old, out=tmp_path / "run", **TINY)
+
+
+def test_empty_labels_are_said_or_refused(labels, mine, tmp_path):
+    empty = np.zeros((30, 30, 30), np.uint8)
+    some = prepare(tmp_path / "some", labels | {"c": empty})
+    printed = run("finetune", task=mine, data=some, out=tmp_path / "run", **TINY | {"estimate": "true"})
+    assert "1 of 5 cases have no foreground voxel, c_1 the first\n" in printed
+    none = prepare(tmp_path / "none", dict.fromkeys(labels, empty))
+    line = mistake("finetune", task=mine, data=none, out=tmp_path / "run", **TINY)
+    assert "fold 0 would be trained on no foreground at all" in line and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("lost", ["volumes/mine/b_1_FLAIR.npy", "labels/mine/b_1_FLAIR.npy",
+                                  "labels/mine/b_1_FLAIR_native.nii.gz", "geometry/mine/b_1_FLAIR.json"])
+def test_lost_files_are_named_before_the_first_step(labels, mine, tmp_path, lost):
+    folder = prepare(tmp_path / "data", labels)
+    (folder / lost).unlink()
+    line = mistake("finetune", task=mine, data=folder, out=tmp_path / "run", **TINY)
+    assert f"lacks 1 files that its index names, the first {folder / lost}" in line
+    shutil.rmtree((folder / lost).parent)
+    line = mistake("finetune", task=mine, data=folder, out=tmp_path / "run", **TINY)
+    assert "files that its index names" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_subjects_says_how_many_there_are(first, mine, tmp_path):
+    line = mistake("finetune", task=mine, data=first / "data", out=tmp_path, **TINY | {"n_train": 5})
+    assert "trains on 5 subjects and needs more" in line and "has 5 with labels: --n_train 4 or less" in line
+
+
+def test_runs_scored_on_other_labels_are_not_compared(first, labels, mine, tmp_path):
+    other = prepare(tmp_path / "other", labels | {"b": lesion(at=9), "c": lesion(at=9)})
+    run("finetune", task=mine, data=other, out=tmp_path / "run", **TINY | {"steps": 1})
+    line = mistake("compare", first / "run", tmp_path / "run")
+    assert "were scored on different data (another label of" in line
+
+
+# -------------------------------------------------------------------------------------- pretraining
+def pretraining(folder, **changes):
+    return pretrain.Config(**{"data": str(folder), "val_fraction": 0.2} | changes)
+
+
+def test_pretraining_checks_its_data_before_the_first_step(labels, tmp_path):
+    folder = prepare(tmp_path / "data", labels)
+    train, validation, held = pretrain.open_data(pretraining(folder))
+    assert (len(train), len(validation), len(held)) == (4, 1, 1)
+    assert pretrain.shared_scans(train, validation) == ""
+    with pytest.raises(common.UserError, match="5 volumes of 5 subjects, and val_fraction 1.0 holds out all"):
+        pretrain.open_data(pretraining(folder, val_fraction=1.0))
+
+    volumes = data.read_index(str(folder))
+    write_index(folder, [volume._replace(sha256="one") for volume in volumes])
+    line = pretrain.shared_scans(*pretrain.open_data(pretraining(folder))[:2])
+    assert line.startswith("1 of 1 held-out volumes are trained on, too: the first is volumes/mine/")
+    write_index(folder, [volume._replace(split="test") for volume in volumes])
+    with pytest.raises(common.UserError, match="no volume to pretrain on: all are of the split test"):
+        pretrain.open_data(pretraining(folder))
+    write_index(folder, volumes)
+    (folder / volumes[1].path).unlink()
+    with pytest.raises(common.UserError, match="lacks 1 files that its index names"):
+        pretrain.open_data(pretraining(folder))
+
+
+def test_names_that_are_not_utf_8(labels, mine, tmp_path):
+    """A run in a folder of a Latin-1 disk: settings, summary and checkpoint are written and read again."""
+    folder = tmp_path / os.fsdecode(b"M\xfcller")
+    prepare(folder / "data", labels)
+    shutil.copy(mine, folder / "mine.yaml")
+    settings = TINY | {"task": folder / "mine.yaml", "data": folder / "data", "out": folder / "run"}
+    run("finetune", **settings)
+    ckpt = folder / "run" / "fold_0" / "last.pt"
+    tuned = settings | {"ckpt": ckpt, "out": folder / "tuned"}
+    for _ in range(2):
+        assert "mean ± SD" in run("finetune", **tuned)
+    assert common.read_yaml(finetune.Config, folder / "tuned" / "config.yaml")["ckpt"] == str(ckpt)
+    assert str(ckpt) in common.read_text(folder / "tuned" / "summary.md")
+    assert common.load_checkpoint(folder / "tuned" / "fold_0" / "last.pt")["config"]["ckpt"] == str(ckpt)
+    small = {"model": "unet_demo", "features": 4, "patch_size": 32, "batch_size": 2, "steps": 2, "workers": 0,
+             "compile": "false", "precision": "fp32", "val_fraction": 0.2, "log_every": 1}
+    for _ in range(2):
+        run("pretrain", data=folder / "data", out=folder / "pretrained", **small)
+    assert dataclasses.replace(pretrain.Config(), **common.read_yaml(
+        pretrain.Config, folder / "pretrained" / "config.yaml")).data == str(folder / "data")
+    assert "different tasks or folds" not in run("compare", folder / "run", folder / "tuned",
+                                                 out=folder / "table.md")

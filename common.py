@@ -112,12 +112,15 @@ def parse_config(config_class, argv):
 def read_yaml(config_class, path):
     """A YAML file of `key: value` lines -> {key: value cast to the type of config_class's field}."""
     try:
-        text = read_text(path)
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             raise yaml.YAMLError("aliases (*name) are not read: a few lines of them can fill any memory")
         values = yaml.safe_load(text) or {}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 from byte {error.start} on: save it as UTF-8") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -607,8 +610,10 @@ def why_not(path, error):
         return f"is {what}"
 
     if isinstance(error, UnpicklingError):
-        return ("is damaged, or holds more than tensors, numbers and strings: refused, and nothing in it was "
-                "run. If it is sound, save its plain state_dict")
+        names = re.findall(r"Unsupported global: GLOBAL (\S+)", str(error))
+        which = f" ({names[0]})" if names else ""
+        return (f"is damaged, or holds more than tensors, numbers and strings{which}: refused, and nothing "
+                "in it was run. If it is sound, save its plain state_dict")
     return f"is damaged, truncated or no torch file: {reason(error)}"
 
 
@@ -669,8 +674,8 @@ def check_same_inputs(what, then, now, fix="new --out, or the old data"):
             changed[name] = " and ".join(differ)
     if changed:
         first = min(changed)
-        raise UserError(f"{what} (another {changed[first]} of {first}; cases that differ: "
-                        f"{len(changed)}): {fix}")
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise UserError(f"{what} (another {changed[first]} of {first}{more}): {fix}")
 
 
 def resume(path, cfg, free, model, optimizer, sha256=None, inputs=None):

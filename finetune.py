@@ -486,8 +486,7 @@ def open_cases(cfg, task, name, quiet):
     names = {n for fold in folds for part in fold.values() for n in part}
     used = {case.name: case for case in cases if case.name in names}
 
-    # What would stop the run after hours: lost files, and labels that the task does not know.
-    common.check_files(task.data, [path for case in used.values() for path in tasks.files_of(case)])
+    # What would stop the run after hours.
     tasks.check_grids(used.values())
     tasks.check_values(cfg.task, task, used.values())
 
@@ -524,9 +523,12 @@ def main(cfg):
         inputs = check_folds(cfg, assignment, {"ckpt": start, "cases": made_of})
         if processes.rank == 0:
             print(f"{cfg.model}, augment {cfg.augment}, lr {cfg.lr}\n{common.versions()}")
-    finished = {f: os.path.join(cfg.out, f"fold_{f}", "dice.json") for f in range(len(folds))}
+        finished = {f: os.path.join(cfg.out, f"fold_{f}", "dice.json") for f in range(len(folds))}
+        left = [f for f in chosen if not os.path.exists(finished[f])]
+        needed = {n for f in left for part in folds[f].values() for n in part}
+        common.check_files(task.data, [path for n in needed for path in tasks.files_of(cases[n])])
     if cfg.estimate:
-        cfg = dataclasses.replace(cfg, folds=[f for f in chosen if not os.path.exists(finished[f])])
+        cfg = dataclasses.replace(cfg, folds=left)
         return estimate(cfg, task, pretrained, cases, folds, processes, stop)
     with common.together():
         if processes.rank == 0:

@@ -7,6 +7,7 @@ Beside it, `objective: swin`, the pretraining of SwinUNETR [23] that the paper c
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -207,6 +208,14 @@ def open_data(cfg):
     return train, [c for c in cases if c.subject not in kept], held
 
 
+def made_of(train, validation):
+    """What a continued run compares beside the raw files that it trains on; see check_same_inputs."""
+    shapes = "".join(case.volumes[0].shape for case in train)
+    return {"the training set": {"shape": hashlib.sha256(shapes.encode()).hexdigest()},
+            "the held-out set": {"sha256": [case.volumes[0].sha256 for case in validation],
+                                 "shape": [case.volumes[0].shape for case in validation]}}
+
+
 def shared_scans(train, validation):
     """A line about held-out volumes whose raw file is trained on, too, under another subject; or ""."""
     trained = {volume.sha256: case.subject for case in train for volume in case.volumes if volume.sha256}
@@ -327,7 +336,8 @@ def main(cfg):
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                       eps=cfg.eps, amsgrad=cfg.amsgrad, fused=True)
         raw = [v.sha256 for case in train for v in case.volumes]
-        step, hours = common.resume(f"{out}/last.pt", cfg, FREE, model, optimizer, raw)
+        inputs = made_of(train, validation)
+        step, hours = common.resume(f"{out}/last.pt", cfg, FREE, model, optimizer, raw, inputs)
         if rank == 0:
             print(f"{cfg.model}, {sum(p.numel() for p in model.parameters()):,} parameters, "
                   f"{processes.world} x {device}, {cfg.precision}\n{common.versions()}\nrun folder {out}"
@@ -352,7 +362,7 @@ def main(cfg):
                     "hours": hours + (time.perf_counter() - began) / 3600,  # over all continuations
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "versions": common.versions(),
-                    "subjects": sorted({c.subject for c in train}), "sha256": raw})
+                    "subjects": sorted({c.subject for c in train}), "sha256": raw, "inputs": inputs})
 
     stream = data.SampleStream(len(train), cfg.seed, cfg.batch_size, step, steps, rank, processes.world)
     dataset = data.Crops(train, cfg.patch_size, cfg.seed, cfg.augment)

@@ -280,7 +280,7 @@ def test_a_run_is_not_continued_on_other_data(again, labels, tmp_path, state, ch
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     line = mistake("finetune", **again | {"data": other})
     word = {"label": "label", "scan": "scan", "shape": "prepared volume"}[change]
-    assert f"has folds of other data (another {word} of b_1; cases that differ: 1): new --out, or the" in line
+    assert f"has folds of other data (another {word} of b_1): new --out, or the old data" in line
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
@@ -299,6 +299,9 @@ def test_the_same_data_elsewhere_is_the_same(again, first, tmp_path):
     run("finetune", **again | {"data": tmp_path / "moved"})
     assert ((tmp_path / "run" / "inputs.json").read_text() == (first / "run" / "inputs.json").read_text())
     assert (tmp_path / "run" / "fold_0" / "dice.json").exists()
+    shutil.rmtree(tmp_path / "moved" / "volumes")
+    printed = run("finetune", **again | {"data": tmp_path / "moved"})
+    assert "mean ± SD" in printed, "what is finished needs no volumes any more"
 
 
 def test_runs_and_folders_of_earlier_versions_go_on(again, first, labels, tmp_path):
@@ -335,14 +338,13 @@ def test_networks_are_evaluated_on_the_data_they_were_trained_on(first, labels, 
     task.write_text(json.dumps(TASK | {"networks": "mine"}))
     settings = {"task": task, "model": "unet_demo", "features": 4, "networks": first / "run", "overlap": 0}
     folds = json.loads((first / "run" / "folds.json").read_text())["folds"]
-    both = [set(fold["train"]) for fold in folds]
-    fresh, = set(labels) - {name[0] for name in both[0] | both[1]} or {None}
-    if fresh:
-        other = prepare(tmp_path / "evaluated", labels | {fresh: lesion(at=9)})
-        run("finetune", data=other, out=tmp_path / "fresh", **settings)
-        line = mistake("finetune", data=first / "data", out=tmp_path / "fresh", **settings)
-        assert "cases that differ: 1" in line
-    trained = min(both[0])
+    trained = {name for fold in folds for name in fold["train"]}
+    fresh = min(set(labels) - {name[0] for name in trained})
+    other = prepare(tmp_path / "evaluated", labels | {fresh: lesion(at=9)})
+    run("finetune", data=other, out=tmp_path / "fresh", **settings)
+    line = mistake("finetune", data=first / "data", out=tmp_path / "fresh", **settings)
+    assert f"has folds of other data (another label of {fresh}_1)" in line
+    trained = min(folds[0]["train"])
     other = prepare(tmp_path / "trained", labels | {trained[0]: lesion(at=9)})
     line = mistake("finetune", data=other, out=tmp_path / "refused", **settings)
     assert f"was trained on other data (another label of {trained}" in line
@@ -436,6 +438,32 @@ def test_pretraining_checks_its_data_before_the_first_step(labels, tmp_path):
     (folder / volumes[1].path).unlink()
     with pytest.raises(common.UserError, match="lacks 1 files that its index names"):
         pretrain.open_data(pretraining(folder))
+
+
+def test_a_pretraining_on_other_data_is_not_continued(labels, tmp_path):
+    """Beside the scans that are trained on, which checkpoints always knew: those held out, and the boxes."""
+    folder = prepare(tmp_path / "data", labels)
+    small = {"model": "unet_demo", "features": 4, "patch_size": 32, "batch_size": 2, "steps": 1, "workers": 0,
+             "compile": "false", "precision": "fp32", "val_fraction": 0.2, "data": folder, "out": tmp_path}
+    run("pretrain", **small)
+    volumes = data.read_index(str(folder))
+    held = json.loads((tmp_path / "held_out.json").read_text())
+    for field, on_held, message in (("sha256", True, "(another scan of the held-out set)"),
+                                    ("shape", True, "(another prepared volume of the held-out set)"),
+                                    ("shape", False, "(another prepared volume of the training set)"),
+                                    ("sha256", False, "other data: new --out")):
+        rows = []
+        for volume in volumes:
+            odd = (f"mine/{volume.subject}" in held) == on_held
+            rows.append(volume._replace(**{field: "9x9x9"}) if odd else volume)
+        write_index(folder, rows)
+        line = mistake("pretrain", **small)
+        assert "last.pt is of a run on other data" in line and message in line
+    write_index(folder, volumes)
+    checkpoint = common.load_checkpoint(tmp_path / "last.pt")
+    del checkpoint["inputs"]  # of an earlier version
+    common.save_checkpoint(tmp_path / "last.pt", checkpoint)
+    assert "holds step 1 of 1" in run("pretrain", **small)
 
 
 def test_names_that_are_not_utf_8(labels, mine, tmp_path):

@@ -7,18 +7,22 @@
 Order as in the official code: crop, normalise, resample (the paper's text: resample, clip, normalise, crop).
 """
 
+import contextlib
 import csv
 import ctypes
 import dataclasses
 import functools
 import glob
+import gzip
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import sys
 import time
 import zlib
 from collections import Counter
@@ -52,91 +56,230 @@ class Config:
 
 
 class Rejected(UserError):
-    """A scan that cannot be used. damage: it is broken; otherwise a rule of the paper's code keeps it out."""
+    """A scan that cannot be used. damage: it is broken; otherwise a rule of the paper's code keeps it out.
 
-    def __init__(self, reason, damage=True):
-        super().__init__(reason)
+    path: the file, with which the message begins. A list that names the file already shows the `reason`."""
+
+    def __init__(self, reason, damage=True, path=""):
+        super().__init__(f"{path}: {reason}" if path else reason)
+        self.reason = reason
         self.damage = damage
+        self.path = path
 
 
-# ----------------------------------------------------------------------------------- preprocessing, section 2
-def load_scan(path, channel=None):
-    """A NIfTI file, its header checked, as a nibabel image. Raises Rejected.
-
-    .nii.gz is unpacked whole, in memory: only so is its checksum looked at. channel: which volume of a 4-D
-    file."""
-    try:
-        image = nib.load(path)
-        check_header(image, path, channel)
-        if path_of(image).endswith(".gz") and hasattr(image, "from_bytes"):  # not a pair of .hdr and .img
-            size = math.prod(image.shape) * image.get_data_dtype().itemsize + image.dataobj.offset
-            image = type(image).from_bytes(unpack(path, size + 2 ** 20))
-        image = image if channel is None else image.slicer[..., channel]
-        image.set_filename(path)
-        return image
-    except FileNotFoundError:
-        raise Rejected(f"{path}: no such file") from None
-    except DAMAGE as error:
-        raise Rejected(f"{path}: unreadable ({error})") from None
-
-
+# ------------------------------------------------------------------------------------------- reading a scan
 # What nibabel, gzip and numpy raise on files that are cut, overwritten or no NIfTI.
 DAMAGE = (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, OSError, EOFError,
           ValueError, TypeError, OverflowError, MemoryError, zlib.error)
 
+# A format by its first bytes: where they stand, what they are. A pair of .hdr and .img is left to nibabel.
+SIGNATURES = ((344, b"n+1", nib.Nifti1Image), (4, b"n+2", nib.Nifti2Image),
+              (0, b"\0\0\0\1", nib.MGHImage))
+GZIP = b"\x1f\x8b"
 
-def unpack(path, limit):
-    """Contents of a .gz file, of one or several members, their checksums verified; EOFError beyond `limit`
+
+@contextlib.contextmanager
+def naming(path):
+    """Whatever goes wrong with one scan inside is Rejected, and the message names its file, once."""
+    try:
+        yield
+    except Rejected as error:
+        raise Rejected(error.reason, error.damage, error.path or path) from None
+    except UserError:  # a full disk is no fault of the scan: it ends the whole preparation
+        raise
+    except FileNotFoundError:
+        raise Rejected("no such file", path=path) from None
+    except DAMAGE as error:
+        raise Rejected(f"unreadable ({one_line(error, path)})", path=path) from None
+    # One scan of 45,000 must not end a night's work, whatever a reader raises that was never seen before.
+    # Nothing is hidden: the scan is rejected by name, with the type and the message.
+    except Exception as error:
+        raise Rejected(f"{type(error).__name__}: {one_line(error, path)}", path=path) from error
+
+
+def one_line(error, path):
+    """The message of an exception in one line, without the path."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.replace(path, "it").split())
+
+
+def first_bytes(file):
+    """Of an open file -> (is it packed by gzip?, nibabel's class for what is inside, or None)."""
+    start = file.read(4096)
+    file.seek(0)
+
+    packed = start.startswith(GZIP)
+    if packed:
+        start = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(start, 1024)
+    kinds = [kind for place, mark, kind in SIGNATURES if start.startswith(mark, place)]
+    return packed, kinds[0] if kinds else None
+
+
+def read_header(path, channel=None):
+    """The nibabel image of a file, its header checked, its voxels not to be read. Raises Rejected."""
+    with naming(path), open(path, "rb") as file:
+        packed, kind = first_bytes(file)
+        if kind is None:
+            image = nib.load(path)
+        elif packed:
+            image = kind.from_stream(gzip.GzipFile(fileobj=file))
+        else:
+            image = kind.from_stream(file)
+        return checked(image, channel)[0]
+
+
+def load_scan(path, channel=None):
+    """A file of NIfTI-1, NIfTI-2 or FreeSurfer (.mgz), told by its first bytes, or a pair of .hdr and .img
+    -> a nibabel image, its header checked. Raises Rejected.
+
+    A packed file is unpacked whole, in memory: only so is its checksum looked at. channel: which volume of a
+    4-D file. What is known of the file stands in the image's `extra`: path, size, time, notes, sha256 (None
+    if it was not read whole)."""
+    path = os.fspath(path)
+    with naming(path), open(path, "rb") as file:
+        state = os.fstat(file.fileno())
+        packed, kind = first_bytes(file)
+        digest = None
+        if kind is None or not packed and path.lower().endswith((".nii", ".mgh")):
+            image, notes = checked(nib.load(path), channel)
+        else:
+            content = file.read()
+            digest = hashlib.sha256(content).hexdigest()
+            if packed:
+                header = kind.from_stream(gzip.GzipFile(fileobj=io.BytesIO(content)))
+                header, _ = checked(header, channel)
+                size = math.prod(header.shape) * header.get_data_dtype().itemsize + header.dataobj.offset
+                content = unpack(content, size + 2 ** 20)
+            image, notes = checked(kind.from_bytes(content), channel)
+
+        if channel is not None:
+            image = image.slicer[..., channel]
+        image.extra = {"path": path, "size": state.st_size, "mtime": state.st_mtime_ns, "notes": notes,
+                       "sha256": digest}
+        return image
+
+
+def unpack(content, limit):
+    """What a .gz file holds, of one or several members, their checksums verified; EOFError beyond `limit`
     bytes."""
-    with open(path, "rb") as file:
-        rest, parts = file.read(), []
-    while rest:
+    parts = []
+    while content:
         member = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        parts.append(member.decompress(rest, limit))
+        parts.append(member.decompress(content, limit))
         if not member.eof:
             raise EOFError("cut short, or more data than the header says")
-        rest = member.unused_data.lstrip(b"\0")
+        content = member.unused_data.lstrip(b"\0")
     return b"".join(parts)
 
 
 def path_of(image):
-    return image.get_filename() or "image"
+    return image.extra.get("path") or image.get_filename() or "image"
 
 
-def check_header(image, path, channel=None):
+def checked(image, channel=None):
+    """An image whose header can be trusted -> (the image, notes on what was mended). Raises Rejected."""
+    image, notes = settle_affine(image)
+    check_header(image, channel)
+    return image, notes
+
+
+def settle_affine(image):
+    """NIfTI says the voxel size twice: in pixdim, which the qform uses, and in the sform. Where they differ,
+    the qform is taken, if it has a code. -> (image, notes); Raises Rejected.
+
+    5 % apart is no rounding, nor the shear of a tilted gantry; below, a head is as large either way."""
+    header = image.header
+    if not isinstance(header, nib.Nifti1Header) or not header["sform_code"]:
+        return image, []
+
+    sform = image.get_sform()
+    ours = np.linalg.norm(sform[:3, :3], axis=0)
+    other = np.abs(header["pixdim"][1:4]).astype(float)
+    coded = int(header["qform_code"]) > 0
+    if np.allclose(ours, other, rtol=0.05, atol=0):
+        flipped = coded and np.linalg.det(image.get_qform()) * np.linalg.det(sform) < 0
+        return image, ["sform taken, though the qform has left and right the other way"] if flipped else []
+
+    if coded:
+        header = header.copy()
+        header.set_sform(None, 0)
+        image = type(image)(image.dataobj, image.get_qform(), header)
+        return image, ["qform used, since the voxel size of the sform is not pixdim's"]
+
+    if (ours > 1e-6).all() and np.isfinite(ours).all():
+        sizes = [" x ".join(f"{size:.4g}" for size in three) for three in (ours, other)]
+        raise Rejected(f"the voxels measure {sizes[0]} mm by the sform, {sizes[1]} mm by pixdim, and there "
+                       "is no qform: one of them is wrong")
+    return image, []
+
+
+def check_header(image, channel=None):
     """Raises Rejected for what no head scan has; so a damaged header cannot ask for absurd memory."""
     shape = image.shape[:3] + tuple(n for n in image.shape[3:] if n > 1)
     if len(shape) != 3 + (channel is not None) or (channel or 0) >= (*shape, 1)[3]:
-        raise Rejected(f"{path}: not {'3-D' if channel is None else '4-D'} but "
-                       f"{' x '.join(map(str, image.shape))}", damage=False)
+        raise Rejected(f"not {'3-D' if channel is None else '4-D'} but {' x '.join(map(str, image.shape))}",
+                       damage=False)
     if min(shape[:3]) < 15:  # the official code's rule of admission
-        raise Rejected(f"{path}: a side of {min(shape[:3])} voxels, under 15", damage=False)
+        raise Rejected(f"a side of {min(shape[:3])} voxels, under 15", damage=False)
     if image.get_data_dtype().kind not in "iuf":
-        raise Rejected(f"{path}: voxels of type {image.get_data_dtype()}, not numbers")
+        raise Rejected(f"voxels of type {image.get_data_dtype()}, not numbers")
+
     spacing = np.linalg.norm(image.affine[:3, :3], axis=0)
     usable = np.isfinite(image.affine).all() and (spacing > 1e-6).all()
     if not usable or abs(np.linalg.det(image.affine)) < 1e-9:
-        raise Rejected(f"{path}: no affine scale")
+        raise Rejected("no affine scale")
     extent = np.array(shape[:3]) * spacing
     if max(shape[:3]) > 2000 or extent.min() < 5 or extent.max() > 1000:
-        raise Rejected(f"{path}: {' x '.join(map(str, shape[:3]))} voxels over "
+        raise Rejected(f"{' x '.join(map(str, shape[:3]))} voxels over "
                        f"{' x '.join(f'{e:.3g}' for e in extent)} mm are no head scan's")
+
+
+def stored_voxels(image, least=0.01):
+    """A nibabel image -> (float32 (D, H, W) as it is stored, number of NaN, which are 0 in it).
+
+    SPM writes NaN outside the field of view. Raises Rejected for infinite values, and if less than the share
+    `least` of the voxels, or none, are numbers."""
+    voxels = image.get_fdata(dtype=np.float32, caching="unchanged").reshape(image.shape[:3])
+    finite = np.isfinite(voxels)
+    if finite.all():
+        return voxels, 0
+
+    infinite = np.count_nonzero(np.isinf(voxels))
+    if infinite:
+        raise Rejected(f"{infinite} voxels are infinite")
+    numbers = np.count_nonzero(finite)
+    if numbers == 0 or numbers < least * voxels.size:
+        raise Rejected(f"only {numbers} of {voxels.size} voxels are numbers, the others NaN")
+    return np.where(finite, voxels, np.float32(0)), int(voxels.size - numbers)
 
 
 def read_voxels(nifti):
     """A nibabel image (or path) -> float32 (D, H, W) in RAS order, and the orientation it was stored in.
 
     The closest canonical axes of nibabel's affine, whatever the form codes say; an oblique grid stays oblique
-    (the official code flips only, and stops at permuted axes). Raises Rejected for damage."""
+    (the official code flips only, and stops at permuted axes). NaN is 0. Raises Rejected for damage."""
     image = nifti if hasattr(nifti, "dataobj") else load_scan(nifti)
-    try:
-        voxels = image.get_fdata(dtype=np.float32, caching="unchanged").reshape(image.shape[:3])
-    except DAMAGE as error:
-        raise Rejected(f"{path_of(image)}: truncated or unreadable ({error})") from None
-    if not np.isfinite(voxels).all():
-        raise Rejected(f"{path_of(image)}: {np.count_nonzero(~np.isfinite(voxels))} voxels are not finite")
-    orientation = nib.io_orientation(image.affine)
-    return nib.apply_orientation(voxels, orientation), orientation
+    with naming(path_of(image)):
+        voxels, _ = stored_voxels(image)
+        orientation = nib.io_orientation(image.affine)
+        return nib.apply_orientation(voxels, orientation), orientation
+
+
+# ----------------------------------------------------------------------------------- preprocessing, section 2
+def clamp(voxels):
+    """Negative values become 0, since MR magnitudes are not negative -> (voxels, how many there were).
+
+    Raises Rejected for a scan that was normalised before. Ringing, interpolation and noise of the air leave
+    negative values that add up to less than a third of what the positive ones do; after a z-normalisation
+    both sums are the same. Half is the border. Their number would not tell: air is most of a scan."""
+    below = voxels < 0
+    count = int(np.count_nonzero(below))
+    clamped = np.maximum(voxels, 0)
+    if count and -voxels[below].sum(dtype=np.float64) > 0.5 * clamped.sum(dtype=np.float64):
+        share = 100 * count / np.count_nonzero(voxels)
+        raise Rejected(f"{share:.0f} % of the voxels that are not 0 are negative: is it normalised already? "
+                       "Give the scan as the scanner wrote it")
+    return clamped, count
 
 
 def tight_box(voxels):
@@ -161,30 +304,40 @@ def preprocess(nifti, box=None):
     """nibabel image or path -> (volume (D, H, W) float32 in [0, 1], RAS at 1 mm; geometry, what `restore`
     needs).
 
-    Negative values are clamped to 0; then y = (min(x, q99) - m) / (q99 - m), with m the minimum of the crop
-    and q99 the 99th percentile of its voxels > m: what the official clip, z-normalisation and rescaling come
-    to together. box: half-open voxel ranges ((start, stop), ...) of the RAS grid instead of the tight ones.
-    Raises Rejected."""
+    NaN is set to 0, negative values are clamped to 0; then y = (min(x, q99) - m) / (q99 - m), with m the
+    minimum of the crop and q99 the 99th percentile of its voxels > m: what the official clip,
+    z-normalisation and rescaling come to together. box: half-open voxel ranges ((start, stop), ...) of the
+    RAS grid instead of the tight ones. Raises Rejected."""
     image = nifti if hasattr(nifti, "dataobj") else load_scan(nifti)
-    voxels, orientation = read_voxels(image)
-    clamped = int(np.count_nonzero(voxels < 0))
-    voxels = np.maximum(voxels, 0)
-    box = tight_box(voxels) if box is None else [tuple(map(int, pair)) for pair in np.reshape(box, (3, 2))]
-    crop = voxels[tuple(slice(*pair) for pair in box)]
-    low = crop.min()
-    if not (crop > low).any():
-        raise Rejected(f"{path_of(image)}: constant")
-    high = np.quantile(crop[crop > low], 0.99)
-    spacing = nib.affines.voxel_sizes(image.affine)[np.argsort(orientation[:, 0])]
-    shape = [max(1, round(n * s)) for n, s in zip(crop.shape, spacing.tolist(), strict=True)]
-    crop = np.minimum(crop, high)  # a copy
-    crop -= low
-    crop /= high - low
-    volume = resample(crop, shape)
+    with naming(path_of(image)):
+        voxels, nan = stored_voxels(image)
+        voxels, clamped = clamp(voxels)
+        orientation = nib.io_orientation(image.affine)
+        voxels = nib.apply_orientation(voxels, orientation)
+
+        # Crop to the head.
+        if box is None:
+            box = tight_box(voxels)
+        box = [list(map(int, pair)) for pair in np.reshape(box, (3, 2))]
+        crop = voxels[tuple(slice(*pair) for pair in box)]
+
+        # Normalise to [0, 1].
+        low = crop.min()
+        if not (crop > low).any():
+            raise Rejected("constant")
+        high = np.quantile(crop[crop > low], 0.99)
+        crop = np.minimum(crop, high)  # a copy
+        crop -= low
+        crop /= high - low
+
+        # Resample to 1 mm.
+        spacing = nib.affines.voxel_sizes(image.affine)[np.argsort(orientation[:, 0])]
+        shape = [max(1, round(n * s)) for n, s in zip(crop.shape, spacing.tolist(), strict=True)]
+        volume = resample(crop, shape)
+
     geometry = {"shape": list(image.shape[:3]), "affine": image.affine.tolist(),
-                "orientation": orientation.tolist(), "spacing": spacing.tolist(),
-                "box": [list(pair) for pair in box], "resampled": shape,
-                "clamped": clamped}
+                "orientation": orientation.tolist(), "spacing": spacing.tolist(), "box": box,
+                "resampled": shape, "clamped": clamped, "nan": nan}
     return volume, geometry
 
 
@@ -229,6 +382,20 @@ def resample(volume, shape):
     return x[0].clamp(float(volume.min()), float(volume.max())).numpy()
 
 
+def label_map(image):
+    """A nibabel image -> (its label values uint8 (D, H, W) as stored, number of NaN, which are 0 in it).
+
+    A value within 1e-3 of an integer is that integer: a slope or a float file leaves such. Raises Rejected
+    for other values than 0-255."""
+    with naming(path_of(image)):
+        voxels, nan = stored_voxels(image, least=0)
+        whole = np.round(voxels)
+        wrong = (np.abs(voxels - whole) > 1e-3) | (whole < 0) | (whole > 255)
+        if wrong.any():
+            raise Rejected(f"label values unknown: {voxels[wrong][0]:.6g} is no integer from 0 to 255")
+        return whole.astype(np.uint8), nan
+
+
 def preprocess_label(nifti, geometry):
     """Label map on the scan's grid -> uint8 (D, H, W) on the grid of its prepared volume, nearest voxel.
 
@@ -236,24 +403,38 @@ def preprocess_label(nifti, geometry):
     0-255."""
     image = nifti if hasattr(nifti, "dataobj") else load_scan(nifti)
     check_same_grid(image, geometry)
-    voxels, _ = read_voxels(image)
-    if (voxels != np.round(voxels)).any() or voxels.min() < 0 or voxels.max() > 255:
-        raise Rejected(f"{path_of(image)}: label values unknown (not integers 0-255)")
-    crop = voxels[tuple(slice(*pair) for pair in geometry["box"])].astype(np.uint8)
+    values, _ = label_map(image)
+    return fit_label(values, image.affine, geometry)
+
+
+def fit_label(values, affine, geometry):
+    """Label values as stored, on the scan's grid -> on the grid of its prepared volume."""
+    values = nib.apply_orientation(values, nib.io_orientation(affine))
+    crop = values[tuple(slice(*pair) for pair in geometry["box"])]
     return nearest(crop, geometry["resampled"])
 
 
+def same_grid(a_shape, a_affine, b_shape, b_affine):
+    """Do two arrays (D, H, W), each with its affine, lie on one grid? They do if both, turned to RAS, have
+    the same shape, and corners no more than 1e-2 mm apart. The order and direction of the stored axes are
+    free."""
+    ends, corners = zip(ras_corners(a_shape, a_affine), ras_corners(b_shape, b_affine), strict=True)
+    return np.array_equal(*ends) and np.abs(corners[0] - corners[1]).max() <= 1e-2
+
+
+def ras_corners(shape, affine):
+    """Index of the last voxel of a grid turned to RAS, and its eight corners (8, 3) in mm."""
+    shape, affine = tuple(shape)[:3], np.asarray(affine, float)
+    orientation = nib.io_orientation(affine)
+    canonical = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
+    last = np.array(shape)[np.argsort(orientation[:, 0])] - 1
+    return last, nib.affines.apply_affine(canonical, np.array(list(np.ndindex(2, 2, 2))) * last)
+
+
 def check_same_grid(label, geometry):
-    """Corners of the label's RAS grid against those of the scan's."""
-    shapes, corners = [], []
-    for shape, affine in ((label.shape[:3], label.affine), (geometry["shape"], np.array(geometry["affine"]))):
-        canonical = affine @ nib.orientations.inv_ornt_aff(nib.io_orientation(affine), shape)
-        order = np.argsort(nib.io_orientation(affine)[:, 0])
-        ends = np.array([n - 1 for n in np.array(shape)[order]])
-        shapes.append(tuple(ends))
-        corners.append(nib.affines.apply_affine(canonical, np.array(list(np.ndindex(2, 2, 2))) * ends))
-    if shapes[0] != shapes[1] or np.abs(corners[0] - corners[1]).max() > 1e-2:
-        raise Rejected(f"{path_of(label)}: label grid differs from image grid")
+    """Raises Rejected if the label is not on the grid of the scan with this geometry."""
+    if not same_grid(label.shape, label.affine, geometry["shape"], geometry["affine"]):
+        raise Rejected("label grid differs from image grid", path=path_of(label))
 
 
 def nearest(array, shape):
@@ -303,6 +484,8 @@ LONI = (r"/(?P<text>[^/]+)/(?P<session>\d{4}-\d\d-\d\d)_[\d_.]+/[IS]\d+/([^/]+/)
 OASIS = (r"(?P<subject>OAS[34]\d{4})_MR_(?P<session>d\d{4})/(scans/)?(?P<text>[^/]+)/(.*/)?"
          r"([^/]*_)?(?P<suffix>[A-Za-z0-9]+)$")
 WMH = r"(training|(?P<test>test))/(?P<site>Utrecht|Singapore|Amsterdam/[^/]+)/(?P<subject>\d+)/"
+BIDS = r"(?P<subject>sub-[A-Za-z0-9+]+)/((?P<session>ses-[A-Za-z0-9+]+)/)?"
+LABEL_NAMES = ("lesion", "mask", "msk", "seg", "dseg", "label", "roi")  # with _ in front, how labels end
 MSSEG = r"(?P<site>((?P<test>[Tt]esting)/)?Center_\d\d)/(?P<subject>Patient_\d\d)/"
 SOURCES = {
     "adni": Source(r"(^|/)(?P<subject>\d{3}_S_\d{4})" + LONI, rule=True),
@@ -324,10 +507,9 @@ SOURCES = {
     "msd": Source(r"(imagesTs|(?P<test>imagesTr))/(?P<subject>BRATS_\d{3})$",
                   r"labelsTr/(?P<subject>BRATS_\d{3})$", volumes=("FLAIR", "T1", "T1ce", "T2")),
     "fomo60k": Source(r"(?P<subject>sub_[^/]+)/(?P<session>ses_[^/]+)/(?P<text>[^/]+)$"),
-    "bids": Source(r"(?P<subject>sub-[A-Za-z0-9]+)/((?P<session>ses-[A-Za-z0-9]+)/)?((anat|dwi|swi|perf)/)?"
-                   r"(?P=subject)(_[a-z]+-[A-Za-z0-9]+)*_(?P<suffix>[A-Za-z0-9]+)$",
-                   r"(?P<subject>sub-[A-Za-z0-9]+)/((?P<session>ses-[A-Za-z0-9]+)/)?([^/]+/)?(?P=subject)"
-                   r"(?![^/]*_desc-brain_)[^/]*_(lesion|msk|mask|dseg|label|roi)$"),
+    "bids": Source(rf"{BIDS}((anat|dwi|swi|perf)/)?(?P=subject)(_[a-z]+-[A-Za-z0-9+]+)*"
+                   r"_(?P<suffix>[A-Za-z0-9]+)$",
+                   rf"{BIDS}([^/]+/)?(?P=subject)[^/]*_(?i:{'|'.join(LABEL_NAMES)}|lesion[A-Za-z0-9+-]*)$"),
     "nnunet": Source(r"(imagesTr|(?P<test>imagesTs))/(?P<subject>[^/]+)_(?P<suffix>\d{4})$",
                      r"labels(Tr|Ts)/(?P<subject>[^/]+)$"),
 }
@@ -367,6 +549,21 @@ class Scan(NamedTuple):
     label: str  # path of its session's label map, or ""
     split: str
     channel: int | None = None  # of a 4-D file
+    fault: str = ""  # why it cannot be prepared, known before it is opened
+    elsewhere: str = ""  # path of its session's label map, which is on another grid
+
+
+# What a name says of a label map. A mask of the head is none, unless the name speaks of a lesion.
+LESION = re.compile("lesion|wmh|tumou?r|stroke|infarct|plaque", re.IGNORECASE)
+HEAD = re.compile(r"(?<![a-z])(bet|brain|head|skull)(?![a-z])|(brain|head|skull)_?mask", re.IGNORECASE)
+LIKE_LABEL = re.compile("lesion|seg|mask|wmh|tumou?r", re.IGNORECASE)
+NO_VALUE = ("", "na", "n/a", "nan", "none", "null")  # cells of a manifest, in lower case
+ENDING = re.compile(r"\.(nii|mgh|hdr)(\.gz)?$|\.mgz$", re.IGNORECASE)  # of a file to read; .img is a .hdr's
+
+
+def readable(text):
+    """A name whose bytes are no UTF-8, which os.walk hands over in surrogates: its bytes read as Latin-1."""
+    return re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xDC00), text)
 
 
 def classify(text):
@@ -377,7 +574,7 @@ def classify(text):
 
 def identify(source, path):
     """Path of a NIfTI file below the input of a source -> Identity."""
-    row, stem = SOURCES[source], re.sub(r"\.nii(\.gz)?$", "", path)
+    row, stem = SOURCES[source], ENDING.sub("", path)
     if any(part.startswith((".", "_", "0AS_data_files")) for part in path.split("/")):
         return Identity(skip="hidden")
     label = re.search(row.label, stem) if row.label else None
@@ -390,7 +587,9 @@ def identify(source, path):
     who = Identity("_".join(filter(None, (site, groups["subject"]))), groups.get("session") or "1",
                    test=bool(groups.get("test")))
     if label:
-        return who._replace(skip="label")
+        rest = os.path.basename(stem).replace(groups["subject"], "")
+        head = HEAD.search(rest) and not LESION.search(rest)
+        return who._replace(skip="mask of the head" if head else "label")
     suffix, text = groups.get("suffix") or "", groups.get("text")
     if row.volumes or source == "nnunet":
         return who._replace(sequences=row.volumes or (suffix,))
@@ -414,69 +613,212 @@ def walk(folder):
         folders.sort()
         for name in sorted(files):
             dicom += name.lower().endswith((".dcm", ".ima"))
-            if name.endswith((".nii", ".nii.gz")):
+            if ENDING.search(name):
                 found += 1
                 yield os.path.relpath(os.path.join(top, name), folder)
     if not found:
         raise UserError(f"no .nii or .nii.gz file under {folder}" + (
             f", but {dicom} of DICOM: run dcm2niix first" if dicom else "; for DICOM, run dcm2niix first"))
     if dicom:
-        print(f"{dicom} DICOM files are not read: run dcm2niix on those without a NIfTI beside them")
+        say(f"{dicom} DICOM files are not read: run dcm2niix on those without a NIfTI beside them")
 
 
 def find_scans(source, folder, dry_run=False):
-    """Walk a folder -> (a list of the Scans of each session, {reason: number of files skipped})."""
-    row, sessions, labels, skipped = SOURCES[source], {}, {}, Counter()
+    """Walk a folder -> (a list of the Scans of each session, {reason: number of files skipped}, findings)."""
+    row = SOURCES[source]
+    sessions, labels, skipped, findings = {}, {}, Counter(), {}
     for path in walk(folder):
         who = identify(source, path)
-        key = who.subject, who.session
+        key = readable(who.subject), readable(who.session)
+
         if who.skip:
             skipped[who.skip] += 1
-            if who.skip == "label" and labels.setdefault(key, path) != path:
-                print(f"{path} is not used: {labels[key]} is the label map of its session already")
             if dry_run:
-                print(f"skip {path}: {who.skip}")
+                say(f"skip {path}: {who.skip}")
+            if who.skip == "label":
+                labels.setdefault(key, []).append(path)
+            elif row.label and who.skip not in ("hidden", "mask of the head") and LIKE_LABEL.search(
+                    os.path.basename(path)):
+                note(findings, "like label", path)
+
         for channel, sequence in enumerate(who.sequences):
-            sessions.setdefault(key, []).append(Scan(path, *key, sequence, "", "test" if who.test else "",
-                                                     channel if row.volumes else None))
+            scan = Scan(path, *key, readable(sequence), "", "test" if who.test else "",
+                        channel if row.volumes else None)
+            sessions.setdefault(key, []).append(scan)
+
+    labels = labels_by_session(labels, sessions)
     held = ()
     if row.hold_out and labels:
         held = set(data.split_subjects([subject for subject, _ in labels], 0.25, 0)[1])
     for key, scans in sessions.items():
-        label = labels.get(key, "")
         # Without a label where others have one: those that the challenge holds back are for testing, too.
-        split = "train" if label else "test" if held and row.hold_out == "test" else "pretrain"
+        split = "train" if key in labels else "test" if held and row.hold_out == "test" else "pretrain"
         split = row.hold_out if key[0] in held else split
-        sessions[key] = [scan._replace(label=label, split=scan.split or split) for scan in scans]
-    return [sessions[key] for key in sorted(sessions)], skipped
+        scans = [scan._replace(split=scan.split or split) for scan in scans]
+        sessions[key] = pair_labels(scans, labels.pop(key, []), findings, dry_run)
+
+    for paths in labels.values():
+        for path in paths:
+            note(findings, "orphan", path)
+    return [sessions[key] for key in sorted(sessions)], skipped, findings
+
+
+def labels_by_session(labels, sessions):
+    """{(subject, session): label maps}: where only one of the two trees names sessions, a subject's label
+    maps belong to its only session."""
+    placed = {}
+    for (subject, session), paths in labels.items():
+        key = subject, session
+        own = [other for other in sessions if other[0] == subject] if key not in sessions else []
+        if len(own) == 1 and "1" in (session, own[0][1]):
+            key = own[0]
+        placed.setdefault(key, []).extend(paths)
+    return placed
+
+
+def entities(path):
+    """{"run": "1", "acq": "sag", ...} of a BIDS name, but for what only says how it was made; and its words
+    without a key."""
+    name = ENDING.sub("", os.path.basename(path))
+    pairs = re.findall(r"(?<![^_])([a-z]+)-([A-Za-z0-9+]+)", name)
+    keys = {key: value.lstrip("0") for key, value in pairs if key not in ("desc", "label")}
+    return keys, {word.lower() for word in name.split("_") if "-" not in word}
+
+
+def keep_best(paths, points):
+    """Those of `paths` with the most points."""
+    most = max(map(points, paths), default=0)
+    return [path for path in paths if points(path) == most]
+
+
+def label_candidates(scan, paths):
+    """Which of a session's label maps could be a scan's: one, none, or several that nothing tells apart.
+
+    A label map whose entities (run, acq, echo, ...) contradict the scan's is another scan's. Of the others,
+    those that are named a lesion's win, then those that share most entities, then those that name the scan's
+    sequence."""
+    ours, words = entities(scan.path)
+    fitting = []
+    for path in paths:
+        theirs, _ = entities(path)
+        if all(theirs.get(key, value) == value for key, value in ours.items()):
+            fitting.append(path)
+
+    fitting = keep_best(fitting, lambda path: bool(LESION.search(os.path.basename(path))))
+    fitting = keep_best(fitting, lambda path: len(ours.items() & entities(path)[0].items()))
+    return keep_best(fitting, lambda path: len(words & entities(path)[1]))
+
+
+def pair_labels(scans, paths, findings, dry_run=False):
+    """The scans of one session, each with its label map of `paths`, or with a fault that names several."""
+    paired, used = [], set()
+    for scan in scans:
+        candidates = label_candidates(scan, paths)
+        used.update(candidates)
+        if len(candidates) > 1:
+            scan = scan._replace(fault=f"several label maps could be its own: {', '.join(candidates)}")
+        elif candidates:
+            scan = scan._replace(label=candidates[0])
+        paired.append(scan)
+
+    for path in sorted(set(paths) - used):
+        note(findings, "unused" if used else "orphan", path)
+        if dry_run:
+            better = f"{min(used)} is the label map of its session" if used else "it fits no scan"
+            say(f"{path} is not used: {better}")
+    return paired
 
 
 def read_manifest(path):
     """csv with the columns path, subject, session, sequence and optionally label, split -> like
-    find_scans."""
+    find_scans. A delimiter of , ; tab or | is found; capitals and blanks are forgiven."""
+    table = read_table(path)
+    header = [column.lower() for column in table[0]]
+    sessions, skipped, seen = {}, Counter(), {}
+    for number, cells in enumerate(table[1:], start=2):
+        if all(cell.lower() in NO_VALUE for cell in cells):
+            continue
+        if any(cells[len(header):]):
+            raise UserError(f"{path}, row {number}: {len(cells)} cells, but {len(header)} columns: a name "
+                            "with the delimiter in it needs quotes")
+
+        row = dict.fromkeys(("label", "split"), "") | dict.fromkeys(header, "")
+        row |= dict(zip(header, cells, strict=False))
+        for column in ("path", "subject"):
+            if not row[column]:
+                raise UserError(f"{path}, row {number}: no {column}")
+        scan = scan_of_row(row, f"{path}, row {number}", os.path.dirname(path))
+
+        first = seen.setdefault((scan.path, scan.subject, scan.session, scan.sequence), scan)
+        if first != scan:
+            raise UserError(f"{path}, row {number}: {row['path']} is listed twice, with different labels or "
+                            "splits")
+        if first is not scan:
+            skipped["listed twice"] += 1
+        else:
+            sessions.setdefault((scan.subject, scan.session), []).append(scan)
+
+    if not sessions:
+        raise UserError(f"{path} lists no scan")
+    return [sessions[key] for key in sorted(sessions)], skipped, {}
+
+
+def scan_of_row(row, where, root):
+    """{column: cell} -> Scan. In a table that is no UTF-8, a path is the bytes of a file's name, or else the
+    letters that they stand for in Latin-1."""
+    paths = []
+    for cell in (row["path"], row["label"]):
+        cell = "" if cell.lower() in NO_VALUE else cell
+        if cell != readable(cell) and not os.path.exists(os.path.join(root, cell)):
+            cell = readable(cell)
+        paths.append(cell)
+
+    split = row["split"].lower()
+    if split in NO_VALUE:
+        split = "train" if paths[1] else "pretrain"
+    if split not in ("pretrain", "train", "test"):
+        raise UserError(f"{where}: split {split!r} of {row['path']}: choose pretrain, train or test")
+    who = [readable(row[column]) for column in ("subject", "session", "sequence")]
+    return Scan(paths[0], *who, paths[1], split)
+
+
+def read_table(path):
+    """The rows of a manifest, cells stripped; the first has the columns. UserError naming what it found.
+
+    What no UTF-8 is comes back in surrogates, as the names of files do. A spreadsheet may write UTF-16."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:  # Excel's begins with a mark
-            rows = list(csv.DictReader(file))
+        with open(path, "rb") as file:
+            content = file.read()
+        encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        text = content.decode(encoding, "surrogateescape")
+        text = re.sub(r"\A\s*(sep=.\s*\n)?\s*", "", text)  # Excel may begin with "sep=;"
+
+        tables = []
+        for delimiter in ",;\t|":
+            rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+            tables.append([[cell.strip() for cell in cells] for cells in rows])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read the manifest {path}: {error}") from None
-    if not rows or not {"path", "subject", "session", "sequence"} <= set(rows[0]):
-        raise UserError(f"{path}: a manifest needs the columns path,subject,session,sequence[,label][,split]")
-    sessions = {}
-    for row in rows:
-        label = row.get("label") or ""
-        split = row.get("split") or ("train" if label else "pretrain")
-        if split not in ("pretrain", "train", "test"):
-            raise UserError(f"{path}: split {split!r} of {row['path']}: choose pretrain, train or test")
-        scan = Scan(*(row[key] or "" for key in ("path", "subject", "session", "sequence")), label, split)
-        sessions.setdefault((scan.subject, scan.session), []).append(scan)
-    return [sessions[key] for key in sorted(sessions)], Counter()
+        raise UserError(f"cannot read the manifest {path}: {one_line(error, path)}") from None
+
+    needed = {"path", "subject", "session", "sequence"}
+    for table in tables:
+        if table and needed <= {column.lower() for column in table[0]}:
+            return table
+    columns = max((table[0] for table in tables if table), key=len, default=[])
+    raise UserError(f"{path}: a manifest needs the columns path,subject,session,sequence[,label][,split]; "
+                    f"this one has {', '.join(map(readable, columns)) or 'none'}")
 
 
 # -------------------------------------------------------------------------------------------- prepared folder
+def say(text):
+    print(readable(text))
+
+
 def stem_of(source, scan):
     """Name of a prepared volume without folder and ending; the hash tells apart what shares the rest."""
     parts = [re.sub(r"[^A-Za-z0-9.-]+", "-", part) for part in (scan.subject, scan.session, scan.sequence)]
-    return f"{source}/{'_'.join([*parts, hashlib.sha256(scan.path.encode()).hexdigest()[:8]])}"
+    digest = hashlib.sha256(scan.path.encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{source}/{'_'.join([*parts, digest[:8]])}"
 
 
 def save_array(path, array):
@@ -487,61 +829,70 @@ def save_array(path, array):
 def prepare_session(source, name, root, out, scans):
     """Prepare the volumes of one session; those that share a label share the union of their boxes.
 
-    -> ([index rows], [(path, reason, damage)]). The geometry is written last: where it exists, all the rest
-    does. Memory: up to 7 times the larger of the float32 volume on its own and on the 1 mm grid."""
+    -> ([(index row, findings)], [(path, reason, damage)]). The geometry is written
+    last: where it exists, all the rest does. Whatever one scan raises, the others go on. Memory: up to 7
+    times the larger of the float32 volume on its own and on the 1 mm grid."""
     torch.set_num_threads(1)
-    rows, rejected, boxes = [], [], {}
-    scans = label_by_grid(root, scans)
+    scans = settle_labels(root, scans)
     before = [recorded(root, f"{out}/geometry/{stem_of(name, scan)}.json", scan) for scan in scans]
-    for scan, (row, _) in zip(scans, before, strict=True):
-        if scan.label and not row and scan.label not in boxes:
+
+    boxes = {}
+    for scan, geometry in zip(scans, before, strict=True):
+        if scan.label and not geometry and scan.label not in boxes:
             boxes[scan.label] = shared_box(root, [s for s in scans if s.label == scan.label])
-    for scan, (row, box) in zip(scans, before, strict=True):
+
+    done, rejected, labels = [], [], {}
+    rule = source in SOURCES and SOURCES[source].rule
+    for scan, geometry in zip(scans, before, strict=True):
+        path = os.path.join(root, scan.path)
         try:
-            shared = boxes.get(scan.label)
-            if not row or shared and shared != box:  # a mended scan may change its neighbours' box
-                image = load_scan(os.path.join(root, scan.path), scan.channel)
-                row = prepare_volume(root, out, name, scan, image, shared,
-                                     source in SOURCES and SOURCES[source].rule)
-            rows.append(row | {"split": scan.split})  # more subjects may have come: the split is of now
-        except Rejected as reason:
-            rejected.append((scan.path, str(reason), reason.damage))
-    return rows, rejected
+            with naming(path):
+                if scan.fault:
+                    raise Rejected(scan.fault)
+                # A mended scan may change its neighbours' box.
+                box = boxes.get(scan.label)
+                if not geometry or box and box != tuple(map(tuple, geometry["box"])):
+                    if scan.label and scan.label not in labels:
+                        labels[scan.label] = read_label(root, scan.label)
+                    image = load_scan(path, scan.channel)
+                    geometry = prepare_volume(root, out, name, scan, image, box, rule, labels.get(scan.label))
+                done.append((geometry["row"], findings_of(scan, geometry["record"])))
+        except Rejected as error:
+            reason = error.reason if error.path == path else f"{scan.label}: {error.reason}"
+            rejected.append((scan.path, reason, error.damage))
+    return done, rejected
 
 
-def recorded(root, record, scan):
-    """(row, box) of a scan that was prepared, from its files as they are now; (None, None) otherwise."""
-    try:
-        with open(record, encoding="utf-8") as file:
-            geometry = json.load(file)
-        row, done = geometry["row"], os.path.getmtime(record)
-    except (FileNotFoundError, ValueError):  # not yet, or not whole
-        return None, None
-    files = [os.path.join(root, path) for path in (scan.path, scan.label) if path]
-    if bool(row["label"]) != bool(scan.label) or any(os.path.getmtime(f) > done for f in files
-                                                     if os.path.exists(f)):
-        return None, None
-    return row, tuple(map(tuple, geometry["box"]))
-
-
-def label_by_grid(root, scans):
+def settle_labels(root, scans):
     """A session's label map belongs to the volumes on its grid (DWI and ADC of ISLES22, not its FLAIR); to
-    all if it is on none's, so that they are rejected by name."""
-    def fits(scan):
-        try:
-            image, label = (nib.load(os.path.join(root, path)) for path in (scan.path, scan.label))
-            check_header(image, scan.path, scan.channel)
-            check_header(label, scan.label)
-            check_same_grid(label, {"shape": image.shape[:3], "affine": image.affine})
-        except (Rejected, *DAMAGE):
-            return False
-        return True
+    all if it is on none's, so that they are rejected by name. Two scans of one sequence cannot share it."""
+    scans = [scan._replace(fault=scan.fault) for scan in scans]
+    for label in sorted({scan.label for scan in scans if scan.label}):
+        sharing = [scan for scan in scans if scan.label == label]
+        if len(sharing) < 2:
+            continue
 
-    if len(scans) == 1 or not scans[0].label:
-        return scans
-    on_grid = [fits(scan) for scan in scans]
-    return [scan if fit or not any(on_grid) else scan._replace(label="")
-            for scan, fit in zip(scans, on_grid, strict=True)]
+        on_grid = [scan for scan in sharing if is_on_grid(root, scan)]
+        for number, scan in enumerate(scans):
+            rivals = [other.path for other in on_grid if other.sequence == scan.sequence]
+            if scan in on_grid and len(rivals) > 1:
+                fault = f"{label} is the label map of several {scan.sequence}: {', '.join(rivals)}"
+                scans[number] = scan._replace(fault=fault)
+            elif scan in sharing and on_grid and scan not in on_grid:
+                scans[number] = scan._replace(label="", elsewhere=label)
+    return scans
+
+
+def is_on_grid(root, scan):
+    """Does a scan lie on the grid of its label map? No, if one of the two cannot be read."""
+    paths = [os.path.join(root, path) for path in (scan.path, scan.label)]
+    try:
+        with naming(paths[0]):
+            image = read_header(paths[0], scan.channel)
+            label = read_header(paths[1])
+            return same_grid(label.shape, label.affine, image.shape, image.affine)
+    except Rejected:
+        return False
 
 
 def shared_box(root, scans):
@@ -549,39 +900,225 @@ def shared_box(root, scans):
     can."""
     boxes = []
     for scan in scans:
+        path = os.path.join(root, scan.path)
         try:
-            boxes.append(tight_box(read_voxels(load_scan(os.path.join(root, scan.path), scan.channel))[0]))
+            with naming(path):
+                boxes.append(tight_box(read_voxels(load_scan(path, scan.channel))[0]))
         except Rejected:
             continue  # it is rejected by name when its turn comes
     return union_box(boxes) if boxes else None
 
 
-def prepare_volume(root, out, name, scan, image, box, rule):
+class Label(NamedTuple):
+    """A label map that was read."""
+    values: np.ndarray  # uint8 (D, H, W), as stored
+    affine: np.ndarray
+    nan: int  # voxels that were NaN
+    file: dict  # path, size, time and checksum
+    notes: list[str]
+
+
+def read_label(root, path):
+    """A label map whose values are known -> Label. Raises Rejected."""
+    image = load_scan(os.path.join(root, path))
+    values, nan = label_map(image)
+    return Label(values, image.affine, nan, file_of(path, image), image.extra["notes"])
+
+
+def prepare_volume(root, out, name, scan, image, box, rule, label=None):
     """Write volume, label (also as it is, for scores on the scan's own grid) and geometry of one scan;
-    -> its row of the index."""
+    -> its geometry, with its row of the index and the record of what was read."""
     stem = stem_of(name, scan)
     volume, geometry = preprocess(image, box)
     if rule and geometry["clamped"]:
-        raise Rejected(f"{scan.path}: {geometry['clamped']} negative voxels, by the official code's rule for "
-                       "this source", damage=False)
-    label = ""
-    if scan.label:
-        label = f"labels/{stem}.npy"
-        truth = load_scan(os.path.join(root, scan.label))
-        save_array(f"{out}/{label}", preprocess_label(truth, geometry))
-        values = truth.get_fdata(dtype=np.float32).reshape(truth.shape[:3]).astype(np.uint8)
+        raise Rejected(f"{geometry['clamped']} negative voxels, by the official code's rule for this source",
+                       damage=False)
+
+    record = {"scan": file_of(scan.path, image), "label": None, "elsewhere": scan.elsewhere,
+              "clamped": geometry["clamped"], "nan": geometry["nan"], "notes": image.extra["notes"]}
+    if label:
+        if not same_grid(label.values.shape, label.affine, geometry["shape"], geometry["affine"]):
+            raise Rejected("label grid differs from image grid", path=os.path.join(root, scan.label))
+        prepared = fit_label(label.values, label.affine, geometry)
+        save_array(f"{out}/labels/{stem}.npy", prepared)
         with common.atomic(f"{out}/labels/{stem}_native.nii.gz") as temporary:
-            nib.Nifti1Image(values, truth.affine).to_filename(temporary)
-    with open(os.path.join(root, scan.path), "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    row = {"path": f"volumes/{stem}.npy", "source": name, "subject": scan.subject,
-           "session": scan.session, "sequence": scan.sequence, "split": scan.split, "label": label,
-           "shape": "x".join(map(str, volume.shape)),
-           "spacing": "x".join(f"{s:g}" for s in geometry["spacing"]), "sha256": digest}
+            nib.Nifti1Image(label.values, label.affine).to_filename(temporary)
+        record["label"] = label.file | label_record(label, prepared, geometry)
+
+    row = index_row(name, scan, stem, volume, geometry, record)
     save_array(f"{out}/volumes/{stem}.npy", volume.astype(np.float16))
-    with common.atomic(f"{out}/geometry/{stem}.json") as temporary, open(temporary, "w") as file:
-        json.dump(geometry | {"row": row}, file)
-    return row
+    geometry |= {"row": row, "record": record}
+    write_geometry(f"{out}/geometry/{stem}.json", geometry)
+    return geometry
+
+
+def label_record(label, prepared, geometry):
+    """What became of a label map: {value: [voxels native, voxels prepared]}, and the voxels that the box cut
+    off."""
+    crop = nib.apply_orientation(label.values, nib.io_orientation(label.affine))
+    crop = crop[tuple(slice(*pair) for pair in geometry["box"])]
+    outside = np.count_nonzero(label.values) - np.count_nonzero(crop)
+    counts = [np.bincount(values.ravel(), minlength=256) for values in (label.values, prepared)]
+    values = {str(v): [int(count[v]) for count in counts] for v in np.flatnonzero(counts[0]).tolist()}
+    return {"values": values, "outside": int(outside), "nan": label.nan, "notes": label.notes}
+
+
+def index_row(name, scan, stem, volume, geometry, record):
+    """{column of the index: text} of one volume."""
+    label = record["label"] or {"sha256": "", "values": {}}
+    values = " ".join(f"{value}:{native}/{prepared}"
+                      for value, (native, prepared) in label["values"].items())
+    return {"path": f"volumes/{stem}.npy", "source": name, "subject": scan.subject,
+            "session": scan.session, "sequence": scan.sequence, "split": scan.split,
+            "label": f"labels/{stem}.npy" if scan.label else "",
+            "shape": "x".join(map(str, volume.shape)),
+            "spacing": "x".join(f"{s:g}" for s in geometry["spacing"]), "sha256": record["scan"]["sha256"],
+            "label_sha256": label["sha256"], "label_values": values}
+
+
+def write_geometry(path, geometry):
+    with common.atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(geometry, file)
+
+
+# ------------------------------------------------------------------------------------ the record, the report
+def both_of(path):
+    """A file; of a pair of .hdr and .img, both."""
+    swap = {"hdr": "img", "img": "hdr"}
+    other = re.sub(r"(?<=\.)(hdr|img)(?=(\.gz)?$)", lambda name: swap[name[0]], path)
+    return [path] if other == path or not os.path.exists(other) else [path, other]
+
+
+def checksum(path):
+    """sha256 of a file; of a pair of .hdr and .img, of both."""
+    digest = hashlib.sha256()
+    for name in both_of(path):
+        with open(name, "rb") as file:
+            while block := file.read(2 ** 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def file_of(path, image):
+    """What is recorded of the file at `path` below the input, which `image` was read from."""
+    known = image.extra
+    return {"path": path, "size": known["size"], "mtime": known["mtime"],
+            "sha256": known["sha256"] or checksum(known["path"])}
+
+
+def recorded(root, place, scan):
+    """The geometry of a scan that was prepared from the files as they are now; None otherwise, and in an old
+    folder, where nothing is recorded."""
+    try:
+        with open(place, encoding="utf-8") as file:
+            geometry = json.load(file)
+        record, row = geometry["record"], geometry["row"]
+        if bool(record["label"]) != bool(scan.label):
+            return None
+
+        now = {"scan": seen_again(root, scan.path, record["scan"])}
+        if scan.label:
+            now["label"] = record["label"] | seen_again(root, scan.label, record["label"])
+            if now["label"]["sha256"] != record["label"]["sha256"]:
+                return None
+        if now["scan"]["sha256"] != record["scan"]["sha256"]:
+            return None
+    except (OSError, ValueError, LookupError, TypeError):  # not yet, not whole, or of an older version
+        return None
+
+    # Files may be touched, and identities be written otherwise: the arrays stay.
+    who = {"subject": scan.subject, "session": scan.session, "sequence": scan.sequence, "split": scan.split}
+    renewed = geometry | {"record": record | now | {"elsewhere": scan.elsewhere}, "row": row | who}
+    if renewed != geometry:
+        write_geometry(place, renewed)
+    return renewed
+
+
+def seen_again(root, path, before):
+    """What is known of a file now, against what was recorded. Its checksum is taken only if path, size or
+    time have changed; a pair's always, since it has two times. A file that was moved away is as it was."""
+    place = os.path.join(root, path)
+    if path == before["path"] and not os.path.exists(place):
+        return {key: before[key] for key in ("path", "size", "mtime", "sha256")}
+
+    state = os.stat(place)
+    now = {"path": path, "size": state.st_size, "mtime": state.st_mtime_ns, "sha256": before["sha256"]}
+    if now != {key: before[key] for key in now} or len(both_of(place)) > 1:
+        now["sha256"] = checksum(place)
+    return now
+
+
+# What is said at the end of a preparation, worst first.
+FINDINGS = {
+    "lost": "label maps that lost a class at 1 mm",
+    "outside": "label maps with voxels outside the box of the head, which are cut off",
+    "twins": "files that stand under two subjects",
+    "label twins": "label maps, not empty, that stand under two subjects",
+    "elsewhere": "scans without a label, since their session's is on another grid",
+    "orphan": "label maps that fit no scan",
+    "unused": "label maps left aside, since another one fits better",
+    "like label": f"files skipped though they hold lesion, seg or mask (known endings in BIDS: "
+                  f"{', '.join(f'_{name}' for name in LABEL_NAMES)}, _lesion-*)",
+    "nan": "scans with NaN, set to 0",
+    "label nan": "label maps with NaN, set to 0",
+    "clamped": "scans with negative values, set to 0",
+}
+
+
+def note(findings, kind, path, number=0):
+    """Add one file to {kind: {path: number of voxels}}."""
+    findings.setdefault(kind, {})[path] = number
+
+
+def findings_of(scan, record):
+    """What a careful colleague would say of one volume, from its record: {kind: {path: number of voxels}}."""
+    found, label = {}, record["label"]
+    if record["nan"]:
+        note(found, "nan", scan.path, record["nan"])
+    if record["clamped"]:
+        note(found, "clamped", scan.path, record["clamped"])
+    if record["elsewhere"]:
+        note(found, "elsewhere", scan.path)
+    for text in record["notes"]:
+        note(found, text, scan.path)
+
+    if label:
+        if any(native and not prepared for native, prepared in label["values"].values()):
+            note(found, "lost", scan.label)
+        if label["outside"]:
+            note(found, "outside", scan.label, label["outside"])
+        if label["nan"]:
+            note(found, "label nan", scan.label, label["nan"])
+        for text in label["notes"]:
+            note(found, text, scan.label)
+    return found
+
+
+def find_twins(volumes, source):
+    """The same file, or the same label map that is not empty, under two subjects: it may stand on both sides
+    of a split. Among all volumes of a folder, those that `source` has a part in -> findings."""
+    owners = {}
+    for v in volumes:
+        owners.setdefault(("twins", v.sha256), {}).setdefault((v.source, v.subject), v.path)
+        if len(v.label_values.split()) > 1 or v.label_values and not v.label_values.startswith("0:"):
+            owners.setdefault(("label twins", v.label_sha256), {}).setdefault((v.source, v.subject), v.label)
+
+    findings = {}
+    for (kind, _), found in owners.items():
+        if len(found) > 1 and source in {origin for origin, _ in found}:
+            (_, one), (_, other) = sorted(found)[:2]
+            note(findings, kind, f"{one} and {other}")
+    return findings
+
+
+def print_findings(findings):
+    """One line a kind, worst first: how many files, the first of them, how many voxels in all."""
+    order = [*FINDINGS, *sorted(findings.keys() - FINDINGS.keys())]
+    for kind in order:
+        if paths := findings.get(kind):
+            voxels = sum(paths.values())
+            say(f"  {FINDINGS.get(kind, kind)}: {len(paths)}, first {min(paths)}"
+                + (f"; {voxels:,} voxels in all" if voxels else ""))
 
 
 def end_with_parent():
@@ -610,8 +1147,10 @@ def estimate(scans, root, out, workers):
     """Before it starts: disk and time from five volumes spread over the list, prepared and thrown away."""
     began, voxels, sample = time.perf_counter(), [], scans[::max(1, len(scans) // 5)][:5]
     for scan in sample:
+        path = os.path.join(root, scan.path)
         try:
-            voxels.append(preprocess(load_scan(os.path.join(root, scan.path), scan.channel))[0].size)
+            with naming(path):
+                voxels.append(preprocess(load_scan(path, scan.channel))[0].size)
         except Rejected:
             continue
     if voxels:
@@ -619,8 +1158,8 @@ def estimate(scans, root, out, workers):
         need, folder = np.mean(voxels) * len(scans) * (3 if scans[0].label else 2) / 1e9, os.path.abspath(out)
         while not os.path.exists(folder):
             folder = os.path.dirname(folder)
-        print(f"estimate from {len(voxels)} of {len(scans)} volumes: {need:.2f} GB ({out} has "
-              f"{shutil.disk_usage(folder).free / 1e9:.0f} free), {hours:.2f} hours with {workers} workers")
+        say(f"estimate from {len(voxels)} of {len(scans)} volumes: {need:.2f} GB ({out} has "
+            f"{shutil.disk_usage(folder).free / 1e9:.0f} free), {hours:.2f} hours with {workers} workers")
 
 
 def read_dataset(root):
@@ -679,69 +1218,124 @@ def table_1(folder):
     return "\n".join(common.table(header, [*rows, ["total", *cells, "", ""]]))
 
 
-def main(cfg):
-    if cfg.table:
-        print(table_1(cfg.out))
-        return 0
+def check_settings(cfg):
+    """Raises UserError for what no preparation can start with."""
     if cfg.source not in (*SOURCES, "manifest") or not cfg.input:
         raise UserError(f"source {cfg.source!r}, input {cfg.input!r}: give --input, and choose --source from "
                         f"{', '.join(SOURCES)} and manifest")
-    shard, _, shards = cfg.shard.partition("/")
     if not cfg.workers:
         raise UserError("workers 0: give 1 or more")
+    shard, _, shards = cfg.shard.partition("/")
     if not (shard.isdigit() and shards.isdigit() and int(shard) < int(shards)):
         raise UserError(f"shard {cfg.shard!r}: expected i/n with i from 0 to n - 1, as 3/64")
+
+
+def main(cfg):
+    """Find the scans, prepare those of this shard, write its part of the index, and report."""
+    if cfg.table:
+        print(table_1(cfg.out))
+        return 0
+    check_settings(cfg)
+    shard, shards = cfg.shard.split("/")
+
+    # Find the scans.
     manifest = cfg.source == "manifest"
     root = os.path.dirname(cfg.input) if manifest else cfg.input
-    sessions, skipped = read_manifest(cfg.input) if manifest else find_scans(cfg.source, root, cfg.dry_run)
+    listed = read_manifest(cfg.input) if manifest else find_scans(cfg.source, root, cfg.dry_run)
+    sessions, skipped, findings = listed
     name = cfg.name or (os.path.basename(os.path.abspath(root)) if cfg.source == "nnunet" else cfg.source)
     name = re.sub(r"[^A-Za-z0-9.-]+", "_", name)
     if cfg.source == "nnunet":
         channels, task = read_dataset(root)
         sessions = [[scan._replace(sequence=channels.get(scan.sequence, scan.sequence)) for scan in scans]
                     for scans in sessions]
+
+    # Those of this shard.
     found = sum(map(len, sessions)) + skipped.total()
     mine = sessions[int(shard)::int(shards)]
     volumes = [scan for scans in mine for scan in scans]
-    total = len(volumes)
-    if elsewhere := found - skipped.total() - total:
+    if elsewhere := found - skipped.total() - len(volumes):
         skipped["other shards"] = elsewhere
-    if cfg.dry_run or total > 100:
+    if cfg.dry_run or len(volumes) > 100:
         estimate(volumes, root, cfg.out, cfg.workers)
     if cfg.dry_run:
-        for scan in volumes:
-            print(f"take {scan.path}: {scan.subject}, {scan.session}, {scan.sequence}, {scan.split}"
-                  + (f", label {scan.label}" if scan.label else ""))
-        print(f"{name}: {found} found = {total} to prepare + {count_by_reason(skipped)}")
-        return 0
+        return print_plan(name, found, volumes, skipped, findings)
 
-    claim(cfg.out, name, os.path.abspath(cfg.input))
+    # Prepare them.
+    claim(cfg.out, name, readable(os.path.abspath(cfg.input)))
     if cfg.source == "nnunet":
         path = f"{cfg.out}/{name}.yaml"
         common.write_text(path, yaml.safe_dump({"data": cfg.out, "source": name} | task, sort_keys=False))
         print(f"to finetune on it: python finetune.py --task {path}")
-    rows, rejected = [], []
     work = functools.partial(prepare_session, cfg.source, name, root, cfg.out)
+    done, rejected = prepare_all(work, mine, cfg)
+
+    # Write the index, then the report, from the records of all, whether prepared now or before.
+    part = f"{name}-{shard}of{shards}.csv"
+    write_part(cfg.out, part, done, rejected)
+    forget_other_shards(cfg.out, name, shards)
+    for _, more in done:
+        for kind, paths in more.items():
+            findings.setdefault(kind, {}).update(paths)
+    findings |= find_twins(data.read_index(cfg.out), name)
+    return print_report(name, found, len(done), skipped, rejected, findings)
+
+
+def prepare_all(work, sessions, cfg):
+    """work(scans) of every session, in several processes -> (all that is done, all that is rejected)."""
+    done, rejected = [], []
+    total = sum(map(len, sessions))
     try:
-        with common.writing(cfg.out), tqdm(total=total, desc=f"prepare {name}", unit="volume") as progress:
-            for done, refused in run_all(work, mine, cfg.workers):
-                rows += done
+        with common.writing(cfg.out), tqdm(total=total, desc="prepare", unit="volume") as progress:
+            for ready, refused in run_all(work, sessions, cfg.workers):
+                done += ready
                 rejected += refused
-                progress.update(len(done) + len(refused))
-        part = f"{name}-{shard}of{shards}.csv"
-        rows.sort(key=lambda row: row["path"])
-        columns = data.Volume._fields
-        write_table(f"{cfg.out}/index/{part}", columns, [[row.get(c, "") for c in columns] for row in rows])
-        write_table(f"{cfg.out}/rejected/{part}", ("path", "reason"), sorted(row[:2] for row in rejected))
-        forget_other_shards(cfg.out, name, shards)
+                progress.update(len(ready) + len(refused))
     except BrokenProcessPool:
         raise UserError("a worker was killed, most likely for want of memory: fewer --workers; the same "
                         "command goes on where it stopped") from None
+    return done, rejected
+
+
+def write_part(out, part, done, rejected):
+    """One part of the index, and of the list of the rejected."""
+    rows = sorted((row for row, _ in done), key=lambda row: row["path"])
+    columns = data.Volume._fields
+    write_table(f"{out}/index/{part}", columns, [[row[column] for column in columns] for row in rows])
+    reasons = sorted((readable(path), readable(reason)) for path, reason, _ in rejected)
+    write_table(f"{out}/rejected/{part}", ("path", "reason"), reasons)
+
+
+def print_plan(name, found, volumes, skipped, findings):
+    """What --dry-run says -> exit code."""
+    for scan in volumes:
+        end = f", label {scan.label}" if scan.label else f": {scan.fault}" if scan.fault else ""
+        say(f"take {scan.path}: {scan.subject}, {scan.session}, {scan.sequence}, {scan.split}{end}")
+    say(f"{name}: {found} found = {len(volumes)} to prepare + {count_by_reason(skipped)}")
+    print_findings(findings)
+    return 0 if volumes or skipped["other shards"] else nothing_of(found, skipped)
+
+
+def print_report(name, found, prepared, skipped, rejected, findings):
+    """Counts, then one line for each thing a careful colleague would say -> exit code: 1 if a scan is
+    damaged, or if nothing was prepared."""
     for path, reason, _ in sorted(rejected):
-        print(f"rejected {path}: {reason}")
-    print(f"{name}: {found} found = {len(rows)} prepared + {count_by_reason(skipped)} + {len(rejected)} "
-          "rejected")
+        say(f"rejected {path}: {reason}")
+    say(f"{name}: {found} found = {prepared} prepared + {count_by_reason(skipped)} + {len(rejected)} "
+        "rejected")
+    print_findings(findings)
+    if not prepared and not skipped["other shards"]:
+        return nothing_of(found, skipped)
     return int(any(damage for *_, damage in rejected))
+
+
+def nothing_of(found, skipped):
+    """One line where nothing came of all files -> exit code 1."""
+    hint = "see the reasons above"
+    if skipped.total() == found:
+        hint = "no name is as --source expects it: --dry-run says of each file why"
+    print(f"error: nothing to prepare in {found} files; {hint}", file=sys.stderr)
+    return 1
 
 
 def claim(out, name, folder):
@@ -775,4 +1369,5 @@ def write_table(path, columns, rows):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names in letters that the terminal does not have
     common.run(main, Config)

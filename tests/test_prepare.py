@@ -496,8 +496,8 @@ def bad_scan(kind, folder):
     array, path = np.asarray(image.dataobj).astype(np.float32), folder / "sub-1_T1w.nii.gz"
     if kind == "4-D":
         array = np.stack([array, array], -1)
-    elif kind == "NaN":
-        array[3, 4, 5] = np.nan
+    elif kind == "infinite":
+        array[3, 4, 5] = np.inf
     elif kind == "constant":
         array[:] = 7
     elif kind == "empty":
@@ -527,7 +527,7 @@ def bad_scan(kind, folder):
 
 @pytest.mark.parametrize(("kind", "reason", "code"), [
     ("truncated", "unreadable", 1), ("text", "unreadable", 1), ("4-D", "not 3-D but", 0),
-    ("NaN", "1 voxels are not finite", 1), ("constant", "constant", 1), ("empty", "constant or empty", 1),
+    ("infinite", "1 voxels are infinite", 1), ("constant", "constant", 1), ("empty", "constant or empty", 1),
     ("thin", "a side of 14 voxels", 0), ("no scale", "no affine scale", 1), ("huge", "no head scan", 1),
     ("bomb", "more data than the header says", 1), ("complex", "not numbers", 1)])
 def test_a_bad_scan_is_rejected_by_name_and_the_good_one_prepared(kind, reason, code, tmp_path, capsys):

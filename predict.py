@@ -215,15 +215,22 @@ def score(prediction, truth, spacing):
     return found | {"dice": dice(prediction, truth, [True])[True]}
 
 
-def score_case(classes, truth, task, affine):
-    """Classes and the source's label values on one grid -> {key of SCORES: {class or region: value}}.
-
-    Voxels that the task ignores are taken out of both masks. UserError for a value that it does not name."""
+def classes_of(truth, task):
+    """A source's label values -> class numbers, IGNORE where the task ignores the value. UserError for a
+    value that it does not name."""
     values = np.asarray(truth).astype(np.uint8)
     true = data.class_table(task["labels"], task["ignore"])[values]
     unknown = np.unique(truth[(values != truth) | (true == data.UNKNOWN)])
     if len(unknown):
         raise UserError(f"the true label map holds {unknown[0]:g}, which the task's labels do not name")
+    return true
+
+
+def score_case(classes, truth, task, affine):
+    """Classes and the source's label values on one grid -> {key of SCORES: {class or region: value}}.
+
+    Voxels that the task ignores are taken out of both masks. UserError for a value that it does not name."""
+    true = classes_of(truth, task)
     regions = {name: (number,) for number, name in enumerate(task["classes"]) if number}
     regions |= {name: tuple(numbers) for name, numbers in task["regions"].items()}
     counted, spacing = true != data.IGNORE, nib.affines.voxel_sizes(np.asarray(affine))
@@ -276,7 +283,10 @@ def read_label(path, image):
     """The values of a label map on the stored axes of `image`. UserError if it is not on its grid."""
     label = prepare_data.load_scan(path)
     prepare_data.check_same_grid(label, {"shape": image.shape[:3], "affine": image.affine})
-    return data.on_axes(label, image.affine)
+
+    # The same rule as in preparation: what is almost an integer is that integer.
+    values, _ = prepare_data.label_map(label)
+    return data.on_axes(nib.Nifti1Image(values, label.affine), image.affine)
 
 
 def rebuild(checkpoint, channels, classes, part):
@@ -302,23 +312,42 @@ def load_network(path, device):
 
 
 def prepare_scan(paths):
-    """NIfTI files of one session on one grid -> (volume (C, D, H, W) in [0, 1] at 1 mm, geometry, first
-    image).
+    """Scans of one session on one grid, a file a channel -> (volume (C, D, H, W) in [0, 1] at 1 mm, geometry
+    and image of the first).
 
-    As in preparation, the channels share the union of their tight boxes, and values are float16: the network
-    was trained on such. Raises UserError naming the file."""
+    Their axes may be stored in different orders: all become RAS. As in preparation, the channels share the
+    union of their tight boxes, and values are float16: the network was trained on such. Prints what was
+    mended in a scan. Raises UserError naming the file."""
     images = [prepare_data.load_scan(path) for path in paths]
-    grid = {"shape": images[0].shape[:3], "affine": images[0].affine}
+    first = images[0]
     for path, image in zip(paths, images, strict=True):
-        try:
-            prepare_data.check_same_grid(image, grid)
-        except prepare_data.Rejected:
-            raise UserError(f"{path} is not on the grid of {paths[0]}: register and resample the "
-                            "channels") from None
-    box = prepare_data.union_box([prepare_data.tight_box(prepare_data.read_voxels(i)[0]) for i in images])
-    prepared = [prepare_data.preprocess(image, box) for image in images]
-    volume = np.stack([volume.astype(np.float16) for volume, _ in prepared])
-    return torch.from_numpy(volume), prepared[0][1], images[0]
+        if not prepare_data.same_grid(image.shape, image.affine, first.shape, first.affine):
+            raise UserError(f"{path} is not on the grid of {paths[0]}: register and resample the channels")
+
+    boxes = []
+    for path, image in zip(paths, images, strict=True):
+        with prepare_data.naming(path):
+            boxes.append(prepare_data.tight_box(prepare_data.read_voxels(image)[0]))
+    box = prepare_data.union_box(boxes)
+
+    volumes, geometries = [], []
+    for path, image in zip(paths, images, strict=True):
+        volume, geometry = prepare_data.preprocess(image, box)
+        volumes.append(volume.astype(np.float16))
+        geometries.append(geometry)
+        for line in mended(image, geometry):
+            print(f"{path}: {line}")
+    return torch.from_numpy(np.stack(volumes)), geometries[0], first
+
+
+def mended(image, geometry):
+    """What was not taken as it stands in a scan's file, as lines to print."""
+    lines = list(image.extra["notes"])
+    if geometry["nan"]:
+        lines.append(f"{geometry['nan']:,} voxels are NaN: set to 0")
+    if geometry["clamped"]:
+        lines.append(f"{geometry['clamped']:,} voxels are negative: set to 0")
+    return lines
 
 
 # All that a NIfTI header says of its grid: voxel sizes, units, and two transforms with what they mean.
@@ -358,9 +387,11 @@ def main(cfg):
         raise UserError(f"the network reads {len(task['sequences'])} channels "
                         f"({', '.join(task['sequences'])}), got {len(cfg.inputs)} files")
     for name, path in zip(task["sequences"], cfg.inputs, strict=True):
-        print(f"{name}: {path}")
+        print(f"{name}: {path}")  # which file was taken for which channel
     volume, geometry, image = prepare_scan(cfg.inputs)
     truth = read_label(cfg.truth, image) if cfg.truth else None
+    if cfg.truth:  # an unknown value is found now, not after minutes
+        classes_of(truth, task)
     classes = segment(model, volume, geometry, trained["patch_size"], trained["precision"], cfg.overlap,
                       cfg.gaussian, cfg.batch, cfg.skip_empty)
     values = np.zeros(256, np.uint8)  # class -> the source's own label value (BraTS: 4 for enhancing tumour)

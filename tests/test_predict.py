@@ -243,7 +243,7 @@ def segment(folder, capsys, *scans, out="seg.nii.gz", **settings):
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     words += ["--ckpt", str(folder / "net.pt"), "--out", str(folder / out), "--overlap", "0"]
     predict.main(common.parse_config(predict.Config, [*map(str, scans), *words]))
-    written = gzip.decompress((folder / out).read_bytes())
+    written = gzip.decompress((folder / out).read_bytes())  # whole: another call overwrites the file
     return nib.Nifti1Image.from_bytes(written), capsys.readouterr().out
 
 
@@ -347,6 +347,82 @@ def test_the_header_of_a_format_without_form_codes(tmp_path, capsys, kind, name)
     assert found.shape == source.shape and np.allclose(found.affine, source.affine, atol=1e-5)
     assert found.header.get_xyzt_units()[0] == "mm"
     assert b"Doe" not in gzip.decompress((tmp_path / "seg.nii.gz").read_bytes())
+
+
+def test_scans_as_users_have_them(tmp_path, capsys):
+    """The same head in other formats and habits: the same segmentation, and what was mended is said."""
+    plain = nib.Nifti1Image(head(), AFFINE)
+    plain.to_filename(tmp_path / "plain.nii.gz")
+    expected = np.asarray(segment(tmp_path, capsys, tmp_path / "plain.nii.gz")[0].dataobj)
+    assert len(np.unique(expected)) == 2
+
+    nib.MGHImage(head(), AFFINE.astype(np.float32)).to_filename(tmp_path / "free.mgz")
+    (tmp_path / "packed.nii").write_bytes((tmp_path / "plain.nii.gz").read_bytes())
+    plain.to_filename(tmp_path / "x.nii")
+    (tmp_path / "plain_named.nii.gz").write_bytes((tmp_path / "x.nii").read_bytes())
+    holes, ringing = head(), head()
+    holes[holes == 0] = np.nan
+    ringing[0, 0] = -1
+    nib.Nifti1Image(holes, AFFINE).to_filename(tmp_path / "holes.nii")
+    nib.Nifti1Image(ringing, AFFINE).to_filename(tmp_path / "ringing.nii")
+    nib.Nifti1Image(head()[..., None], AFFINE).to_filename(tmp_path / "fourth.nii")
+    lying = nib.Nifti1Image(head(), AFFINE)
+    lying.set_qform(AFFINE, 1)
+    lying.set_sform(AFFINE @ np.diag([2.0, 2, 2, 1]), 1)
+    lying.header["pixdim"][1:4] = 1
+    lying.to_filename(tmp_path / "lying.nii")
+
+    said = {"free.mgz": "", "packed.nii": "", "plain_named.nii.gz": "", "fourth.nii": "",
+            "holes.nii": f"{np.isnan(holes).sum():,} voxels are NaN: set to 0",
+            "ringing.nii": "32 voxels are negative: set to 0", "lying.nii": "qform used"}
+    for name, words in said.items():
+        found, printed = segment(tmp_path, capsys, tmp_path / name)
+        assert np.array_equal(found.dataobj, expected), name
+        assert np.allclose(found.affine, AFFINE, atol=1e-4) and words in printed
+        assert printed.count(f"{tmp_path}/{name}: ") == bool(words), printed
+
+
+def test_scans_that_cannot_be_used_are_refused_in_one_line(tmp_path):
+    network(tmp_path / "net.pt")
+    brain = head()
+    brain[brain > 0] = (brain[brain > 0] - brain[brain > 0].mean()) / brain[brain > 0].std()
+    infinite = head()
+    infinite[3, 3, 3] = np.inf
+    scans = {"zscored": (brain, "is it normalised already"), "infinite": (infinite, "1 voxels are infinite"),
+             "empty": (0 * brain, "no voxel above 0"), "nothing": (np.nan * brain, "others NaN"),
+             "slice": (head()[:, :, :8], "a side of 8 voxels, under 15")}
+    for name, (array, message) in scans.items():
+        nib.Nifti1Image(array, AFFINE).to_filename(tmp_path / f"{name}.nii")
+        line = mistake("predict", tmp_path / f"{name}.nii", ckpt=tmp_path / "net.pt", out=tmp_path / "x.nii")
+        assert message in line and line.count(f"{name}.nii") == 1, line
+    (tmp_path / "text.nii").write_text("no scan")
+    (tmp_path / "void.nii.gz").write_bytes(b"")
+    for name in ("text.nii", "void.nii.gz", "absent.nii", "."):
+        line = mistake("predict", tmp_path / name, ckpt=tmp_path / "net.pt", out=tmp_path / "x.nii")
+        assert line.count(str(tmp_path)) == 1, line
+    assert not (tmp_path / "x.nii").exists()
+
+
+def test_a_true_label_map_as_users_have_it(tmp_path, capsys):
+    """Almost integers are integers; a value that the task does not name is found before the segmentation."""
+    nib.Nifti1Image(head(), AFFINE).to_filename(tmp_path / "scan.nii")
+    truth = (head() > 350).astype(np.uint8)
+    scaled = nib.Nifti1Image(truth.astype(np.float64), AFFINE)
+    scaled.header.set_data_dtype(np.int16)  # nibabel scales it, and 1 comes back as 0.99998
+    scaled.to_filename(tmp_path / "scaled.nii")
+    maps = {"plain": truth, "noise": truth * np.float32(0.99999994), "nan": np.where(truth, 1, np.nan)}
+    for name, array in maps.items():
+        nib.Nifti1Image(array, AFFINE).to_filename(tmp_path / f"{name}.nii")
+    scores = set()
+    for name in (*maps, "scaled"):
+        _, printed = segment(tmp_path, capsys, tmp_path / "scan.nii", truth=tmp_path / f"{name}.nii")
+        scores.add(printed.split("Dice")[1])
+    assert len(scores) == 1 and "0." in scores.pop()
+    for value, message in ((3, "holds 3, which the task's labels do not name"), (0.5, "0.5 is no integer")):
+        nib.Nifti1Image((truth * value).astype(np.float32), AFFINE).to_filename(tmp_path / "odd.nii")
+        line = mistake("predict", tmp_path / "scan.nii", ckpt=tmp_path / "net.pt", truth=tmp_path / "odd.nii",
+                       out=tmp_path / "x.nii")
+        assert message in line and not (tmp_path / "x.nii").exists()
 
 
 def packed(path, name, content):

@@ -216,15 +216,14 @@ def made_of(train, validation):
                                  "shape": [case.volumes[0].shape for case in validation]}}
 
 
-def shared_scans(train, validation):
-    """A line about held-out volumes whose raw file is trained on, too, under another subject; or ""."""
-    trained = {volume.sha256: case.subject for case in train for volume in case.volumes if volume.sha256}
+def print_shared(train, validation):
+    """Say it if the raw file of a held-out volume is trained on, too, under another subject."""
+    trained = {case.volumes[0].sha256: case.subject for case in train}
     shared = [case for case in validation if case.volumes[0].sha256 in trained]
-    if not shared:
-        return ""
-    twin = trained[shared[0].volumes[0].sha256]
-    return (f"{len(shared)} of {len(validation)} held-out volumes are trained on, too: the first is "
-            f"{shared[0].name}, the same file as one of {twin}")
+    if shared:
+        twin = trained[shared[0].volumes[0].sha256]
+        print(f"{len(shared)} of {len(validation)} held-out volumes are trained on, too: the first is "
+              f"{shared[0].name}, the same file as one of {twin}")
 
 
 @torch.no_grad()
@@ -322,8 +321,6 @@ def main(cfg):
         check(cfg)
         objective = OBJECTIVES[cfg.objective]
         train, validation, held_out = open_data(cfg)
-        if rank == 0 and (line := shared_scans(train, validation)):
-            print(line)
         steps, warmup, micro = plan(cfg, len(train), processes)
         val_every = cfg.val_every or max(1, len(train) // cfg.batch_size)
         torch.manual_seed(cfg.seed)
@@ -339,6 +336,7 @@ def main(cfg):
         inputs = made_of(train, validation)
         step, hours = common.resume(f"{out}/last.pt", cfg, FREE, model, optimizer, raw, inputs)
         if rank == 0:
+            print_shared(train, validation)
             print(f"{cfg.model}, {sum(p.numel() for p in model.parameters()):,} parameters, "
                   f"{processes.world} x {device}, {cfg.precision}\n{common.versions()}\nrun folder {out}"
                   + (f", continues at step {step}" if step else ""))

@@ -419,18 +419,19 @@ def pretraining(folder, **changes):
     return pretrain.Config(**{"data": str(folder), "val_fraction": 0.2} | changes)
 
 
-def test_pretraining_checks_its_data_before_the_first_step(labels, tmp_path):
+def test_pretraining_checks_its_data_before_the_first_step(labels, tmp_path, capsys):
     folder = prepare(tmp_path / "data", labels)
     train, validation, held = pretrain.open_data(pretraining(folder))
     assert (len(train), len(validation), len(held)) == (4, 1, 1)
-    assert pretrain.shared_scans(train, validation) == ""
+    pretrain.print_shared(train, validation)
+    assert capsys.readouterr().out == ""
     with pytest.raises(common.UserError, match="5 volumes of 5 subjects, and val_fraction 1.0 holds out all"):
         pretrain.open_data(pretraining(folder, val_fraction=1.0))
 
     volumes = data.read_index(str(folder))
     write_index(folder, [volume._replace(sha256="one") for volume in volumes])
-    line = pretrain.shared_scans(*pretrain.open_data(pretraining(folder))[:2])
-    assert line.startswith("1 of 1 held-out volumes are trained on, too: the first is volumes/mine/")
+    pretrain.print_shared(*pretrain.open_data(pretraining(folder))[:2])
+    assert capsys.readouterr().out.startswith("1 of 1 held-out volumes are trained on, too: the first is vol")
     write_index(folder, [volume._replace(split="test") for volume in volumes])
     with pytest.raises(common.UserError, match="no volume to pretrain on: all are of the split test"):
         pretrain.open_data(pretraining(folder))

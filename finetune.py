@@ -215,8 +215,8 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
             models.recompute(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                       eps=cfg.eps, amsgrad=cfg.amsgrad, fused=True)
-        inputs = tasks.inputs_of(cases)
-        step, _ = common.resume(path, cfg, FREE, model, optimizer, None, inputs)
+        seen, inputs = history(pretrained, cases), tasks.inputs_of(cases)
+        step, _ = common.resume(path, cfg, FREE, model, optimizer, seen["sha256"], inputs)
         if processes.rank == 0:
             print(report)
             common.cut_log(folder, step)
@@ -225,7 +225,7 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
     if step == cfg.steps:
         return model
     train_model = common.compile_or_warn(common.distribute(model), cfg.compile, device)
-    losses, saved, unreadable, seen = [], step, False, history(pretrained, cases)
+    losses, saved, unreadable = [], step, False
 
     def save(step):
         common.check_in(losses, keep=0)

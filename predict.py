@@ -326,7 +326,7 @@ def prepare_scan(paths):
 
     boxes = []
     for path, image in zip(paths, images, strict=True):
-        with prepare_data.naming(path):
+        with prepare_data.naming(os.fspath(path)):
             boxes.append(prepare_data.tight_box(prepare_data.read_voxels(image)[0]))
     box = prepare_data.union_box(boxes)
 

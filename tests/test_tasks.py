@@ -292,6 +292,17 @@ def test_a_cut_fold_knows_its_data_by_itself(again, labels, tmp_path):
     line = mistake("finetune", **again | {"data": other})
     assert f"fold_0/last.pt is of a run on other data (another label of {trained[0]}" in line
 
+    # Of an earlier version: it knows the scans alone.
+    path = tmp_path / "run" / "fold_0" / "last.pt"
+    checkpoint = common.load_checkpoint(path)
+    del checkpoint["inputs"]
+    common.save_checkpoint(path, checkpoint)
+    rows = [volume._replace(sha256=f"another {volume.sha256}") for volume in data.read_index(str(other))]
+    write_index(other, rows)
+    (tmp_path / "run" / "inputs.json").unlink(missing_ok=True)
+    line = mistake("finetune", **again | {"data": other})
+    assert "fold_0/last.pt is of a run on other data: new --out, or the old data" in line
+
 
 def test_the_same_data_elsewhere_is_the_same(again, first, tmp_path):
     shutil.copytree(first / "data", tmp_path / "moved")

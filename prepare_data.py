@@ -970,7 +970,7 @@ def label_record(label, prepared, geometry):
     """What became of a label map: {value: [voxels native, voxels prepared]}, and the voxels that the box cut
     off."""
     native, after = count_values(label.values), count_values(prepared)
-    inside = np.count_nonzero(crop_label(label.values, label.affine, geometry))
+    inside = int(np.count_nonzero(crop_label(label.values, label.affine, geometry)))
     outside = sum(native.values()) - native.get(0, 0) - inside
     return {"values": {str(value): [native[value], after.get(value, 0)] for value in sorted(native)},
             "outside": outside, "nan": label.nan, "notes": label.notes}
@@ -1356,7 +1356,7 @@ def nothing_of(found, skipped):
     hint = "see the reasons above"
     if skipped.total() == found:
         hint = "no name is as --source expects it: --dry-run says of each file why"
-    print(f"error: nothing to prepare in {found} files; {hint}", file=sys.stderr)
+    print(f"error: {found} files found, and nothing prepared: {hint}", file=sys.stderr)
     return 1
 
 

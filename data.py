@@ -242,9 +242,13 @@ def read_case(case):
 
 def on_axes(label, affine):
     """Values (D, H, W) of a label map, a nibabel image, in the axis order and directions that a scan of the
-    same grid is stored in."""
-    axes = [nibabel.io_orientation(one) for one in (label.affine, affine)]
+    same grid is stored in. As in preparation, a value within 1e-3 of an integer is that, and NaN is 0."""
     values = label.get_fdata(dtype=np.float32, caching="unchanged").reshape(label.shape[:3])
+    values = np.where(np.isnan(values), np.float32(0), values)
+    whole = np.round(values)
+    values = np.where(np.abs(values - whole) <= 1e-3, whole, values)
+
+    axes = [nibabel.io_orientation(one) for one in (label.affine, affine)]
     return nibabel.apply_orientation(values, nibabel.orientations.ornt_transform(*axes))
 
 

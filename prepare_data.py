@@ -98,8 +98,11 @@ def naming(path):
 
 
 def one_line(error, path):
-    """The message of an exception in one line, without the path."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    """The message of an exception in one line, without the path; with its type where the message does not
+    stand alone."""
+    text = getattr(error, "strerror", None) or str(error)
+    if not text or isinstance(error, (ValueError, TypeError, ArithmeticError, MemoryError)):
+        text = f"{type(error).__name__}: {text}"
     return " ".join(text.replace(path, "it").split())
 
 
@@ -335,7 +338,7 @@ def preprocess(nifti, box=None):
         shape = [max(1, round(n * s)) for n, s in zip(crop.shape, spacing.tolist(), strict=True)]
         volume = resample(crop, shape)
 
-    geometry = {"shape": list(image.shape[:3]), "affine": image.affine.tolist(),
+    geometry = {"shape": list(map(int, image.shape[:3])), "affine": image.affine.tolist(),
                 "orientation": orientation.tolist(), "spacing": spacing.tolist(), "box": box,
                 "resampled": shape, "clamped": clamped, "nan": nan}
     return volume, geometry
@@ -389,6 +392,11 @@ def label_map(image):
     for other values than 0-255."""
     with naming(path_of(image)):
         voxels, nan = stored_voxels(image, least=0)
+        with np.errstate(invalid="ignore"):  # of values that no uint8 can hold: they differ then
+            values = voxels.astype(np.uint8)
+        if np.array_equal(values, voxels):
+            return values, nan
+
         whole = np.round(voxels)
         wrong = (np.abs(voxels - whole) > 1e-3) | (whole < 0) | (whole > 255)
         if wrong.any():
@@ -409,9 +417,13 @@ def preprocess_label(nifti, geometry):
 
 def fit_label(values, affine, geometry):
     """Label values as stored, on the scan's grid -> on the grid of its prepared volume."""
+    return nearest(crop_label(values, affine, geometry), geometry["resampled"])
+
+
+def crop_label(values, affine, geometry):
+    """Label values as stored -> in RAS order, in the box of the scan."""
     values = nib.apply_orientation(values, nib.io_orientation(affine))
-    crop = values[tuple(slice(*pair) for pair in geometry["box"])]
-    return nearest(crop, geometry["resampled"])
+    return values[tuple(slice(*pair) for pair in geometry["box"])]
 
 
 def same_grid(a_shape, a_affine, b_shape, b_affine):
@@ -647,6 +659,8 @@ def find_scans(source, folder, dry_run=False):
             sessions.setdefault(key, []).append(scan)
 
     labels = labels_by_session(labels, sessions)
+    if sessions.keys() <= labels.keys():
+        findings.pop("like label", None)  # nothing is missing
     held = ()
     if row.hold_out and labels:
         held = set(data.split_subjects([subject for subject, _ in labels], 0.25, 0)[1])
@@ -955,12 +969,20 @@ def prepare_volume(root, out, name, scan, image, box, rule, label=None):
 def label_record(label, prepared, geometry):
     """What became of a label map: {value: [voxels native, voxels prepared]}, and the voxels that the box cut
     off."""
-    crop = nib.apply_orientation(label.values, nib.io_orientation(label.affine))
-    crop = crop[tuple(slice(*pair) for pair in geometry["box"])]
-    outside = np.count_nonzero(label.values) - np.count_nonzero(crop)
-    counts = [np.bincount(values.ravel(), minlength=256) for values in (label.values, prepared)]
-    values = {str(v): [int(count[v]) for count in counts] for v in np.flatnonzero(counts[0]).tolist()}
-    return {"values": values, "outside": int(outside), "nan": label.nan, "notes": label.notes}
+    native, after = count_values(label.values), count_values(prepared)
+    inside = int(np.count_nonzero(crop_label(label.values, label.affine, geometry)))
+    outside = sum(native.values()) - native.get(0, 0) - inside
+    return {"values": {str(value): [native[value], after.get(value, 0)] for value in sorted(native)},
+            "outside": outside, "nan": label.nan, "notes": label.notes}
+
+
+def count_values(values):
+    """{value: number of voxels} of a uint8 array that is 0 nearly everywhere."""
+    values = values.ravel(order="K")
+    counts = np.bincount(values[values > 0])
+    found = {value: int(counts[value]) for value in np.flatnonzero(counts).tolist()}
+    background = values.size - sum(found.values())
+    return found | {0: background} if background else found
 
 
 def index_row(name, scan, stem, volume, geometry, record):
@@ -1334,7 +1356,7 @@ def nothing_of(found, skipped):
     hint = "see the reasons above"
     if skipped.total() == found:
         hint = "no name is as --source expects it: --dry-run says of each file why"
-    print(f"error: nothing to prepare in {found} files; {hint}", file=sys.stderr)
+    print(f"error: {found} files found, and nothing prepared: {hint}", file=sys.stderr)
     return 1
 
 

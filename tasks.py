@@ -1,6 +1,7 @@
 """A task and its data (paper, section 4.1): what the index tells before the first step."""
 
 import difflib
+import functools
 import os
 from collections import Counter
 
@@ -33,19 +34,27 @@ def files_of(case):
 
 
 # ------------------------------------------------------------------------ label values
+@functools.cache
+def parse_values(text):
+    """"0:87120/87040 1:257/254", as the index has label values -> {0: (87120, 87040), 1: ...}.
+
+    ValueError if it is written otherwise."""
+    counts = {}
+    for word in text.split():
+        value, native, prepared = map(int, word.replace("/", ":").split(":"))
+        counts[value] = native, prepared
+    return counts
+
+
 def values_of(volume):
     """Label values of a prepared volume: {value: (voxels on the scan's own grid, at 1 mm)}.
 
-    The index has them as "0:87120/87040 1:257/254". {}: an earlier version prepared it."""
-    counts = {}
-    for word in volume.label_values.split():
-        try:
-            value, native, prepared = map(int, word.replace("/", ":").split(":"))
-        except ValueError:
-            raise UserError(f"the index has the label values {volume.label_values!r} for "
-                            f"{volume.path}: prepare it again") from None
-        counts[value] = native, prepared
-    return counts
+    {} if an earlier version prepared it, which did not count."""
+    try:
+        return parse_values(volume.label_values)
+    except ValueError:
+        raise UserError(f"the index has the label values {volume.label_values!r} for "
+                        f"{volume.path}: prepare it again") from None
 
 
 def check_values(path, task, cases):

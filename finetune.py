@@ -446,7 +446,7 @@ def check_folds(cfg, assignment, inputs):
     """UserError if the run folder has folds of other settings, another task, other cases or other files,
     finished or not: they would be taken for these.
 
-    -> inputs, {"ckpt": checksum, "cases": see tasks.inputs_of}, with what only the run folder knows."""
+    -> inputs as tasks.check_inputs returns them."""
     if not glob.glob(os.path.join(glob.escape(cfg.out), "fold_*", "*")):
         return inputs
 
@@ -458,21 +458,7 @@ def check_folds(cfg, assignment, inputs):
     if os.path.exists(path) and common.read_text(path) != assignment:
         raise UserError(f"{cfg.out} has folds of another task, or of other cases: new --out, or the old data")
 
-    # Run folders of earlier versions do not have this file: nothing to compare.
-    path = os.path.join(cfg.out, "inputs.json")
-    if not os.path.exists(path):
-        return inputs
-    try:
-        then = json.loads(common.read_text(path))
-    except ValueError:
-        raise UserError(f"{path} is damaged: new --out") from None
-    common.check_same_inputs(f"{cfg.out} has folds of other data", then["cases"], inputs["cases"])
-    if then["ckpt"] != inputs["ckpt"]:
-        raise UserError(f"{cfg.out} has folds that started from another {cfg.ckpt}, which has changed since: "
-                        "new --out, or the old checkpoint")
-    cases = {name: {part: value or then["cases"].get(name, {}).get(part) for part, value in case.items()}
-             for name, case in inputs["cases"].items()}
-    return inputs | {"cases": cases}
+    return tasks.check_inputs(cfg.out, inputs)
 
 
 def open_cases(cfg, task, name, quiet):
@@ -517,12 +503,16 @@ def main(cfg):
         chosen = range(len(folds)) if cfg.folds is None else cfg.folds
         if not set(chosen) <= set(range(len(folds))):
             raise UserError(f"folds {cfg.folds}: task {name} has the folds 0 to {len(folds) - 1}")
+
+        # What is in the run folder already must be of this run.
         settings = {key: value for key, value in dataclasses.asdict(task).items() if key != "data"}
         assignment = json.dumps({"task": name, "settings": settings, "folds": folds}, indent=1)
         start = common.checksum(cfg.ckpt) if cfg.ckpt and not task.networks else None
         inputs = check_folds(cfg, assignment, {"ckpt": start, "cases": made_of})
         if processes.rank == 0:
             print(f"{cfg.model}, augment {cfg.augment}, lr {cfg.lr}\n{common.versions()}")
+
+        # What is left to do needs its files.
         finished = {f: os.path.join(cfg.out, f"fold_{f}", "dice.json") for f in range(len(folds))}
         left = [f for f in chosen if not os.path.exists(finished[f])]
         needed = {n for f in left for part in folds[f].values() for n in part}

@@ -2,9 +2,11 @@
 
 import difflib
 import functools
+import json
 import os
 from collections import Counter
 
+import common
 import data
 from common import UserError
 
@@ -23,6 +25,31 @@ def inputs_of(cases):
             "shape": first.shape,
         }
     return inputs
+
+
+def check_inputs(folder, inputs):
+    """UserError if the folds of a run folder were made of other files than inputs, as inputs.json
+    has them: {"ckpt": checksum of the checkpoint they start from, or None, "cases": inputs_of}.
+
+    -> inputs; what only the run folder knows is added."""
+    path = os.path.join(folder, "inputs.json")
+    if not os.path.exists(path):  # a run folder of an earlier version: nothing to compare
+        return inputs
+    try:
+        then = json.loads(common.read_text(path))
+    except ValueError:
+        raise UserError(f"{path} is damaged: new --out") from None
+
+    common.check_same_inputs(f"{folder} has folds of other data", then["cases"], inputs["cases"])
+    if then["ckpt"] != inputs["ckpt"]:
+        raise UserError(f"{folder} has folds that started from another --ckpt: the file has "
+                        "changed since. New --out, or the old checkpoint")
+
+    cases = {}
+    for name, parts in inputs["cases"].items():
+        before = then["cases"].get(name, {})
+        cases[name] = {part: known or before.get(part) for part, known in parts.items()}
+    return inputs | {"cases": cases}
 
 
 def files_of(case):

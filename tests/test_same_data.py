@@ -175,7 +175,8 @@ def test_folds_of_one_run_start_from_one_checkpoint(first, mine, tmp_path):
     run("finetune", folds=1, **settings)
     checkpoint["model"] = {name: tensor + 1 for name, tensor in checkpoint["model"].items()}
     common.save_checkpoint(tmp_path / "last.pt", checkpoint)
-    assert "last.pt, which has changed since: new --out" in mistake("finetune", folds=1, **settings)
+    line = mistake("finetune", folds=1, **settings)
+    assert "has folds that started from another --ckpt: the file has changed since" in line
     torch.save({"state_dict": checkpoint["model"]}, tmp_path / "foreign.pth")
     assert common.checksum(tmp_path / "foreign.pth") == common.checksum(tmp_path / "foreign.pth")
     assert len(common.checksum(tmp_path / "foreign.pth")) == len(common.checksum(tmp_path / "last.pt")) == 64

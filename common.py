@@ -686,9 +686,9 @@ def resume(path, cfg, free, model, optimizer, sha256=None, inputs=None):
         return 0, 0.0
     checkpoint = load_checkpoint(path)
     check_same_run(f"{path} is", checkpoint.get("config", {}), cfg, free)
-    check_same_inputs(f"{path} is of a run on other data", checkpoint.get("inputs", {}), inputs or {})
     if None not in (sha256, checkpoint.get("sha256")) and checkpoint["sha256"] != sha256:
         raise UserError(f"{path} is of a run on other data: new --out, or the old data")
+    check_same_inputs(f"{path} is of a run on other data", checkpoint.get("inputs", {}), inputs or {})
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])

@@ -261,6 +261,12 @@ def load_encoder(checkpoint):
     return rebuild(checkpoint, channels, 1, part="encoder"), channels
 
 
+def print_channels(sequences, paths):
+    """Which file is taken for which channel: they are told by their order alone."""
+    for name, path in zip(sequences, paths, strict=True):
+        print(f"{name}: {path}")
+
+
 def write_features(cfg):
     """--features x.npy: pooled features (31 f,), mean over the windows; x_voxels.npy: the first level's,
     float16 (f, D, H, W) on the 1 mm grid of the cropped scan."""
@@ -268,6 +274,7 @@ def write_features(cfg):
     model, channels = load_encoder(checkpoint)
     if len(cfg.inputs) != channels:
         raise UserError(f"the encoder reads {channels} channels, got {len(cfg.inputs)} files")
+    print_channels(checkpoint.get("task", {}).get("sequences", ["scan"]), cfg.inputs)
     network = FirstLevel(model).to(common.pick_device(cfg.device))
     volume, _, _ = prepare_scan(cfg.inputs)
     voxels = sliding_window(network, volume, checkpoint["config"]["patch_size"], cfg.overlap, cfg.gaussian,
@@ -386,8 +393,7 @@ def main(cfg):
     if len(cfg.inputs) != len(task["sequences"]):
         raise UserError(f"the network reads {len(task['sequences'])} channels "
                         f"({', '.join(task['sequences'])}), got {len(cfg.inputs)} files")
-    for name, path in zip(task["sequences"], cfg.inputs, strict=True):
-        print(f"{name}: {path}")  # which file was taken for which channel
+    print_channels(task["sequences"], cfg.inputs)
     volume, geometry, image = prepare_scan(cfg.inputs)
     truth = read_label(cfg.truth, image) if cfg.truth else None
     if cfg.truth:  # an unknown value is found now, not after minutes

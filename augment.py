@@ -207,7 +207,7 @@ def elastic_displacement(alpha, sigma, seed, size, device):
     step = sigma / 2
     generator = torch.Generator().manual_seed(seed)
     nodes = [math.ceil(n / step) + 1 for n in size]
-    field = ((2 * torch.rand(3, *nodes, generator=generator) - 1) * alpha).to(device, non_blocking=True)
+    field = upload((2 * torch.rand(3, *nodes, generator=generator) - 1) * alpha, device)
     for axis in (2, 1, 0):
         n, m = size[axis], nodes[axis]
         distance = np.arange(n)[:, None] - (n - 1) / 2 - (np.arange(m) - (m - 1) / 2) * step
@@ -235,9 +235,17 @@ def apply_matrix(x, matrix, axis):
     return result.view(*x.shape[:axis + 1], n_out, *x.shape[axis + 2:])
 
 
+def upload(tensor, device):
+    """A CPU tensor to the device, which is not waited for: out of memory that is not pinned, the copy would
+    begin only when all that is queued there is done."""
+    if torch.device(device).type == "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def _upload(array, x):
-    """A small numpy array as float32 on x's device, without waiting for the device."""
-    return torch.from_numpy(array).float().to(x.device, non_blocking=True)
+    """A small numpy array as float32 on x's device."""
+    return upload(torch.from_numpy(array).float(), x.device)
 
 
 def _clip(x, low, high):

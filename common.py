@@ -18,7 +18,6 @@ import re
 import reprlib
 import resource
 import signal
-import statistics
 import struct
 import subprocess
 import sys
@@ -43,6 +42,8 @@ class UserError(Exception):
 
 # What torch says when a loader process was killed, or found no room for what it hands over.
 LOST = ("DataLoader worker (pid", "shared memory(shm)", "shared memory object")
+# How torch, cuDNN, cuBLAS, NCCL and the C library spell that memory has run out.
+NO_MEMORY = ("out of memory", "can't allocate memory", "status_alloc_failed")
 
 
 def run(main, config_class):
@@ -56,12 +57,12 @@ def run(main, config_class):
         code = main(cfg) or 0
     except UserError as error:
         message, code = str(error), 2
-    except RuntimeError as error:
-        if "gloo/transport" in str(error):
-            message, code = "stopped: another process ended, see its own message", 1
-        elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if ran_out_of_memory(error):
             names = [field.name for field in dataclasses.fields(config_class) if field.name in MEMORY]
             message, code = f"out of memory; what helps, see --help: {', '.join(names)}", 1
+        elif "gloo/transport" in str(error) or isinstance(error, dist.DistBackendError):
+            message, code = "stopped: another process ended, see its own message", 1
         elif any(words in str(error) for words in LOST):
             message = "a loader process was lost, for want of memory or of /dev/shm (docker: --shm-size)?"
             message, code = f"{message} Try fewer --workers", 1
@@ -76,6 +77,13 @@ def run(main, config_class):
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
+
+
+def ran_out_of_memory(error):
+    """Is that what an exception says? torch's own class is not the only spelling."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error).lower() for words in NO_MEMORY)
 
 
 def parse_config(config_class, argv):
@@ -159,7 +167,8 @@ def _cast(value, kind, key, where):
                       f"{reprlib.repr(value)}")
     if isinstance(kind, types.UnionType):
         inner = next(k for k in typing.get_args(kind) if k is not types.NoneType)
-        return None if value in (None, "none", "None", "null") else _cast(value, inner, key, where)
+        nothing = (None, "none", "None", "null", *(["auto"] if inner is bool else []))
+        return None if value in nothing else _cast(value, inner, key, where)
     if typing.get_origin(kind) is tuple:
         parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
         return tuple(_cast(part, typing.get_args(kind)[0], key, where) for part in parts)
@@ -214,6 +223,10 @@ class Processes(typing.NamedTuple):
     device: torch.device
 
 
+# cuDNN tries its kernels on the first batch of each shape. A guess, until bench/gpu.py has measured it.
+CUDNN_BENCHMARK = True
+
+
 def pick_device(device):
     """auto, cpu or cuda -> torch.device; UserError if that is not to be had."""
     if device not in ("auto", "cpu", "cuda"):
@@ -221,6 +234,8 @@ def pick_device(device):
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but torch sees no GPU; use --device cpu")
     if device != "cpu" and torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = CUDNN_BENCHMARK
+        torch.backends.cudnn.allow_tf32 = False  # --precision fp32 is float32, in convolutions, too
         return torch.device("cuda")
     keep_freed_memory()
     return torch.device("cpu")
@@ -321,11 +336,45 @@ def check_same(message, *numbers):
 
 def distribute(model):
     """DistributedDataParallel. It warns of gradients whose strides are not their weights', even along an axis
-    of one, where channels-last convolutions set others: such gradients are viewed in the weights' here."""
+    of one, where channels-last convolutions set others: such gradients are viewed in the weights' here.
+
+    Buffers, which here are constants, do not travel. Gradients live in the buckets that travel: one copy
+    less."""
     for weight in model.parameters():
         if 1 in weight.shape:
             weight.register_hook(lambda grad: grad.flatten().view(grad.shape))
-    return DistributedDataParallel(model)
+    known = inspect.signature(DistributedDataParallel).parameters
+    new = "forward_sync_buffers" in known  # from torch 2.13 on
+    buffers = "forward_sync_buffers" if new else "broadcast_buffers"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{buffers: False})
+
+
+def choose_compile(wanted, row, device):
+    """Whether to compile: true or false as given. None, auto: on CUDA, but not SwinUNETR, as in Appendix A.
+
+    Not on a CPU: a compiled step is no quicker there, and the first one takes minutes (bench/RESULTS.md)."""
+    if wanted is not None:
+        return wanted
+    return device.type == "cuda" and row != "swinunetr"
+
+
+def say_compile(wanted, row, device):
+    """What choose_compile decided, for the header of a run."""
+    decided = "on" if choose_compile(wanted, row, device) else "off"
+    if wanted is not None:
+        return f"torch.compile {decided}"
+    why = "no quicker on a CPU" if device.type == "cpu" else "as in Appendix A"
+    return f"torch.compile {decided} (auto: {why}; --compile true or false)"
+
+
+def warn_of_cudnn(device, precision, contiguous):
+    """One line if torch does not use this cuDNN for 3-D convolutions in bf16 of contiguous volumes. Its own
+    kernels take 4 to 20 times as long, and up to 17 times the memory (pytorch 166122, 166643, 174051)."""
+    version = torch.backends.cudnn.version() or 0
+    if device.type == "cuda" and precision == "bf16" and contiguous and 90800 <= version < 91500:
+        name = f"{version // 10000}.{version // 100 % 100}"
+        print(f"warning: with cuDNN {name}, 3-D convolutions in bf16 take 4 to 20 times as long. Install "
+              "cuDNN 9.15 or later (torch 2.11 brings 9.19), or give --precision fp32", file=sys.stderr)
 
 
 def compile_or_warn(model, wanted, device):
@@ -342,33 +391,50 @@ def compile_or_warn(model, wanted, device):
             print(f"warning: torch.compile fails here, going on without it: {reason or 'on another process'}",
                   file=sys.stderr)
         return model
-    return torch.compile(model) if wanted else model
+    if not wanted:
+        return model
+    # On CUDA the layout of volumes is ours: the compiler's own, made for images, would undo it.
+    keep = {"options": {"layout_optimization": False}} if device.type == "cuda" else {}
+    return torch.compile(model, **keep)
+
+
+def synchronize(device):
+    """Wait for all that is queued on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def estimate(batches, workers, steps, device):
     """Hand a few batches to the training loop, then print what `steps` steps will cost: time, the share of it
     spent waiting for data, peak memory of training (not of evaluation).
 
-    The last ten are measured: the loader has read ahead for the first ones while they compiled."""
-    ticks, mark = [], time.perf_counter()
-    for batch in itertools.islice(batches, 12 + 2 * workers):
-        waited = time.perf_counter() - mark
+    The last ten are measured, as one block: a device that is never waited for runs behind the host. The
+    loader has read ahead for the first ones while they compiled."""
+    count, measured = 12 + 2 * workers, 10
+    waits, marks = [], [time.perf_counter()]
+    for batch in itertools.islice(batches, count):
+        waits.append(time.perf_counter() - marks[-1])
         yield batch
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        ticks.append((waited, time.perf_counter() - mark))
-        mark = time.perf_counter()
-    if not ticks or dist.get_rank():
+        if len(waits) == count - measured:
+            synchronize(device)
+        marks.append(time.perf_counter())
+    synchronize(device)
+    marks[-1] = time.perf_counter()
+    if not waits or dist.get_rank():
         return
-    waits, times = zip(*ticks[-10:], strict=True)
+
+    measured = min(measured, len(waits))
+    seconds = marks[-1] - marks[-1 - measured]
+    waiting = sum(waits[-measured:]) / seconds
+    step = seconds / measured
     if device.type == "cuda":
-        peak, memory = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+        # What the allocator holds is what must fit: more than what tensors use of it at once.
+        peak, memory = torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         memory /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    step = statistics.median(times)
-    print(f"step {step:.3g} s, {sum(waits) / sum(times):.0%} of it waiting for data; {steps} steps: "
+    print(f"step {step:.3g} s, {waiting:.0%} of it waiting for data; {steps} steps: "
           f"{steps * step / 3600:.2f} hours; peak memory of a process {peak / 2 ** 30:.2f} of "
           f"{memory / 2 ** 30:.1f} GiB: {'fits' if peak < 0.9 * memory else 'tight'}")
 

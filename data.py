@@ -293,6 +293,6 @@ def make_loader(dataset, stream, workers, device):
 
 def to_device(batch, device):
     """Crops to the device as stored (float16, half the bytes), labels likewise."""
-    crops = [crop.to(device, non_blocking=True) for crop in batch.crops]
-    labels = None if batch.labels is None else [label.to(device, non_blocking=True) for label in batch.labels]
+    crops = [augment.upload(crop, device) for crop in batch.crops]
+    labels = None if batch.labels is None else [augment.upload(label, device) for label in batch.labels]
     return crops, labels

@@ -50,8 +50,8 @@ class Config:
     amsgrad: bool = True  # Appendix A (the official code: False)
     eps: float = 1e-8  # AdamW; Appendix A
     oversample: float = 0.33  # share of patches that must hold foreground; the official code's
-    precision: str = "bf16"  # bf16 (autocast), fp32 or fp64; Appendix A: bf16-mixed
-    compile: bool | None = None  # torch.compile; by default, as in Appendix A, all but SwinUNETR
+    precision: str = "bf16"  # bf16 (autocast), fp32 (without TF32) or fp64; Appendix A: bf16-mixed
+    compile: bool | None = None  # torch.compile; default, auto: on CUDA, but for SwinUNETR (Appendix A)
     recompute: bool = False  # make activations again in the backward pass: less memory, longer steps
     overlap: float = 0.5  # of the sliding windows in evaluation
     save_every: int = 500  # steps between checkpoints
@@ -224,7 +224,8 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
                       len(cases))
     if step == cfg.steps:
         return model
-    train_model = common.compile_or_warn(common.distribute(model), cfg.compile, device)
+    compiled = common.choose_compile(cfg.compile, cfg.model, device)
+    train_model = common.compile_or_warn(common.distribute(model), compiled, device)
     losses, saved, unreadable = [], step, False
 
     def save(step):
@@ -408,7 +409,6 @@ def resolve(cfg, task, pretrained):
     return dataclasses.replace(
         cfg, model=model, out=cfg.out or f"runs/{name}-{model}-{origin}", networks=cfg.networks or networks,
         lr=cfg.lr or RATES.get(model, 1e-4), augment=automatic if cfg.augment == "auto" else cfg.augment,
-        compile=model != "swinunetr" if cfg.compile is None else cfg.compile,
         merge=cfg.merge or then.get("merge", "legacy"), features=cfg.features or then.get("features")), origin
 
 
@@ -510,7 +510,9 @@ def main(cfg):
         start = common.checksum(cfg.ckpt) if cfg.ckpt and not task.networks else None
         inputs = check_folds(cfg, assignment, {"ckpt": start, "cases": made_of})
         if processes.rank == 0:
-            print(f"{cfg.model}, augment {cfg.augment}, lr {cfg.lr}\n{common.versions()}")
+            print(f"{cfg.model}, augment {cfg.augment}, lr {cfg.lr}\n"
+                  f"{common.say_compile(cfg.compile, cfg.model, processes.device)}\n{common.versions()}")
+            common.warn_of_cudnn(processes.device, cfg.precision, models.contiguous_on_cuda(cfg.model))
 
         # What is left to do needs its files.
         finished = {f: os.path.join(cfg.out, f"fold_{f}", "dice.json") for f in range(len(folds))}

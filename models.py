@@ -7,12 +7,14 @@ Parameter names are the official ones, so that published checkpoints load withou
 
 import difflib
 import functools
+import itertools
 from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import UserError, load_checkpoint
 
@@ -38,17 +40,59 @@ ROWS = {
 }
 
 
-# ------------------------------------------------------------------------------------------ U-Net, B and XL
+# ------------------------------------------------------------------------- the forms of CPU and CUDA
+# Only a measurement on a GPU decides these three (bench/gpu.py). None was made yet: they are guesses.
+CHANNELS_LAST_ON_CUDA = True  # memory format of U-Nets and MedNeXt; False: contiguous
+SHIFTS_ON_CUDA = False  # MedNeXt's depthwise convolutions as 27 shifted products; False: cuDNN's
+SDPA = True  # SwinUNETR's attention as one kernel, on a CPU twice as quick; False: as matrix products
+
+
+def on_cpu(x):
+    """Is x computed in the CPU's form? Tests say False here, to run on a CPU what CUDA runs."""
+    return x.device.type == "cpu"
+
+
 def quick_format(x):
-    """x in the memory format in which a CPU convolves it fastest: channels-last, but for the coarse levels,
-    where the layout of the weights' gradient costs more than that gains."""
-    if x.device.type != "cpu" or x[0, 0].numel() <= 8 ** 3:
+    """x in the memory format in which its device convolves it fastest.
+
+    A CPU: channels-last, but for the coarse levels, where the layout of the weights' gradient costs more than
+    that gains. CUDA: as CHANNELS_LAST_ON_CUDA says."""
+    channels_last = x[0, 0].numel() > 8 ** 3 if on_cpu(x) else CHANNELS_LAST_ON_CUDA
+    if not channels_last:
         return x.contiguous()
     if x.shape[1] == 1:  # contiguous in both formats; what counts are the strides, which a copy sets
         return x.clone(memory_format=torch.channels_last_3d)
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
+def instance_norm(x, weight=None, bias=None, slope=None, eps=1e-5):
+    """Instance norm that keeps the memory format of x, (B, C, D, H, W), and a leaky ReLU of `slope` after it.
+
+    torch's own does not know channels-last. It also returns a view, and the gradient of an operation in place
+    on a view copies it three times: so the leaky ReLU is applied here, before there is a view."""
+    if x.is_contiguous():
+        # A channel of a sample is a channel of one long sample, on which batch norm is instance norm.
+        batch = len(x)
+        weights = (None, None) if weight is None else (weight.repeat(batch), bias.repeat(batch))
+        y = nn.functional.batch_norm(x.flatten(0, 1)[None], None, None, *weights, True, eps=eps)
+    elif on_cpu(x):
+        samples = x.split(1) if len(x) > 1 else [x]
+        parts = [nn.functional.batch_norm(one, None, None, weight, bias, True, eps=eps) for one in samples]
+        y = torch.cat(parts) if len(parts) > 1 else parts[0]
+    else:
+        # Written out: compiled, it is one reduction and one pass that takes the leaky ReLU along.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, (2, 3, 4), correction=0, keepdim=True)
+        y = (wide - mean) * (variance + eps).rsqrt()
+        if weight is not None:
+            y = y * weight.view(-1, 1, 1, 1) + bias.view(-1, 1, 1, 1)
+        y = y.to(x.dtype)
+    if slope is not None:
+        y = nn.functional.leaky_relu(y, slope, inplace=True)
+    return y.view_as(x)
+
+
+# ------------------------------------------------------------------------------------------ U-Net, B and XL
 class ConvNormAct(nn.Module):
     """Convolution 3^3, instance norm, leaky ReLU."""
 
@@ -58,20 +102,7 @@ class ConvNormAct(nn.Module):
         self.norm = nn.InstanceNorm3d(channels_out, affine=True)
 
     def forward(self, x):
-        return nn.functional.leaky_relu(self.normalise(self.conv(quick_format(x))), 0.01, inplace=True)
-
-    def normalise(self, x):
-        """Instance norm as batch norm, which it is for a single sample. torch's own returns a view, and the
-        gradient of an operation in place on a view copies it three times; nor does it know channels-last."""
-        weight, bias, eps, batch = self.norm.weight, self.norm.bias, self.norm.eps, len(x)
-        if x.is_contiguous():
-            samples = x.flatten(0, 1)[None]
-            y = nn.functional.batch_norm(samples, None, None, weight.repeat(batch), bias.repeat(batch), True,
-                                         eps=eps)
-            return y.view_as(x)
-        samples = x.split(1) if batch > 1 else [x]
-        parts = [nn.functional.batch_norm(one, None, None, weight, bias, True, eps=eps) for one in samples]
-        return torch.cat(parts) if batch > 1 else parts[0]
+        return instance_norm(self.conv(quick_format(x)), self.norm.weight, self.norm.bias, slope=0.01)
 
 
 def upsample(x, up):
@@ -192,6 +223,17 @@ def kernel_gradient(x, grad, b=8):
     return torch.stack(sums, 1).view(channels, 1, 3, 3, 3)
 
 
+def depthwise_shifts(x, weight, bias):
+    """3^3 depthwise convolution as a sum of 27 shifted products, which a compiler makes one kernel of."""
+    depth, height, width = x.shape[2:]
+    padded = nn.functional.pad(x, (1,) * 6)
+    y = bias.view(-1, 1, 1, 1)
+    for i, j, k in itertools.product(range(3), repeat=3):
+        part = padded[:, :, i:i + depth, j:j + height, k:k + width]
+        y = y + part * weight[:, :, i, j, k, None, None]
+    return y.to(x.dtype)
+
+
 class MedNeXtBlock(nn.Module):
     """Depthwise 3^3, group norm with a group a channel, 1^3 expansion, GELU, 1^3 compression; residual.
 
@@ -211,12 +253,15 @@ class MedNeXtBlock(nn.Module):
             self.res_conv = convolution(channels_in, channels_out, 1, stride)
 
     def forward(self, x):
-        y = self.branch_cpu(x) if x.device.type == "cpu" else self.branch(x)
+        y = self.branch_cpu(x) if on_cpu(x) else self.branch(x)
         y = y + (x if self.stride == 1 else self.res_conv(x))
         return nn.functional.pad(y, (1, 0, 1, 0, 1, 0)) if self.up else y
 
     def branch(self, x):
-        return self.conv3(nn.functional.gelu(self.conv2(self.norm(self.conv1(x)))))
+        shifts = SHIFTS_ON_CUDA and self.stride == 1
+        y = depthwise_shifts(x, self.conv1.weight, self.conv1.bias) if shifts else self.conv1(x)
+        y = instance_norm(y, self.norm.weight, self.norm.bias)  # which a group norm of one channel a group is
+        return self.conv3(nn.functional.gelu(self.conv2(y)))
 
     def branch_cpu(self, x):
         """The same in channels-last order, where a 1^3 convolution is a matrix product; the norm's scale goes
@@ -315,19 +360,36 @@ class WindowAttention(nn.Module):
     def forward(self, x, mask):
         windows, n, d = x.shape
         q, k, v = self.qkv(x).view(windows, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        # The n x n matrices are most of the memory: made again in the backward pass, not kept for it.
-        y = torch.utils.checkpoint.checkpoint(self.mix, q, k, v, mask, use_reentrant=False)
+        if SDPA and not on_cpu(x):
+            y = self.mix(q, k, v, mask)  # the kernel of CUDA never has the n x n matrices in memory
+        else:
+            # They are most of the memory: made again in the backward pass, not kept for it.
+            y = torch.utils.checkpoint.checkpoint(self.mix, q, k, v, mask, use_reentrant=False,
+                                                  preserve_rng_state=False)
         return self.proj(y.transpose(1, 2).reshape(windows, n, d))
 
     def mix(self, q, k, v, mask):
         """Softmax of scores, bias and mask, times v: (windows, heads, n, channels) -> the same."""
         n = q.shape[2]
-        scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
         # A window under 7^3 takes the corner of the 7^3 index, though its tokens lie otherwise: MONAI's way.
-        scores += self.relative_position_bias_table[self.relative_position_index[:n, :n]].permute(2, 0, 1)
+        bias = self.relative_position_bias_table[self.relative_position_index[:n, :n]].permute(2, 0, 1)[None]
         if mask is not None:
-            scores.unflatten(0, (-1, len(mask))).add_(mask[:, None])
-        return scores.softmax(-1).to(v.dtype) @ v
+            bias = bias + mask[:, None]
+        if SDPA:
+            return attend(q, k, v, bias.to(q.dtype))
+        scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
+        scores = scores.unflatten(0, (-1, len(bias))) + bias
+        return scores.softmax(-1).to(v.dtype).flatten(0, 1) @ v
+
+
+def attend(q, k, v, bias):
+    """torch's attention on (windows, heads, n, channels). bias, added to the scores: (1, heads, n, n), or one
+    for each window of a sample; then sample by sample, so that it is not repeated in memory."""
+    if len(bias) == 1:
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    samples = zip(*(part.split(len(bias)) for part in (q, k, v)), strict=True)
+    return torch.cat([nn.functional.scaled_dot_product_attention(*sample, attn_mask=bias)
+                      for sample in samples])
 
 
 class SwinBlock(nn.Module):
@@ -451,9 +513,9 @@ class ResidualBlock(nn.Module):
         self.conv3 = plain_conv(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     def forward(self, x):
-        y = nn.functional.leaky_relu(nn.functional.instance_norm(self.conv1(x)), 0.01, inplace=True)
-        y = nn.functional.instance_norm(self.conv2(y))
-        x = x if self.conv3 is None else nn.functional.instance_norm(self.conv3(x))
+        y = instance_norm(self.conv1(x), slope=0.01)
+        y = instance_norm(self.conv2(y))
+        x = x if self.conv3 is None else instance_norm(self.conv3(x))
         return nn.functional.leaky_relu(y + x, 0.01, inplace=True)
 
 
@@ -519,7 +581,7 @@ class SwinHeads(nn.Module):
         self.contrastive_head = nn.Linear(16 * f, 512)
         layers = []
         for a, b in ((16 * f, 8 * f), (8 * f, 4 * f), (4 * f, 2 * f), (2 * f, f), (f, f)):
-            layers += [nn.Conv3d(a, b, 3, padding=1), nn.InstanceNorm3d(b), nn.LeakyReLU(0.01, inplace=True),
+            layers += [nn.Conv3d(a, b, 3, padding=1), nn.InstanceNorm3d(b), nn.LeakyReLU(0.01),
                        nn.Upsample(scale_factor=2, mode="trilinear")]
         self.conv = nn.Sequential(*layers, nn.Conv3d(f, channels, 1))
 
@@ -610,6 +672,32 @@ def recompute(model):
         if isinstance(module, (Block, MedNeXtBlock, SwinBlock, ResidualBlock)):
             module.forward = functools.partial(torch.utils.checkpoint.checkpoint, module.forward,
                                                use_reentrant=False, preserve_rng_state=False)
+
+
+def contiguous_on_cuda(name):
+    """Does a row convolve contiguous volumes on CUDA?"""
+    return ROWS[name].family == "swin" or not CHANNELS_LAST_ON_CUDA
+
+
+class LargestTensor(TorchDispatchMode):
+    """While it is on, `elements` is the size of the largest tensor that any operation has made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        result = function(*arguments, **(settings or {}))
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@torch.no_grad()
+def largest_tensor(model, x):
+    """Elements of the largest tensor in a forward pass; on the device meta nothing is computed for it."""
+    with LargestTensor() as largest:
+        model(x)
+    return largest.elements
 
 
 def check_patch(model, size, device, precision):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import augment
 import common
 import data
 import models
@@ -61,6 +62,7 @@ def sliding_window(model, volume, patch_size, overlap=0.5, gaussian=False, batch
     official code sums the logits, so that the trilinear way back blends unequal counts; the mean is its clean
     equivalent."""
     weight = next(model.parameters())
+    volume = augment.upload(volume, weight.device)
     patch = (patch_size,) * 3 if isinstance(patch_size, int) else tuple(patch_size)
     shape = volume.shape[1:]
     before = [max(0, p - s) // 2 for p, s in zip(patch, shape, strict=True)]
@@ -73,12 +75,13 @@ def sliding_window(model, volume, patch_size, overlap=0.5, gaussian=False, batch
                for corner in itertools.product(*starts)]
     if skip_empty:
         windows = [window for window in windows if (volume[window] > 0).any()] or windows[:1]
-    lines = [axis_weights(p, gaussian).to(weight.device).view(-1, *[1] * (2 - axis))
+    lines = [augment.upload(axis_weights(p, gaussian), weight.device).view(-1, *[1] * (2 - axis))
              for axis, p in enumerate(patch)]
     logits = None
     for i in range(0, len(windows), batch):
         part = windows[i:i + batch]
-        outputs = model(torch.stack([volume[window] for window in part]).to(weight.device, weight.dtype))
+        # Each window by itself to the weights' type: autocast cannot stack float16 (torch 2.13).
+        outputs = model(torch.stack([volume[window].to(weight.dtype) for window in part]))
         if logits is None:
             logits = torch.zeros(outputs.shape[1], *size, device=weight.device)
         for window, output in zip(part, outputs.float(), strict=True):

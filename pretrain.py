@@ -49,12 +49,12 @@ class Config:
     weight_decay: float = 3e-5  # Appendix A (the official code: 0.01)
     amsgrad: bool = True  # Appendix A (the official code: False)
     eps: float = 1e-8  # AdamW; Appendix A
-    precision: str = "bf16"  # bf16 (autocast), fp32 or fp64; Appendix A: bf16-mixed
-    compile: bool = True  # torch.compile; Appendix A: yes, but for SwinUNETR
+    precision: str = "bf16"  # bf16 (autocast), fp32 (without TF32) or fp64; Appendix A: bf16-mixed
+    compile: bool | None = None  # torch.compile; default, auto: on CUDA, but for SwinUNETR (Appendix A)
     recompute: bool = False  # make activations again in the backward pass: less memory, longer steps
     val_fraction: float = 0.01  # share of subjects held out, at least one
     val_every: int | None = None  # steps between validations; by default once an epoch
-    save_every: int = 500  # steps between checkpoints
+    save_every: int = 2000  # steps between checkpoints, which all processes wait for; a signal saves, too
     log_every: int = 10  # steps between log lines
     preview: int | None = None  # steps between NIfTI files of held-out patches: input, reconstruction, target
     workers: int = 4  # loader processes for each training process
@@ -84,7 +84,7 @@ def random_mask(seeds, shape, token_size, ratio, device):
     for row, seed in zip(hidden, seeds, strict=True):
         order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
         row[order[:int(length * (1 - ratio))]] = False
-    hidden = hidden.view(-1, 1, *grid).to(device)
+    hidden = augment.upload(hidden.view(-1, 1, *grid), device)
     for axis in (2, 3, 4):
         hidden = hidden.repeat_interleave(token_size, axis)
     return hidden
@@ -160,7 +160,7 @@ def swin_view(target, seeds, share):
         j = int(rng.integers(len(cut)))
         for box in cut_boxes(rng, x.shape[1:], share) if j != i else ():
             x[(slice(None), *box)] = cut[(j, slice(None), *box)]
-    return rotated, cut, torch.tensor(turns, device=target.device)
+    return rotated, cut, augment.upload(torch.tensor(turns), target.device)
 
 
 def contrastive_loss(vectors, temperature=0.5):
@@ -275,12 +275,28 @@ OBJECTIVES = {"amaes": amaes, "swin": swin}
 
 
 # ---------------------------------------------------------------------------------------------------- the run
-def plan(cfg, n, processes):
-    """The arithmetic of a run, checked and printed: steps, warm-up steps, size of a micro-batch."""
+def most_samples(cfg, task):
+    """How many samples a forward pass may hold, so that none of its tensors has 2^31 elements or more: from
+    there on kernels count in 64 bits, or not at all."""
+    with torch.device("meta"):
+        model = models.build_model(cfg.model, task, decoder=cfg.decoder, skips=cfg.skips, merge=cfg.merge,
+                                   features=cfg.features)
+        patch = torch.empty(1, 1, *(cfg.patch_size,) * 3)
+    return (2 ** 31 - 1) // models.largest_tensor(model, patch)
+
+
+def plan(cfg, n, processes, most):
+    """The arithmetic of a run, checked and printed: steps, warm-up steps, size of a micro-batch.
+
+    most: samples that a micro-batch may have at most, where its size is not given. Not so for the objective
+    of [23], which another size would change."""
     if cfg.batch_size % processes.world:
         raise UserError(f"batch_size {cfg.batch_size} cannot be shared by {processes.world} processes evenly")
     local = cfg.batch_size // processes.world
-    micro = min(cfg.micro_batch or local, local)
+    micro, why = min(cfg.micro_batch or local, local), ""
+    if not cfg.micro_batch and cfg.objective == "amaes" and local > most:
+        micro = max(size for size in range(1, max(1, most) + 1) if local % size == 0)
+        why = f" (micro_batch {micro}, so that no tensor has 2^31 elements)"
     if local % micro:
         raise UserError(f"micro_batch {micro} does not divide the {local} samples of a process")
     if cfg.objective == "swin" and micro < 2:
@@ -290,8 +306,8 @@ def plan(cfg, n, processes):
     warmup = math.ceil(cfg.warmup_epochs * n / cfg.batch_size)
     if processes.rank == 0:
         print(f"{n} volumes, batch {cfg.batch_size} = {processes.world} processes x {local // micro} micro-"
-              f"batches x {micro}: {steps} steps ({steps * cfg.batch_size / n:.1f} epochs), {warmup} of them "
-              "warm-up" + (" (all: the rate never reaches its base)" if warmup >= steps else ""))
+              f"batches x {micro}{why}: {steps} steps ({steps * cfg.batch_size / n:.1f} epochs), {warmup} of "
+              "them warm-up" + (" (all: the rate never reaches its base)" if warmup >= steps else ""))
     return steps, warmup, micro
 
 
@@ -321,10 +337,10 @@ def main(cfg):
         check(cfg)
         objective = OBJECTIVES[cfg.objective]
         train, validation, held_out = open_data(cfg)
-        steps, warmup, micro = plan(cfg, len(train), processes)
+        task = {"amaes": "pretrain", "swin": "swin"}[cfg.objective]
+        steps, warmup, micro = plan(cfg, len(train), processes, most_samples(cfg, task))
         val_every = cfg.val_every or max(1, len(train) // cfg.batch_size)
         torch.manual_seed(cfg.seed)
-        task = {"amaes": "pretrain", "swin": "swin"}[cfg.objective]
         model = models.build_model(cfg.model, task, decoder=cfg.decoder, skips=cfg.skips, merge=cfg.merge,
                                    features=cfg.features).to(device, dtype)
         models.check_patch(model, cfg.patch_size, device, cfg.precision)
@@ -338,8 +354,10 @@ def main(cfg):
         if rank == 0:
             print_shared(train, validation)
             print(f"{cfg.model}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-                  f"{processes.world} x {device}, {cfg.precision}\n{common.versions()}\nrun folder {out}"
-                  + (f", continues at step {step}" if step else ""))
+                  f"{processes.world} x {device}, {cfg.precision}\n"
+                  f"{common.say_compile(cfg.compile, cfg.model, device)}\n{common.versions()}\n"
+                  f"run folder {out}" + (f", continues at step {step}" if step else ""))
+            common.warn_of_cudnn(device, cfg.precision, models.contiguous_on_cuda(cfg.model))
         if rank == 0 and not cfg.estimate:
             common.lock(out)
             common.write_text(f"{out}/config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
@@ -347,7 +365,9 @@ def main(cfg):
             common.cut_log(out, step)
     common.check_same(f"{out} or {cfg.data} differs between the nodes: share or copy them", step, len(train))
     ddp = common.distribute(model)
-    train_model = common.compile_or_warn(ddp, cfg.compile, device)  # `model` is saved and evaluated
+    # `model` is saved and evaluated, `train_model` takes the steps.
+    compiled = common.choose_compile(cfg.compile, cfg.model, device)
+    train_model = common.compile_or_warn(ddp, compiled, device)
     losses = []  # on their way to the host; read a step late, so that the device never waits
 
     def save(step):

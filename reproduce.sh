@@ -51,7 +51,7 @@ if [ "${SCALE:-paper}" = tiny ]; then
     export OMP_NUM_THREADS=1
     task() { echo "tasks/$1.yaml"; }
     tiny() {
-        echo --steps 2 --batch_size 2 --precision fp32 --compile false --workers 0 --device cpu "${@:2}"
+        echo --steps 2 --batch_size 2 --precision fp32 --workers 0 --device cpu "${@:2}"
         case $1 in
             swinunetr) echo --features 16 --patch_size 64 ;;
             *) echo --features 4 --patch_size 32 ;;

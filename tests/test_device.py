@@ -1,0 +1,373 @@
+"""What only a GPU runs, as far as a CPU can tell: waits, the forms of CUDA, pinned batches, graphs."""
+
+import collections
+import contextlib
+import copy
+import json
+import os
+import sys
+import threading
+import traceback
+import types
+from unittest import mock
+
+import pytest
+import torch
+from conftest import log_of
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data._utils import pin_memory
+
+import augment
+import common
+import data
+import finetune
+import models
+import pretrain
+
+META = torch.device("meta")
+HERE = os.path.dirname(os.path.abspath(common.__file__))
+TESTS = os.path.dirname(os.path.abspath(__file__))
+
+
+# ------------------------------------------------------------------------------ a step that waits for nothing
+class Waits(TorchDispatchMode):
+    """Notes what would make the host wait for a GPU, with the device meta in its place."""
+
+    READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2",
+             "aten::unique_dim", "aten::equal", "aten::is_nonzero"}
+
+    def __init__(self):
+        super().__init__()
+        self.found = collections.Counter()
+
+    def __enter__(self):
+        tensor = torch.tensor
+
+        def from_list(values, device=None, **settings):  # torch's own hides its copy from the mode
+            made = tensor(values, **settings)
+            return made if device is None else made.to(device)
+
+        self.patch = mock.patch.object(torch, "tensor", from_list)
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.stop()
+        return super().__exit__(*error)
+
+    def note(self, what):
+        own = ("note", "__torch_dispatch__", "from_list")
+        place = [frame for frame in traceback.extract_stack()
+                 if os.path.dirname(frame.filename) in (HERE, TESTS) and frame.name not in own][-1]
+        self.found[f"{os.path.basename(place.filename)}:{place.lineno}: {what}"] += 1
+
+    def __torch_dispatch__(self, function, kinds, arguments=(), settings=None):
+        settings = settings or {}
+        name, source = function._schema.name, arguments[0] if arguments else None
+        if name in self.READS and any(isinstance(a, torch.Tensor) and a.is_meta for a in arguments):
+            self.note(name)
+            if name == "aten::_local_scalar_dense":
+                return 0.0
+        if name != "aten::_to_copy":
+            return function(*arguments, **settings)
+
+        target = torch.device(settings.get("device") or source.device)
+        if source.device.type == target.type:
+            return function(*arguments, **settings)
+        if not settings.get("non_blocking"):
+            self.note(f"blocking copy {source.device.type}->{target.type}, {source.nbytes} bytes")
+        elif not source.is_meta and source.nbytes > 2 ** 16 and not getattr(source, "pinned", False):
+            self.note("upload above 64 KiB out of memory that is not pinned")
+        if source.is_meta:
+            return torch.zeros(source.shape, dtype=settings.get("dtype") or source.dtype)
+        return function(*arguments, **settings)
+
+
+def pinned(tensor):
+    tensor.pinned = True
+    return tensor
+
+
+@pytest.fixture
+def on_meta(monkeypatch):
+    """Stands in for what a GPU has and meta has not: pinned memory, generators, autocast."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(torch, "Generator", lambda *_: types.SimpleNamespace(manual_seed=lambda seed: None))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+
+
+def batches(side, classes, seeds=60, size=2):
+    """Batches as the loader hands them over: pinned. 60 draws apply every transform of Table 5."""
+    for seed in range(0, seeds, size):
+        draws = [augment.draw(seed + i, "all", side) for i in range(size)]
+        crops = [pinned(torch.zeros(1, *d.context, dtype=torch.float16)) for d in draws]
+        labels = [pinned(torch.zeros(*d.context, dtype=torch.uint8)) for d in draws] if classes else None
+        yield data.Batch(crops, labels, draws, [seed, seed + 1], ["x"] * size, "")
+
+
+@pytest.mark.parametrize(("objective", "row"), [("amaes", "unet_demo"), ("amaes", "mednext_m"),
+                                                ("swin", "swinunetr")])
+def test_a_step_of_pretraining_waits_for_nothing(on_meta, objective, row):
+    cfg = pretrain.Config(objective=objective, model=row)
+    with META:
+        model = models.build_model(row, {"amaes": "pretrain", "swin": "swin"}[objective], features=16)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    seeds = 60 if row == "unet_demo" else 4
+    with Waits() as waits:
+        for batch in batches(cfg.patch_size, 0, seeds):
+            loss, _ = pretrain.OBJECTIVES[objective](cfg, model, batch, META, torch.float32, False)
+            loss.backward()
+            common.to_host(0, batch.names, loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not waits.found
+
+
+def test_a_step_of_finetuning_waits_for_nothing(on_meta):
+    cfg = finetune.Config(task="wmh", lr=1e-4)
+    with META:
+        model = models.build_model("unet_demo", "segment", out_channels=4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Waits() as waits:
+        for step, batch in enumerate(batches(cfg.patch_size, 4)):
+            loss = finetune.take_step(cfg, model, optimizer, batch, step, META)
+            common.to_host(step, batch.names, loss)
+    assert not waits.found
+
+
+def test_what_would_wait_is_seen(on_meta):
+    """The check itself: each of the things that it looks for."""
+    x, large = torch.zeros(4, device=META), torch.zeros(2 ** 15)
+    with Waits() as waits:
+        float(x.sum())
+        torch.zeros(4).to(META)
+        torch.tensor([1, 2], device=META)
+        large.to(META, non_blocking=True)
+        x.cpu()
+        augment.upload(large.clone(), META)  # pinned: not noted
+    assert sorted(waits.found.values()) == [1, 1, 1, 1, 1]
+
+
+def test_upload_is_the_tensor():
+    x = torch.rand(3)
+    assert augment.upload(x, "cpu") is x and augment.upload(x, torch.device("cpu")) is x
+
+
+# ---------------------------------------------------------------------------- the forms of CUDA, run on a CPU
+CONTIGUOUS, SHIFTS, MATRICES = {"CHANNELS_LAST_ON_CUDA": False}, {"SHIFTS_ON_CUDA": True}, {"SDPA": False}
+NOTHING = {}  # the switches as they are
+
+
+def passes(model, x, *more):
+    """{name: tensor}, the output and the gradients of a loss that is no mean; the names in its graph."""
+    model.zero_grad()
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = model(x, *more)
+    nodes, found = [y.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            nodes += [parent for parent, _ in node.next_functions]
+    weights = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    (y * weights).sum().backward()
+    # A bias before an instance norm has no effect: its gradient is 0, and what is found are rounding errors.
+    tensors = {"output": y.detach(), "input": x.grad} | {
+        name: weight.grad.clone() for name, weight in model.named_parameters()
+        if not name.endswith(("conv.bias", "conv1.bias")) or "out" in name}
+    return tensors, {node.name() for node in found}
+
+
+def as_on_cuda(monkeypatch, switches):
+    monkeypatch.setattr(models, "on_cpu", lambda x: False)
+    for name, value in switches.items():
+        monkeypatch.setattr(models, name, value)
+
+
+def apart(a, b, floor=1e-30):
+    """Norm of the difference over that of b."""
+    return float((a.double() - b).norm() / b.double().norm().clamp(min=floor))
+
+
+@pytest.mark.parametrize("switches", [NOTHING, CONTIGUOUS, SHIFTS, MATRICES])
+@pytest.mark.parametrize("kind", ["unet", "mednext", "mednext down", "mednext up", "swin", "attention"])
+def test_a_block_in_the_form_of_cuda_is_the_cpus(monkeypatch, kind, switches):
+    torch.manual_seed(0)
+    block = {"unet": lambda: models.Block(8, 12), "mednext": lambda: models.MedNeXtBlock(8, 8, 3),
+             "mednext down": lambda: models.MedNeXtBlock(8, 16, 3, stride=2),
+             "mednext up": lambda: models.MedNeXtBlock(8, 4, 3, stride=2, up=True),
+             "swin": lambda: models.ResidualBlock(8, 12),
+             "attention": lambda: models.SwinBlock(32, 2, shifted=True)}[kind]()
+    x = torch.rand(2, 8, 12, 13, 10).contiguous(memory_format=torch.channels_last_3d)
+    x = torch.randn(2, 8, 9, 14, 32) if kind == "attention" else x
+    cpu, _ = passes(copy.deepcopy(block).double(), x.double())
+    as_on_cuda(monkeypatch, switches)
+    cuda, nodes = passes(block, x)
+    assert not [node for node in nodes if "CopySlices" in node]
+    worst = max(cuda, key=lambda name: apart(cuda[name], cpu[name]))
+    assert apart(cuda[worst], cpu[worst]) < 1e-5, worst
+
+
+@pytest.mark.parametrize(("row", "task", "switches"), [
+    ("unet_demo", "pretrain", NOTHING), ("unet_demo", "pretrain", CONTIGUOUS), ("unet_b", "segment", NOTHING),
+    ("unet_b", "segment", CONTIGUOUS), ("mednext_m", "pretrain", NOTHING), ("mednext_m", "pretrain", SHIFTS),
+    ("mednext_m", "pretrain", CONTIGUOUS), ("mednext_l_mednextdec", "segment", NOTHING),
+    ("swinunetr", "segment", NOTHING), ("swinunetr", "pretrain", MATRICES)])
+def test_a_network_in_the_form_of_cuda_is_the_cpus(monkeypatch, row, task, switches):
+    """Float32 in the form of CUDA against float64 in the CPU's. Rounding grows in gradients through norms
+    over few voxels, to 1e-2 in either form."""
+    torch.manual_seed(0)
+    model = models.build_model(row, task, features=16 if row == "swinunetr" else 4)
+    x = torch.rand(2, 1, *([64, 32, 32] if row == "swinunetr" else [32, 32, 48]))  # two: oneDNN's kernels
+    cpu, _ = passes(copy.deepcopy(model).double(), x.double())
+    as_on_cuda(monkeypatch, switches)
+    cuda, nodes = passes(model, x)
+    assert not [node for node in nodes if "CopySlices" in node]
+    assert apart(cuda["output"], cpu["output"]) < 1e-5
+    scale = max(tensor.norm() for name, tensor in cpu.items() if name != "output")
+    far = {name: apart(cuda[name], cpu[name], floor=1e-6 * scale) for name in cuda}
+    assert max(far.values()) < 3e-2, max(far, key=far.get)
+
+
+# --------------------------------------------------------------------------------------------- pinned batches
+def test_a_pinned_batch_is_the_batch(monkeypatch):
+    """torch's own code, which only a GPU enters, takes our tuples apart and makes them again."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor.clone())
+    for batch in batches(16, 2, seeds=20):
+        found = pin_memory.pin_memory(batch, "cpu")
+        assert type(found) is data.Batch and found.draws == batch.draws
+        assert all(type(draw) is augment.Draw for draw in found.draws)
+        assert found[3:] == batch[3:], "seeds, names, fault"
+        for name in ("crops", "labels"):
+            pairs = zip(getattr(found, name), getattr(batch, name), strict=True)
+            assert all(a is not b and torch.equal(a, b) for a, b in pairs)
+        images = [augment.spatial(b.crops, b.labels, b.draws) for b in (found, batch)]
+        assert torch.equal(images[0][0], images[1][0]) and torch.equal(images[0][1], images[1][1])
+
+
+def test_a_pinned_batch_of_an_older_torch(monkeypatch):
+    """Older ones make lists of the tuples inside a Draw."""
+    for batch in batches(16, 0, seeds=40):
+        lists = [d._replace(**{key: list(value) for key, value in d._asdict().items()
+                               if type(value) is tuple}) for d in batch.draws]
+        crops = [torch.rand(crop.shape) for crop in batch.crops]
+        images = [augment.intensity(augment.spatial(crops, None, draws)[0], draws)
+                  for draws in (lists, batch.draws)]
+        assert torch.equal(*images)
+
+
+# ------------------------------------------------------------------------------------------ graphs
+@pytest.fixture
+def aot(monkeypatch):
+    """torch.compile by aot_eager, counted, as on CUDA: with its options, and DDPOptimizer on."""
+    compiled = CompileCounterWithBackend("aot_eager")
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend=compiled))
+    monkeypatch.setattr(common, "catch_signals", threading.Event)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch._dynamo.config.optimize_ddp, "the default, that users have"
+        yield compiled
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("row", "more"), [
+    ("unet_demo", {}), ("unet_demo", {"recompute": True}), ("swinunetr", {}),
+    pytest.param("mednext_m", {"recompute": True}, marks=pytest.mark.soak)])
+def test_no_recompiles_over_a_run(prepared, tmp_path, aot, row, more):
+    """Over steps, gradient accumulation and validation."""
+    swin = row == "swinunetr"
+    pretrain.main(pretrain.Config(
+        data=str(prepared), out=str(tmp_path), model=row, features=16 if swin else 4, compile=True, steps=3,
+        patch_size=64 if swin else 48, precision="fp32" if swin else "bf16", batch_size=2, micro_batch=1,
+        val_every=2, val_fraction=0.2, log_every=1, workers=0, **more))
+    assert len(log_of(tmp_path)) == 3 and aot.frame_count >= 2, "the probe, and the model"
+
+
+def test_no_recompiles_over_six_folds(prepared, tmp_path, aot):
+    task = {"data": str(prepared), "sequences": ["FLAIR"], "classes": ["background", "lesion"],
+            "labels": {0: 0, 1: 1}, "n_train": 2, "folds": 6}
+    (tmp_path / "task.yaml").write_text(json.dumps(task))
+    cfg = finetune.Config(task=str(tmp_path / "task.yaml"), model="unet_demo", features=4, compile=True,
+                          steps=2, patch_size=48, batch_size=2, workers=0, out=str(tmp_path / "run"))
+    finetune.main(cfg)
+    assert len(json.loads((tmp_path / "run" / "dice.json").read_text())["folds"]) == 6
+
+
+# ------------------------------------------------------------------------------------ small things
+def test_compile_is_for_cuda():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [common.choose_compile(None, "unet_xl", d) for d in (cpu, cuda)] == [False, True]
+    assert not common.choose_compile(None, "swinunetr", cuda)
+    for wanted in (True, False):  # an explicit value wins
+        assert [common.choose_compile(wanted, row, d) for row in ("unet_b", "swinunetr")
+                for d in (cpu, cuda)] == [wanted] * 4
+    for words in ([], ["--compile", "auto"], ["--compile", "none"]):
+        assert common.parse_config(pretrain.Config, words).compile is None
+    assert "off (auto: no quicker on a CPU" in common.say_compile(None, "unet_b", cpu)
+
+
+def test_the_compiler_leaves_the_layout_on_cuda(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda model, **settings: seen.append(settings) or model)
+    monkeypatch.setattr(common, "agree", lambda *flags: [bool(flag) for flag in flags])
+    monkeypatch.setattr(torch, "ones", lambda n, device: torch.zeros(n))
+    for kind in ("cpu", "cuda"):
+        common.compile_or_warn(torch.nn.Identity(), True, torch.device(kind))
+    assert seen[1] == {} and seen[3] == {"options": {"layout_optimization": False}}
+
+
+@pytest.mark.parametrize(("version", "precision", "contiguous", "warned"), [
+    (90800, "bf16", True, True), (91400, "bf16", True, True), (91500, "bf16", True, False),
+    (90701, "bf16", True, False), (91002, "fp32", True, False), (91002, "bf16", False, False)])
+def test_a_slow_cudnn_is_named(monkeypatch, capsys, version, precision, contiguous, warned):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    common.warn_of_cudnn(torch.device("cuda"), precision, contiguous)
+    common.warn_of_cudnn(torch.device("cpu"), precision, contiguous)
+    assert capsys.readouterr().err.count("Install cuDNN 9.15 or later") == warned
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
+    RuntimeError("CUDA error: out of memory"), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    torch.distributed.DistBackendError("NCCL error: unhandled cuda error: Cuda failure 2 'out of memory'")])
+def test_memory_that_runs_out_ends_in_one_line(monkeypatch, capsys, error):
+    def fail(cfg):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    with pytest.raises(SystemExit) as end:
+        common.run(fail, pretrain.Config)
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.count("\n") == 1
+    assert said.startswith("error: out of memory; what helps")
+
+
+def test_a_lost_peer_is_no_traceback(monkeypatch, capsys):
+    def fail(cfg):
+        raise torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0")
+
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    with pytest.raises(SystemExit) as end:
+        common.run(fail, pretrain.Config)
+    assert end.value.code == 1 and capsys.readouterr().err.startswith("error: stopped: another process ended")
+
+
+@pytest.mark.parametrize(("settings", "micro"), [
+    ({"model": "unet_xl"}, 8), ({"model": "unet_xl", "skips": True}, 4), ({"model": "unet_b"}, 16),
+    ({"model": "unet_xl", "micro_batch": 16}, 16), ({"model": "unet_xl", "patch_size": 96}, 16),
+    ({"model": "mednext_l"}, 8), ({"model": "swinunetr", "batch_size": 8}, 4)])
+def test_no_tensor_has_2_to_the_31_elements(capsys, settings, micro):
+    """16 samples of U-Net XL at 128^3 are 2^31 elements exactly."""
+    cfg = pretrain.Config(**settings)
+    processes = common.Processes(0, 1, torch.device("cpu"))
+    most = pretrain.most_samples(cfg, "pretrain")
+    assert pretrain.plan(cfg, 1000, processes, most)[2] == micro
+    capped = micro < cfg.batch_size and not cfg.micro_batch
+    said = f"x {micro} (micro_batch {micro}, so that no tensor has 2^31 elements)"
+    assert (said in capsys.readouterr().out) == capped

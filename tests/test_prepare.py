@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,7 @@ import scipy.ndimage
 import torch
 from conftest import ROOT, mistake, script
 from skimage.transform import resize
+from tqdm import tqdm
 
 import data
 import finetune
@@ -638,6 +640,7 @@ def fork(work):
     if child := os.fork():
         return child
     os.setsid()
+    tqdm.set_lock(threading.RLock())  # else a killed child may keep the lock that this process shares
     status = 1
     try:
         with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):

@@ -290,17 +290,16 @@ def read_voxels(nifti):
 
 # ------------------------------------------------------------------------- preprocessing, section 2
 def clamp(voxels):
-    """Negative values become 0, since MR magnitudes are not negative -> (voxels, how many there
-    were).
+    """Negative values become 0, since MR magnitudes are not negative -> (voxels, how many there were).
 
-    Raises Rejected for a scan that was normalised before. Ringing, interpolation and noise of the
-    air leave negative values that add up to less than a third of what the positive ones do; after a
-    z-normalisation both sums are the same. Half is the border. Their number would not tell: air is
-    most of a scan."""
+    Raises Rejected for a scan that was normalised before. After a z-normalisation the negative values
+    add up to as much as the positive ones. What ringing and interpolation leave adds up to less than a
+    thousandth of them; an offset that takes all air under 0, to a third. The border is half. The number
+    of negative voxels would not tell, since most of a scan is air."""
     below = voxels < 0
     count = int(np.count_nonzero(below))
     clamped = np.maximum(voxels, 0)
-    if count and -voxels[below].sum(dtype=np.float64) > 0.5 * clamped.sum(dtype=np.float64):
+    if count and -2 * voxels[below].sum(dtype=np.float64) > clamped.sum(dtype=np.float64):
         share = 100 * count / np.count_nonzero(voxels)
         raise Rejected(f"{share:.0f} % of the voxels that are not 0 are negative: is it normalised "
                        "already? Give the scan as the scanner wrote it")

@@ -113,6 +113,27 @@ def one_line(error, path):
     return " ".join(text.replace(path, "it").split())
 
 
+# What stands where a scan was expected, by a mark in its first bytes.
+STRANGERS = {b"dicm": "DICOM: run dcm2niix first", b"<html": "a web page: the download needs a login",
+             b"<!doctype html": "a web page: the download needs a login",
+             b"https://git-lfs": "a git-lfs pointer: run git lfs pull"}
+
+
+def load_other(path):
+    """A pair of .hdr and .img, or what else nibabel reads by its name. Raises Rejected."""
+    with open(path, "rb") as file:
+        start = file.read(512).lower()
+    for mark, what in STRANGERS.items():
+        if mark in start:
+            raise Rejected(f"unreadable ({what})")
+
+    try:
+        return nib.load(path)
+    except (nib.filebasedimages.ImageFileError, TypeError):  # TypeError: shorter than a header
+        what = "no scan by its first bytes" if start else "an empty file"
+        raise Rejected(f"unreadable ({what})") from None
+
+
 def first_bytes(file):
     """Of an open file -> (is it packed by gzip?, nibabel's class for what is inside, or None)."""
     start = file.read(4096)
@@ -131,7 +152,7 @@ def read_header(path, channel=None):
     with naming(path), open(path, "rb") as file:
         packed, kind = first_bytes(file)
         if kind is None:
-            image = nib.load(path)
+            image = load_other(path)
         elif packed:
             image = kind.from_stream(gzip.GzipFile(fileobj=file))
         else:
@@ -151,7 +172,9 @@ def load_scan(path, channel=None):
         state = os.fstat(file.fileno())
         packed, kind = first_bytes(file)
         digest = None
-        if kind is None or not packed and path.lower().endswith((".nii", ".mgh")):
+        if kind is None:
+            image, notes = checked(load_other(path), channel)
+        elif not packed and path.lower().endswith((".nii", ".mgh")):  # read from the disk as needed
             image, notes = checked(nib.load(path), channel)
         else:
             content = file.read()
@@ -1026,7 +1049,7 @@ def nothing_of(found, skipped):
     hint = "see the reasons above"
     if skipped.total() == found:
         hint = "no name is as --source expects it: --dry-run says of each file why"
-    print(f"error: {found} files found, and nothing prepared: {hint}", file=sys.stderr)
+    print(f"error: nothing prepared of {found} found: {hint}", file=sys.stderr)
     return 1
 
 

@@ -378,6 +378,25 @@ def test_an_interrupt_is_no_fault_of_a_scan(error, tmp_path, monkeypatch):
         one_scan(tmp_path, head(size=24)[0])
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (bytes(128) + b"DICM" + bytes(500), "DICOM: run dcm2niix first"),
+        (b"<!DOCTYPE html><html>", "a web page: the download needs a login"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer: run git lfs pull"),
+        (b"", "an empty file"),
+        (b"no image", "no scan by its first bytes"),
+        (gzip.compress(b"no image"), "no scan by its first bytes"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".mgz"])
+def test_what_is_no_scan_is_called_by_its_name(content, said, ending, tmp_path, capsys):
+    (tmp_path / f"scan{ending}").write_bytes(content)
+    table = write_manifest(tmp_path, [(f"scan{ending}", "a", "FLAIR", "")])
+    assert prepare("manifest", table, tmp_path / "out") == 1
+    assert f"rejected scan{ending}: unreadable ({said})" in capsys.readouterr().out
+
+
 def test_messages_name_a_file_once(tmp_path, capsys):
     image, label = head(size=24)
     names = {

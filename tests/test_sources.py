@@ -295,7 +295,7 @@ def test_nothing_prepared_is_an_error(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "3 found = 0 prepared + 3 skipped" in captured.out
     assert captured.err.splitlines()[-1].startswith(
-        "error: 3 files found, and nothing prepared: no name is as"
+        "error: nothing prepared of 3 found: no name is as"
     )
     assert prepare("bids", tmp_path / "raw", tmp_path / "out", dry_run=True) == 1
 

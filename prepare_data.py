@@ -129,7 +129,7 @@ def load_other(path):
 
     try:
         return nib.load(path)
-    except (nib.filebasedimages.ImageFileError, TypeError):  # TypeError: shorter than a header
+    except (nib.filebasedimages.ImageFileError, gzip.BadGzipFile, TypeError):
         what = "no scan by its first bytes" if start else "an empty file"
         raise Rejected(f"unreadable ({what})") from None
 
@@ -554,10 +554,13 @@ def prepare_session(source, name, root, out, scans):
     scans = settle_labels(root, scans)
     before = [recorded(root, f"{out}/geometry/{stem_of(name, scan)}.json", scan) for scan in scans]
 
+    # A box that is shared is found again if one of its scans is new, or was left behind by a kill.
     boxes = {}
-    for scan, geometry in zip(scans, before, strict=True):
-        if scan.label and not geometry and scan.label not in boxes:
-            boxes[scan.label] = shared_box(root, [s for s in scans if s.label == scan.label])
+    for label in {scan.label for scan in scans if scan.label}:
+        sharing = [(s, g) for s, g in zip(scans, before, strict=True) if s.label == label]
+        known = {json.dumps(geometry and geometry["box"]) for _, geometry in sharing}
+        if "null" in known or len(known) > 1:
+            boxes[label] = shared_box(root, [scan for scan, _ in sharing])
 
     done, rejected, labels = [], [], {}
     rule = source in sources.SOURCES and sources.SOURCES[source].rule
@@ -567,6 +570,7 @@ def prepare_session(source, name, root, out, scans):
             with naming(path):
                 if scan.fault:
                     raise Rejected(scan.fault)
+
                 # A mended scan may change its neighbours' box.
                 box = boxes.get(scan.label)
                 if not geometry or box and box != tuple(map(tuple, geometry["box"])):
@@ -575,6 +579,7 @@ def prepare_session(source, name, root, out, scans):
                     label = labels.get(scan.label)
                     image = load_scan(path, scan.channel)
                     geometry = prepare_volume(root, out, name, scan, image, box, rule, label)
+
                 done.append((geometry["row"], findings_of(scan, geometry["record"])))
         except Rejected as error:
             reason = error.reason if error.path == path else f"{scan.label}: {error.reason}"
@@ -586,7 +591,7 @@ def settle_labels(root, scans):
     """A session's label map belongs to the volumes on its grid (DWI and ADC of ISLES22, not its
     FLAIR); to all if it is on none's, so that they are rejected by name. Two scans of one sequence
     cannot share it."""
-    scans = [scan._replace(fault=scan.fault) for scan in scans]
+    scans = list(scans)
     for label in sorted({scan.label for scan in scans if scan.label}):
         sharing = [scan for scan in scans if scan.label == label]
         if len(sharing) < 2:
@@ -653,6 +658,10 @@ def prepare_volume(root, out, name, scan, image, box, rule, label=None):
     if rule and geometry["clamped"]:
         raise Rejected(f"{geometry['clamped']} negative voxels, by the official code's rule for this "
                        "source", damage=False)
+
+    # What was prepared of older files does not count from here on.
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{out}/geometry/{stem}.json")
 
     record = {"scan": file_of(scan.path, image), "label": None, "elsewhere": scan.elsewhere,
               "clamped": geometry["clamped"], "nan": geometry["nan"], "notes": image.extra["notes"]}
@@ -1063,6 +1072,7 @@ def claim(out, name, folder):
         if before != folder:
             raise UserError(f"{out} holds {name} of {before}: give this one another --name, or, if that "
                             f"folder was only moved, delete {path}")
+        return
     common.write_text(path, folder)
 
 

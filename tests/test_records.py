@@ -145,3 +145,16 @@ def test_the_index_of_45000_volumes_is_read_in_a_second(tmp_path):
     began = time.process_time()
     assert data.read_index(str(tmp_path)) == rows
     assert time.process_time() - began < 1
+
+
+def test_channels_that_a_kill_left_with_two_boxes_are_made_alike(tmp_path):
+    session_of_two(tmp_path / "raw")
+    prepare("bids", tmp_path / "raw", tmp_path / "out")
+    paths = sorted((tmp_path / "out").rglob("geometry/*/*.json"))
+    whole = [path.read_text() for path in paths]
+    for victim in (0, 1):
+        geometry = json.loads(whole[victim])
+        geometry["box"][0][1] -= 3
+        paths[victim].write_text(json.dumps(geometry))
+        prepare("bids", tmp_path / "raw", tmp_path / "out")
+        assert [path.read_text() for path in paths] == whole

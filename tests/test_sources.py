@@ -242,6 +242,28 @@ def test_labels_that_nothing_tells_apart_are_an_error_that_names_them(
     )
 
 
+@pytest.mark.parametrize("missing", [None, "run-1_T1w"])
+def test_the_channels_of_a_case_are_of_one_run(missing, tmp_path):
+    """Their volumes lie in the order of a hash; each run has its own label map."""
+    for subject in range(4):
+        files = {}
+        for run in (1, 2):
+            name = f"sub-{subject}/anat/sub-{subject}_run-{run}"
+            image, label = head(size=24, seed=10 * subject + run)
+            files |= {f"{name}_FLAIR": image, f"{name}_lesion": label}
+            files[f"{name}_T1w"] = image_of(array_of(image) + np.int16(1), image.affine)
+        files.pop(f"sub-{subject}/anat/sub-{subject}_{missing}", None)
+        save(tmp_path / "raw", {f"{path}.nii.gz": image for path, image in files.items()})
+    assert prepare("bids", tmp_path / "raw", tmp_path / "out") == 0
+    cases = data.labelled_cases(str(tmp_path / "out"), None, ["FLAIR", "T1"])
+    assert len(cases) == 4
+    for case in cases:
+        flair, t1 = case.volumes
+        assert flair.label_sha256 == t1.label_sha256 and flair.shape == t1.shape
+        if missing:
+            assert "run-2" in record_of(tmp_path / "out", flair)["scan"]["path"]
+
+
 def test_a_manifest_cannot_give_one_label_to_two_scans_of_a_sequence(tmp_path, capsys):
     image, label = head(size=24)
     save(tmp_path, {"a.nii.gz": image, "b.nii.gz": image, "c.nii.gz": image, "l.nii.gz": label})

@@ -113,22 +113,43 @@ def pretraining_cases(folder):
 
 
 def labelled_cases(folder, source, sequences):
-    """Subjects' sessions that have a label and every one of `sequences`, the channels, in that order; not
-    those whose split is pretrain, which the paper sets aside (63 of ISLES22)."""
+    """Subjects' sessions that have a label and every one of `sequences`, the channels, in that order;
+    not those whose split is pretrain, which the paper sets aside (63 of ISLES22)."""
     sessions = {}
-    for v in sorted(read_index(folder), key=lambda v: not v.label):  # of two runs the one with the label
-        if source in (None, v.source) and v.split != "pretrain":
-            sessions.setdefault((v.source, v.subject, v.session), {}).setdefault(v.sequence, v)
+    for volume in read_index(folder):
+        if volume.label and source in (None, volume.source) and volume.split != "pretrain":
+            session = sessions.setdefault((volume.source, volume.subject, volume.session), {})
+            session.setdefault(volume.sequence, []).append(volume)
+
     cases = []
     for (origin, subject, session), found in sorted(sessions.items()):
-        if all(s in found and found[s].label for s in sequences):
-            channels = tuple(found[s] for s in sequences)
+        if all(sequence in found for sequence in sequences):
+            channels = choose_channels([found[sequence] for sequence in sequences])
             cases.append(Case("_".join(p for p in (subject, session) if p), f"{origin}/{subject}",
                               tuple(os.path.join(folder, v.path) for v in channels),
                               os.path.join(folder, channels[0].label), channels))
+
     if twice := [name for name, n in Counter(case.name for case in cases).items() if n > 1]:
-        raise UserError(f"{folder} has {twice[0]} in several sources: name one in the task, as `source`")
+        raise UserError(f"{folder} has {twice[0]} in several sources: name one in the task, as "
+                        "`source`")
     return cases
+
+
+def choose_channels(candidates):
+    """One volume a sequence, of lists of labelled ones. A sequence may have several runs, each with a
+    label map of its own: the first whose label map most channels share, so that runs do not mix."""
+    best, most = None, 0
+    for first in candidates[0]:
+        channels = []
+        for volumes in candidates:
+            same = [v for v in volumes if v.label_sha256 == first.label_sha256]
+            channels.append((same or volumes)[0])
+        channels[0] = first
+
+        shared = sum(v.label_sha256 == first.label_sha256 for v in channels)
+        if shared > most:
+            best, most = tuple(channels), shared
+    return best
 
 
 def class_table(labels, ignore=()):

@@ -35,17 +35,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from nibabel.freesurfer.mghformat import MGHHeader
 from tqdm import tqdm
 
 import augment
 import common
 import data
+import sources
 from common import UserError
+from sources import note, readable, say
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    source: str | None = None  # layout of the input: a row of SOURCES, or manifest
+    source: str | None = None  # layout of the input: a row of sources.SOURCES, or manifest
     input: str | None = None  # folder with the raw scans, or the manifest's csv file
     out: str = "datasets/brains45k"  # prepared folder; several sources may share one
     name: str | None = None  # what the index calls it, for several inputs of one source; default: the source
@@ -56,9 +59,11 @@ class Config:
 
 
 class Rejected(UserError):
-    """A scan that cannot be used. damage: it is broken; otherwise a rule of the paper's code keeps it out.
+    """A scan that cannot be used. damage: it is broken; otherwise a rule of the paper's code keeps
+    it out.
 
-    path: the file, with which the message begins. A list that names the file already shows the `reason`."""
+    path: the file, with which the message begins. A list that names the file already shows the
+    `reason`."""
 
     def __init__(self, reason, damage=True, path=""):
         super().__init__(f"{path}: {reason}" if path else reason)
@@ -67,12 +72,13 @@ class Rejected(UserError):
         self.path = path
 
 
-# ------------------------------------------------------------------------------------------- reading a scan
+# ----------------------------------------------------------------------------------- reading a scan
 # What nibabel, gzip and numpy raise on files that are cut, overwritten or no NIfTI.
 DAMAGE = (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, OSError, EOFError,
           ValueError, TypeError, OverflowError, MemoryError, zlib.error)
 
-# A format by its first bytes: where they stand, what they are. A pair of .hdr and .img is left to nibabel.
+# A format by its first bytes: where they stand, what they are. A pair of .hdr and .img is left to
+# nibabel.
 SIGNATURES = ((344, b"n+1", nib.Nifti1Image), (4, b"n+2", nib.Nifti2Image),
               (0, b"\0\0\0\1", nib.MGHImage))
 GZIP = b"\x1f\x8b"
@@ -80,7 +86,8 @@ GZIP = b"\x1f\x8b"
 
 @contextlib.contextmanager
 def naming(path):
-    """Whatever goes wrong with one scan inside is Rejected, and the message names its file, once."""
+    """Whatever goes wrong with one scan inside is Rejected, and the message names its file,
+    once."""
     try:
         yield
     except Rejected as error:
@@ -91,19 +98,40 @@ def naming(path):
         raise Rejected("no such file", path=path) from None
     except DAMAGE as error:
         raise Rejected(f"unreadable ({one_line(error, path)})", path=path) from None
-    # One scan of 45,000 must not end a night's work, whatever a reader raises that was never seen before.
-    # Nothing is hidden: the scan is rejected by name, with the type and the message.
+    # One scan of 45,000 must not end a night's work, whatever a reader raises that was never seen
+    # before. Nothing is hidden: the scan is rejected by name, with the type and the message.
     except Exception as error:
         raise Rejected(f"{type(error).__name__}: {one_line(error, path)}", path=path) from error
 
 
 def one_line(error, path):
-    """The message of an exception in one line, without the path; with its type where the message does not
-    stand alone."""
+    """The message of an exception in one line, without the path; with its type where the message
+    does not stand alone."""
     text = getattr(error, "strerror", None) or str(error)
     if not text or isinstance(error, (ValueError, TypeError, ArithmeticError, MemoryError)):
         text = f"{type(error).__name__}: {text}"
     return " ".join(text.replace(path, "it").split())
+
+
+# What stands where a scan was expected, by a mark in its first bytes.
+STRANGERS = {b"dicm": "DICOM: run dcm2niix first", b"<html": "a web page: the download needs a login",
+             b"<!doctype html": "a web page: the download needs a login",
+             b"https://git-lfs": "a git-lfs pointer: run git lfs pull"}
+
+
+def load_other(path):
+    """A pair of .hdr and .img, or what else nibabel reads by its name. Raises Rejected."""
+    with open(path, "rb") as file:
+        start = file.read(512).lower()
+    for mark, what in STRANGERS.items():
+        if mark in start:
+            raise Rejected(f"unreadable ({what})")
+
+    try:
+        return nib.load(path)
+    except (nib.filebasedimages.ImageFileError, gzip.BadGzipFile, TypeError):
+        what = "no scan by its first bytes" if start else "an empty file"
+        raise Rejected(f"unreadable ({what})") from None
 
 
 def first_bytes(file):
@@ -119,11 +147,12 @@ def first_bytes(file):
 
 
 def read_header(path, channel=None):
-    """The nibabel image of a file, its header checked, its voxels not to be read. Raises Rejected."""
+    """The nibabel image of a file, its header checked, its voxels not to be read. Raises
+    Rejected."""
     with naming(path), open(path, "rb") as file:
         packed, kind = first_bytes(file)
         if kind is None:
-            image = nib.load(path)
+            image = load_other(path)
         elif packed:
             image = kind.from_stream(gzip.GzipFile(fileobj=file))
         else:
@@ -132,18 +161,20 @@ def read_header(path, channel=None):
 
 
 def load_scan(path, channel=None):
-    """A file of NIfTI-1, NIfTI-2 or FreeSurfer (.mgz), told by its first bytes, or a pair of .hdr and .img
-    -> a nibabel image, its header checked. Raises Rejected.
+    """A file of NIfTI-1, NIfTI-2 or FreeSurfer (.mgz), told by its first bytes, or a pair of .hdr
+    and .img -> a nibabel image, its header checked. Raises Rejected.
 
-    A packed file is unpacked whole, in memory: only so is its checksum looked at. channel: which volume of a
-    4-D file. What is known of the file stands in the image's `extra`: path, size, time, notes, sha256 (None
-    if it was not read whole)."""
+    A packed file is unpacked whole, in memory: only so is its checksum looked at. channel: which
+    volume of a 4-D file. What is known of the file stands in the image's `extra`: path, size, time,
+    notes, sha256 (None if it was not read whole)."""
     path = os.fspath(path)
     with naming(path), open(path, "rb") as file:
         state = os.fstat(file.fileno())
         packed, kind = first_bytes(file)
         digest = None
-        if kind is None or not packed and path.lower().endswith((".nii", ".mgh")):
+        if kind is None:
+            image, notes = checked(load_other(path), channel)
+        elif not packed and path.lower().endswith((".nii", ".mgh")):  # read from the disk as needed
             image, notes = checked(nib.load(path), channel)
         else:
             content = file.read()
@@ -151,20 +182,20 @@ def load_scan(path, channel=None):
             if packed:
                 header = kind.from_stream(gzip.GzipFile(fileobj=io.BytesIO(content)))
                 header, _ = checked(header, channel)
-                size = math.prod(header.shape) * header.get_data_dtype().itemsize + header.dataobj.offset
-                content = unpack(content, size + 2 ** 20)
+                size = math.prod(header.shape) * header.get_data_dtype().itemsize
+                content = unpack(content, header.dataobj.offset + size + 2 ** 20)
             image, notes = checked(kind.from_bytes(content), channel)
 
         if channel is not None:
             image = image.slicer[..., channel]
-        image.extra = {"path": path, "size": state.st_size, "mtime": state.st_mtime_ns, "notes": notes,
-                       "sha256": digest}
+        image.extra = {"path": path, "size": state.st_size, "mtime": state.st_mtime_ns,
+                       "sha256": digest, "notes": notes}
         return image
 
 
 def unpack(content, limit):
-    """What a .gz file holds, of one or several members, their checksums verified; EOFError beyond `limit`
-    bytes."""
+    """What a .gz file holds, of one or several members, their checksums verified; EOFError beyond
+    `limit` bytes."""
     parts = []
     while content:
         member = zlib.decompressobj(zlib.MAX_WBITS | 16)
@@ -180,48 +211,58 @@ def path_of(image):
 
 
 def checked(image, channel=None):
-    """An image whose header can be trusted -> (the image, notes on what was mended). Raises Rejected."""
+    """An image whose header can be trusted -> (the image, notes on what was mended). Raises
+    Rejected."""
     image, notes = settle_affine(image)
     check_header(image, channel)
     return image, notes
 
 
-def settle_affine(image):
-    """NIfTI says the voxel size twice: in pixdim, which the qform uses, and in the sform. Where they differ,
-    the qform is taken, if it has a code. -> (image, notes); Raises Rejected.
+# Notes on what a header says twice, or not at all; each is a line of the report.
+QFORM = "qform used, since the voxel size of the sform is not pixdim's"
+MIRRORED = "sform taken, though the qform has left and right the other way"
+GUESS = "no orientation in the header: nibabel's guess of left and right is taken"
 
-    5 % apart is no rounding, nor the shear of a tilted gantry; below, a head is as large either way."""
+
+def settle_affine(image):
+    """NIfTI says the voxel size twice: in pixdim, which the qform uses, and in the sform. Where
+    they differ, the qform is taken, if it has a code. -> (image, notes); Raises Rejected.
+
+    5 % apart is no rounding, nor the shear of a tilted gantry; below, a head is as large either
+    way."""
     header = image.header
-    if not isinstance(header, nib.Nifti1Header) or not header["sform_code"]:
-        return image, []
+    if not isinstance(header, nib.Nifti1Header):
+        return image, [] if isinstance(header, MGHHeader) else [GUESS]
+    if not header["sform_code"]:
+        return image, [] if header["qform_code"] else [GUESS]
 
     sform = image.get_sform()
-    ours = np.linalg.norm(sform[:3, :3], axis=0)
-    other = np.abs(header["pixdim"][1:4]).astype(float)
+    by_sform = np.linalg.norm(sform[:3, :3], axis=0)
+    by_pixdim = np.abs(header["pixdim"][1:4]).astype(float)
     coded = int(header["qform_code"]) > 0
-    if np.allclose(ours, other, rtol=0.05, atol=0):
-        flipped = coded and np.linalg.det(image.get_qform()) * np.linalg.det(sform) < 0
-        return image, ["sform taken, though the qform has left and right the other way"] if flipped else []
+    if np.allclose(by_sform, by_pixdim, rtol=0.05, atol=0):
+        mirrored = coded and np.linalg.det(image.get_qform()) * np.linalg.det(sform) < 0
+        return image, [MIRRORED] if mirrored else []
 
     if coded:
         header = header.copy()
         header.set_sform(None, 0)
-        image = type(image)(image.dataobj, image.get_qform(), header)
-        return image, ["qform used, since the voxel size of the sform is not pixdim's"]
+        return type(image)(image.dataobj, image.get_qform(), header), [QFORM]
 
-    if (ours > 1e-6).all() and np.isfinite(ours).all():
-        sizes = [" x ".join(f"{size:.4g}" for size in three) for three in (ours, other)]
-        raise Rejected(f"the voxels measure {sizes[0]} mm by the sform, {sizes[1]} mm by pixdim, and there "
-                       "is no qform: one of them is wrong")
-    return image, []
+    if (by_sform > 1e-6).all():
+        sizes = [" x ".join(f"{size:.4g}" for size in three) for three in (by_sform, by_pixdim)]
+        raise Rejected(f"the voxels measure {sizes[0]} mm by the sform, {sizes[1]} mm by pixdim, "
+                       "and there is no qform: one of them is wrong")
+    return image, []  # no affine scale: check_header says so
 
 
 def check_header(image, channel=None):
-    """Raises Rejected for what no head scan has; so a damaged header cannot ask for absurd memory."""
+    """Raises Rejected for what no head scan has; so a damaged header cannot ask for absurd
+    memory."""
     shape = image.shape[:3] + tuple(n for n in image.shape[3:] if n > 1)
     if len(shape) != 3 + (channel is not None) or (channel or 0) >= (*shape, 1)[3]:
-        raise Rejected(f"not {'3-D' if channel is None else '4-D'} but {' x '.join(map(str, image.shape))}",
-                       damage=False)
+        wanted = "3-D" if channel is None else "4-D"
+        raise Rejected(f"not {wanted} but {' x '.join(map(str, image.shape))}", damage=False)
     if min(shape[:3]) < 15:  # the official code's rule of admission
         raise Rejected(f"a side of {min(shape[:3])} voxels, under 15", damage=False)
     if image.get_data_dtype().kind not in "iuf":
@@ -240,8 +281,8 @@ def check_header(image, channel=None):
 def stored_voxels(image, least=0.01):
     """A nibabel image -> (float32 (D, H, W) as it is stored, number of NaN, which are 0 in it).
 
-    SPM writes NaN outside the field of view. Raises Rejected for infinite values, and if less than the share
-    `least` of the voxels, or none, are numbers."""
+    SPM writes NaN outside the field of view. Raises Rejected for infinite values, and if less than
+    the share `least` of the voxels, or none, are numbers."""
     voxels = image.get_fdata(dtype=np.float32, caching="unchanged").reshape(image.shape[:3])
     finite = np.isfinite(voxels)
     if finite.all():
@@ -257,10 +298,12 @@ def stored_voxels(image, least=0.01):
 
 
 def read_voxels(nifti):
-    """A nibabel image (or path) -> float32 (D, H, W) in RAS order, and the orientation it was stored in.
+    """A nibabel image (or path) -> float32 (D, H, W) in RAS order, and the orientation it was
+    stored in.
 
-    The closest canonical axes of nibabel's affine, whatever the form codes say; an oblique grid stays oblique
-    (the official code flips only, and stops at permuted axes). NaN is 0. Raises Rejected for damage."""
+    The closest canonical axes of nibabel's affine, whatever the form codes say; an oblique grid
+    stays oblique (the official code flips only, and stops at permuted axes). NaN is 0. Raises
+    Rejected for damage."""
     image = nifti if hasattr(nifti, "dataobj") else load_scan(nifti)
     with naming(path_of(image)):
         voxels, _ = stored_voxels(image)
@@ -268,26 +311,27 @@ def read_voxels(nifti):
         return nib.apply_orientation(voxels, orientation), orientation
 
 
-# ----------------------------------------------------------------------------------- preprocessing, section 2
+# ------------------------------------------------------------------------- preprocessing, section 2
 def clamp(voxels):
     """Negative values become 0, since MR magnitudes are not negative -> (voxels, how many there were).
 
-    Raises Rejected for a scan that was normalised before. Ringing, interpolation and noise of the air leave
-    negative values that add up to less than a third of what the positive ones do; after a z-normalisation
-    both sums are the same. Half is the border. Their number would not tell: air is most of a scan."""
+    Raises Rejected for a scan that was normalised before. After a z-normalisation the negative values
+    add up to as much as the positive ones. What ringing and interpolation leave adds up to less than a
+    thousandth of them; an offset that takes all air under 0, to a third. The border is half. The number
+    of negative voxels would not tell, since most of a scan is air."""
     below = voxels < 0
     count = int(np.count_nonzero(below))
     clamped = np.maximum(voxels, 0)
-    if count and -voxels[below].sum(dtype=np.float64) > 0.5 * clamped.sum(dtype=np.float64):
+    if count and -2 * voxels[below].sum(dtype=np.float64) > clamped.sum(dtype=np.float64):
         share = 100 * count / np.count_nonzero(voxels)
-        raise Rejected(f"{share:.0f} % of the voxels that are not 0 are negative: is it normalised already? "
-                       "Give the scan as the scanner wrote it")
+        raise Rejected(f"{share:.0f} % of the voxels that are not 0 are negative: is it normalised "
+                       "already? Give the scan as the scanner wrote it")
     return clamped, count
 
 
 def tight_box(voxels):
-    """Half-open box ((start, stop), ...) of the voxels > 0. The official code's is one voxel larger at the
-    high side."""
+    """Half-open box ((start, stop), ...) of the voxels > 0. The official code's is one voxel larger
+    at the high side."""
     box = []
     for axis in range(3):
         filled = np.flatnonzero((voxels > 0).any(tuple(a for a in range(3) if a != axis)))
@@ -304,13 +348,13 @@ def union_box(boxes):
 
 
 def preprocess(nifti, box=None):
-    """nibabel image or path -> (volume (D, H, W) float32 in [0, 1], RAS at 1 mm; geometry, what `restore`
-    needs).
+    """nibabel image or path -> (volume (D, H, W) float32 in [0, 1], RAS at 1 mm; geometry, what
+    `restore` needs).
 
-    NaN is set to 0, negative values are clamped to 0; then y = (min(x, q99) - m) / (q99 - m), with m the
-    minimum of the crop and q99 the 99th percentile of its voxels > m: what the official clip,
-    z-normalisation and rescaling come to together. box: half-open voxel ranges ((start, stop), ...) of the
-    RAS grid instead of the tight ones. Raises Rejected."""
+    NaN is set to 0, negative values are clamped to 0; then y = (min(x, q99) - m) / (q99 - m), with
+    m the minimum of the crop and q99 the 99th percentile of its voxels > m: what the official clip,
+    z-normalisation and rescaling come to together. box: half-open voxel ranges ((start, stop), ...)
+    of the RAS grid instead of the tight ones. Raises Rejected."""
     image = nifti if hasattr(nifti, "dataobj") else load_scan(nifti)
     with naming(path_of(image)):
         voxels, nan = stored_voxels(image)
@@ -346,10 +390,12 @@ def preprocess(nifti, box=None):
 
 @functools.lru_cache(maxsize=64)
 def resampling_matrix(n_in, n_out):
-    """Cubic spline resampling of one axis as a matrix (n_out, n_in), float64: scikit-image's resize(order=3).
+    """Cubic spline resampling of one axis as a matrix (n_out, n_in), float64: scikit-image's
+    resize(order=3).
 
-    Gaussian antialias filter, spline prefilter (the inverse of the B-spline's values at the voxels), cubic
-    weights at the new pixel centres; every boundary is mirrored about the outermost voxel."""
+    Gaussian antialias filter, spline prefilter (the inverse of the B-spline's values at the
+    voxels), cubic weights at the new pixel centres; every boundary is mirrored about the outermost
+    voxel."""
     def mirrored(index):  # ... 2 1 | 0 1 2 ... n-1 | n-2 ...
         period = max(1, 2 * (n_in - 1))
         index = index % period
@@ -376,8 +422,8 @@ def resampling_matrix(n_in, n_out):
 
 
 def resample(volume, shape):
-    """(D, H, W) -> shape, as scikit-image's resize(order=3): one matrix product an axis, clipped to the
-    input's range. Like there, every axis is smoothed that shrinks."""
+    """(D, H, W) -> shape, as scikit-image's resize(order=3): one matrix product an axis, clipped to
+    the input's range. Like there, every axis is smoothed that shrinks."""
     x = torch.from_numpy(np.ascontiguousarray(volume, dtype=np.float32))[None]
     for axis in sorted(range(3), key=lambda a: shape[a] / volume.shape[a]):  # those that shrink most first
         if shape[axis] != volume.shape[axis]:
@@ -386,10 +432,11 @@ def resample(volume, shape):
 
 
 def label_map(image):
-    """A nibabel image -> (its label values uint8 (D, H, W) as stored, number of NaN, which are 0 in it).
+    """A nibabel image -> (its label values uint8 (D, H, W) as stored, number of NaN, which are 0 in
+    it).
 
-    A value within 1e-3 of an integer is that integer: a slope or a float file leaves such. Raises Rejected
-    for other values than 0-255."""
+    A value within 1e-3 of an integer is that integer: a slope or a float file leaves such. Raises
+    Rejected for other values than 0-255."""
     with naming(path_of(image)):
         voxels, nan = stored_voxels(image, least=0)
         with np.errstate(invalid="ignore"):  # of values that no uint8 can hold: they differ then
@@ -400,15 +447,17 @@ def label_map(image):
         whole = np.round(voxels)
         wrong = (np.abs(voxels - whole) > 1e-3) | (whole < 0) | (whole > 255)
         if wrong.any():
-            raise Rejected(f"label values unknown: {voxels[wrong][0]:.6g} is no integer from 0 to 255")
+            first = voxels[wrong][0]
+            raise Rejected(f"label values unknown: {first:.6g} is no integer from 0 to 255")
         return whole.astype(np.uint8), nan
 
 
 def preprocess_label(nifti, geometry):
-    """Label map on the scan's grid -> uint8 (D, H, W) on the grid of its prepared volume, nearest voxel.
+    """Label map on the scan's grid -> uint8 (D, H, W) on the grid of its prepared volume, nearest
+    voxel.
 
-    Raises Rejected if the grids differ by more than 1e-2 mm at a corner, or for values that are no integers
-    0-255."""
+    Raises Rejected if the grids differ by more than 1e-2 mm at a corner, or for values that are no
+    integers 0-255."""
     image = nifti if hasattr(nifti, "dataobj") else load_scan(nifti)
     check_same_grid(image, geometry)
     values, _ = label_map(image)
@@ -427,9 +476,9 @@ def crop_label(values, affine, geometry):
 
 
 def same_grid(a_shape, a_affine, b_shape, b_affine):
-    """Do two arrays (D, H, W), each with its affine, lie on one grid? They do if both, turned to RAS, have
-    the same shape, and corners no more than 1e-2 mm apart. The order and direction of the stored axes are
-    free."""
+    """Do two arrays (D, H, W), each with its affine, lie on one grid? They do if both, turned to
+    RAS, have the same shape, and corners no more than 1e-2 mm apart. The order and direction of the
+    stored axes are free."""
     ends, corners = zip(ras_corners(a_shape, a_affine), ras_corners(b_shape, b_affine), strict=True)
     return np.array_equal(*ends) and np.abs(corners[0] - corners[1]).max() <= 1e-2
 
@@ -458,11 +507,11 @@ def nearest(array, shape):
 
 
 def restore(array, geometry):
-    """Back to the scan's own grid and axis order: (C, D, H, W) logits trilinearly, (D, H, W) integers
-    nearest.
+    """Back to the scan's own grid and axis order: (C, D, H, W) logits trilinearly, (D, H, W)
+    integers nearest.
 
-    Numpy array or tensor in, numpy array out. Outside the crop box everything is 0: with logits, a tie that
-    argmax gives to class 0, the background."""
+    Numpy array or tensor in, numpy array out. Outside the crop box everything is 0: with logits, a
+    tie that argmax gives to class 0, the background."""
     array = array.numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
     box = geometry["box"]
     size = [stop - start for start, stop in box]
@@ -481,355 +530,10 @@ def restore(array, geometry):
     return np.ascontiguousarray(full if array.ndim == 4 else full[0])
 
 
-# ------------------------------------------------------------------------------------------- sources, Table 1
-class Source(NamedTuple):
-    """A native layout. The patterns are searched in the path below --input, without its ending .nii or
-    .nii.gz; a match of the group `test` marks what the paper does not pretrain on."""
-    pattern: str  # of a volume: groups subject, session, suffix, text (free); site in front of the subject
-    label: str = ""  # of a label map: the same subject, session and site
-    volumes: tuple[str, ...] = ()  # the sequences in a 4-D file
-    rule: bool = False  # the official code takes no volume with negative values from here
-    hold_out: str = ""  # split of a random quarter of the labelled subjects, by sklearn's count: ceil(n / 4)
-
-
-LONI = (r"/(?P<text>[^/]+)/(?P<session>\d{4}-\d\d-\d\d)_[\d_.]+/[IS]\d+/([^/]+/)?[^/]+$")
-OASIS = (r"(?P<subject>OAS[34]\d{4})_MR_(?P<session>d\d{4})/(scans/)?(?P<text>[^/]+)/(.*/)?"
-         r"([^/]*_)?(?P<suffix>[A-Za-z0-9]+)$")
-WMH = r"(training|(?P<test>test))/(?P<site>Utrecht|Singapore|Amsterdam/[^/]+)/(?P<subject>\d+)/"
-BIDS = r"(?P<subject>sub-[A-Za-z0-9+]+)/((?P<session>ses-[A-Za-z0-9+]+)/)?"
-LABEL_NAMES = ("lesion", "mask", "msk", "seg", "dseg", "label", "roi")  # with _ in front, how labels end
-MSSEG = r"(?P<site>((?P<test>[Tt]esting)/)?Center_\d\d)/(?P<subject>Patient_\d\d)/"
-SOURCES = {
-    "adni": Source(r"(^|/)(?P<subject>\d{3}_S_\d{4})" + LONI, rule=True),
-    "oasis3": Source(OASIS, rule=True),
-    "oasis4": Source(OASIS, rule=True),
-    "ppmi": Source(r"(^|/)(?P<subject>\d{4,6})" + LONI, rule=True),
-    # 1,251 -> 938 to train on and 313 to test; the text's "20 %" would be 251.
-    "brats21": Source(r"(?P<subject>BraTS2021_\d{5})/(?P=subject)_(?P<suffix>flair|t1|t1ce|t2)$",
-                      r"(?P<subject>BraTS2021_\d{5})_seg$", hold_out="test"),
-    # 250 -> 187, 20 of them to train on, 167 to evaluate; the 63 set aside are pretrained on all the same.
-    "isles22": Source(r"(?P<subject>sub-[^/]+)/(?P<session>ses-[^/]+)/((anat|dwi)/)?[^/]+_"
-                      r"(?P<suffix>FLAIR|flair|dwi|adc)$",
-                      r"(?P<subject>sub-[^/]+)/(?P<session>ses-[^/]+)/[^/]+_msk$", hold_out="pretrain"),
-    "wmh": Source(WMH + "pre/(?P<suffix>FLAIR|T1)$", WMH + "wmh$"),
-    # Numbers of patients start again in Testing, so that its centres go by another name.
-    "msseg1": Source(MSSEG + r"Preprocessed_Data/(?P<suffix>FLAIR|T1|T2|DP|GADO)_preprocessed$",
-                     MSSEG + "Masks/Consensus$"),
-    # Table 1 says "train", but its 266 are imagesTs.
-    "msd": Source(r"(imagesTs|(?P<test>imagesTr))/(?P<subject>BRATS_\d{3})$",
-                  r"labelsTr/(?P<subject>BRATS_\d{3})$", volumes=("FLAIR", "T1", "T1ce", "T2")),
-    "fomo60k": Source(r"(?P<subject>sub_[^/]+)/(?P<session>ses_[^/]+)/(?P<text>[^/]+)$"),
-    "bids": Source(rf"{BIDS}((anat|dwi|swi|perf)/)?(?P=subject)(_[a-z]+-[A-Za-z0-9+]+)*"
-                   r"_(?P<suffix>[A-Za-z0-9]+)$",
-                   rf"{BIDS}([^/]+/)?(?P=subject)[^/]*_(?i:{'|'.join(LABEL_NAMES)}|lesion[A-Za-z0-9+-]*)$"),
-    "nnunet": Source(r"(imagesTr|(?P<test>imagesTs))/(?P<subject>[^/]+)_(?P<suffix>\d{4})$",
-                     r"labels(Tr|Ts)/(?P<subject>[^/]+)$"),
-}
-SUFFIXES = {"t1": "T1", "t1w": "T1", "t2": "T2", "t2w": "T2", "flair": "FLAIR", "t1ce": "T1ce", "t1c": "T1ce",
-            "gado": "T1ce", "pdw": "PD", "dp": "PD", "t2star": "T2star", "t2starw": "T2star", "t2s": "T2star",
-            "gre": "T2star", "swi": "SWI", "minip": "SWI", "dwi": "DWI", "adc": "ADC", "angio": "TOF"}
-# Series names as scanners write them: the first match wins; "-" in front of what is no volume of the brain.
-# What matches nothing is taken: training ignores the name, but a scan that is left out is lost.
-SERIES = (
-    ("-derivative", r"_derivatives_"), ("-localizer", r"localiz|scout|survey|_3_?pl(ane)?_|_loc_"),
-    ("-calibration", r"calib|_cal_|_field|b[01]_?map|phase_?(map|diff)|magnitude|shim"),
-    ("-fMRI", r"fmri|bold|_rs_?mri|rest(ing)?_|_func|_task_"), ("-perfusion", r"asl_|perf|cbf|moco|_dsc_"),
-    ("-PET", r"_pet\d*_|fdg|amyloid|av45|av1451|_pib_|datscan"), ("-derived map", r"_(col)?fa_|tensor"),
-    ("-mask", r"_masks?_|_seg(mentation)?_|_labels?_|harp"), ("-magnetisation transfer", r"_mt_|_nm_|_nmmt_"),
-    ("FLAIR", r"flair|dark_fluid"), ("ADC", r"_adc_"), ("DWI", r"dwi|dti|diff|trace|_dw_|_dt_"),
-    ("-EPI", r"_epi_"), ("SWI", r"swi|swan|min_?ip"), ("T1ce", r"t1ce|t1gd|gado|_t1c_"),
-    ("T1", r"t1|mp_?rage|spgr|bravo|mpr_|_tfe"), ("T2star", r"star|gre_|t2s_|hemo"),
-    ("T2", r"t2|tse|fse|space|ciss|cube"), ("TOF", r"_tof|angio|_mra_"), ("PD", r"_pd|proton"), ("other", ""))
-
-
-class Identity(NamedTuple):
-    """What a path says of its file. skip: why it is no volume to prepare ("label" if it is a label map), or
-    ""."""
-    subject: str = ""
-    session: str = "1"
-    sequences: tuple[str, ...] = ()
-    test: bool = False
-    skip: str = ""
-
-
-class Scan(NamedTuple):
-    """One volume to prepare."""
-    path: str
-    subject: str
-    session: str
-    sequence: str
-    label: str  # path of its session's label map, or ""
-    split: str
-    channel: int | None = None  # of a 4-D file
-    fault: str = ""  # why it cannot be prepared, known before it is opened
-    elsewhere: str = ""  # path of its session's label map, which is on another grid
-
-
-# What a name says of a label map. A mask of the head is none, unless the name speaks of a lesion.
-LESION = re.compile("lesion|wmh|tumou?r|stroke|infarct|plaque", re.IGNORECASE)
-HEAD = re.compile(r"(?<![a-z])(bet|brain|head|skull)(?![a-z])|(brain|head|skull)_?mask", re.IGNORECASE)
-LIKE_LABEL = re.compile("lesion|seg|mask|wmh|tumou?r", re.IGNORECASE)
-NO_VALUE = ("", "na", "n/a", "nan", "none", "null")  # cells of a manifest, in lower case
-ENDING = re.compile(r"\.(nii|mgh|hdr)(\.gz)?$|\.mgz$", re.IGNORECASE)  # of a file to read; .img is a .hdr's
-
-
-def readable(text):
-    """A name whose bytes are no UTF-8, which os.walk hands over in surrogates: its bytes read as Latin-1."""
-    return re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xDC00), text)
-
-
-def classify(text):
-    """Free text of a series -> its sequence, or "-" and the reason it is none; see SERIES."""
-    words = f"_{re.sub('[^a-z0-9]+', '_', text.lower().replace('t2*', 't2_star'))}_"
-    return next(name for name, pattern in SERIES if re.search(pattern, words))
-
-
-def identify(source, path):
-    """Path of a NIfTI file below the input of a source -> Identity."""
-    row, stem = SOURCES[source], ENDING.sub("", path)
-    if any(part.startswith((".", "_", "0AS_data_files")) for part in path.split("/")):
-        return Identity(skip="hidden")
-    label = re.search(row.label, stem) if row.label else None
-    match = label or re.search(row.pattern, stem)
-    if not match:
-        reason = classify(path)
-        return Identity(skip=reason[1:] if reason[0] == "-" else "name not of this source")
-    groups = match.groupdict()
-    site = (groups.get("site") or "").replace("/", "-").replace(" ", "").rstrip(".")
-    who = Identity("_".join(filter(None, (site, groups["subject"]))), groups.get("session") or "1",
-                   test=bool(groups.get("test")))
-    if label:
-        rest = os.path.basename(stem).replace(groups["subject"], "")
-        head = HEAD.search(rest) and not LESION.search(rest)
-        return who._replace(skip="mask of the head" if head else "label")
-    suffix, text = groups.get("suffix") or "", groups.get("text")
-    if row.volumes or source == "nnunet":
-        return who._replace(sequences=row.volumes or (suffix,))
-    sequence = SUFFIXES.get((suffix or text).lower())
-    if "_ce-" in stem and sequence == "T1":
-        sequence = "T1ce"
-    if text and not sequence:
-        sequence = classify(f"{text}_{os.path.basename(stem)}" if suffix else text)
-    reason = "-derivative" if "derivatives" in path.split("/") else sequence or classify(suffix)
-    if reason[0] == "-":
-        return who._replace(skip=reason[1:])
-    return who._replace(sequences=(sequence,)) if sequence else who._replace(skip=f"suffix {suffix}")
-
-
-def walk(folder):
-    """Relative paths of the NIfTI files below a folder, in order. UserError if there is none."""
-    if not os.path.isdir(folder):
-        raise UserError(f"--input {folder} is not a folder")
-    found = dicom = 0
-    for top, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        for name in sorted(files):
-            dicom += name.lower().endswith((".dcm", ".ima"))
-            if ENDING.search(name):
-                found += 1
-                yield os.path.relpath(os.path.join(top, name), folder)
-    if not found:
-        raise UserError(f"no .nii or .nii.gz file under {folder}" + (
-            f", but {dicom} of DICOM: run dcm2niix first" if dicom else "; for DICOM, run dcm2niix first"))
-    if dicom:
-        say(f"{dicom} DICOM files are not read: run dcm2niix on those without a NIfTI beside them")
-
-
-def find_scans(source, folder, dry_run=False):
-    """Walk a folder -> (a list of the Scans of each session, {reason: number of files skipped}, findings)."""
-    row = SOURCES[source]
-    sessions, labels, skipped, findings = {}, {}, Counter(), {}
-    for path in walk(folder):
-        who = identify(source, path)
-        key = readable(who.subject), readable(who.session)
-
-        if who.skip:
-            skipped[who.skip] += 1
-            if dry_run:
-                say(f"skip {path}: {who.skip}")
-            if who.skip == "label":
-                labels.setdefault(key, []).append(path)
-            elif row.label and who.skip not in ("hidden", "mask of the head") and LIKE_LABEL.search(
-                    os.path.basename(path)):
-                note(findings, "like label", path)
-
-        for channel, sequence in enumerate(who.sequences):
-            scan = Scan(path, *key, readable(sequence), "", "test" if who.test else "",
-                        channel if row.volumes else None)
-            sessions.setdefault(key, []).append(scan)
-
-    labels = labels_by_session(labels, sessions)
-    if sessions.keys() <= labels.keys():
-        findings.pop("like label", None)  # nothing is missing
-    held = ()
-    if row.hold_out and labels:
-        held = set(data.split_subjects([subject for subject, _ in labels], 0.25, 0)[1])
-    for key, scans in sessions.items():
-        # Without a label where others have one: those that the challenge holds back are for testing, too.
-        split = "train" if key in labels else "test" if held and row.hold_out == "test" else "pretrain"
-        split = row.hold_out if key[0] in held else split
-        scans = [scan._replace(split=scan.split or split) for scan in scans]
-        sessions[key] = pair_labels(scans, labels.pop(key, []), findings, dry_run)
-
-    for paths in labels.values():
-        for path in paths:
-            note(findings, "orphan", path)
-    return [sessions[key] for key in sorted(sessions)], skipped, findings
-
-
-def labels_by_session(labels, sessions):
-    """{(subject, session): label maps}: where only one of the two trees names sessions, a subject's label
-    maps belong to its only session."""
-    placed = {}
-    for (subject, session), paths in labels.items():
-        key = subject, session
-        own = [other for other in sessions if other[0] == subject] if key not in sessions else []
-        if len(own) == 1 and "1" in (session, own[0][1]):
-            key = own[0]
-        placed.setdefault(key, []).extend(paths)
-    return placed
-
-
-def entities(path):
-    """{"run": "1", "acq": "sag", ...} of a BIDS name, but for what only says how it was made; and its words
-    without a key."""
-    name = ENDING.sub("", os.path.basename(path))
-    pairs = re.findall(r"(?<![^_])([a-z]+)-([A-Za-z0-9+]+)", name)
-    keys = {key: value.lstrip("0") for key, value in pairs if key not in ("desc", "label")}
-    return keys, {word.lower() for word in name.split("_") if "-" not in word}
-
-
-def keep_best(paths, points):
-    """Those of `paths` with the most points."""
-    most = max(map(points, paths), default=0)
-    return [path for path in paths if points(path) == most]
-
-
-def label_candidates(scan, paths):
-    """Which of a session's label maps could be a scan's: one, none, or several that nothing tells apart.
-
-    A label map whose entities (run, acq, echo, ...) contradict the scan's is another scan's. Of the others,
-    those that are named a lesion's win, then those that share most entities, then those that name the scan's
-    sequence."""
-    ours, words = entities(scan.path)
-    fitting = []
-    for path in paths:
-        theirs, _ = entities(path)
-        if all(theirs.get(key, value) == value for key, value in ours.items()):
-            fitting.append(path)
-
-    fitting = keep_best(fitting, lambda path: bool(LESION.search(os.path.basename(path))))
-    fitting = keep_best(fitting, lambda path: len(ours.items() & entities(path)[0].items()))
-    return keep_best(fitting, lambda path: len(words & entities(path)[1]))
-
-
-def pair_labels(scans, paths, findings, dry_run=False):
-    """The scans of one session, each with its label map of `paths`, or with a fault that names several."""
-    paired, used = [], set()
-    for scan in scans:
-        candidates = label_candidates(scan, paths)
-        used.update(candidates)
-        if len(candidates) > 1:
-            scan = scan._replace(fault=f"several label maps could be its own: {', '.join(candidates)}")
-        elif candidates:
-            scan = scan._replace(label=candidates[0])
-        paired.append(scan)
-
-    for path in sorted(set(paths) - used):
-        note(findings, "unused" if used else "orphan", path)
-        if dry_run:
-            better = f"{min(used)} is the label map of its session" if used else "it fits no scan"
-            say(f"{path} is not used: {better}")
-    return paired
-
-
-def read_manifest(path):
-    """csv with the columns path, subject, session, sequence and optionally label, split -> like
-    find_scans. A delimiter of , ; tab or | is found; capitals and blanks are forgiven."""
-    table = read_table(path)
-    header = [column.lower() for column in table[0]]
-    sessions, skipped, seen = {}, Counter(), {}
-    for number, cells in enumerate(table[1:], start=2):
-        if all(cell.lower() in NO_VALUE for cell in cells):
-            continue
-        if any(cells[len(header):]):
-            raise UserError(f"{path}, row {number}: {len(cells)} cells, but {len(header)} columns: a name "
-                            "with the delimiter in it needs quotes")
-
-        row = dict.fromkeys(("label", "split"), "") | dict.fromkeys(header, "")
-        row |= dict(zip(header, cells, strict=False))
-        for column in ("path", "subject"):
-            if not row[column]:
-                raise UserError(f"{path}, row {number}: no {column}")
-        scan = scan_of_row(row, f"{path}, row {number}", os.path.dirname(path))
-
-        first = seen.setdefault((scan.path, scan.subject, scan.session, scan.sequence), scan)
-        if first != scan:
-            raise UserError(f"{path}, row {number}: {row['path']} is listed twice, with different labels or "
-                            "splits")
-        if first is not scan:
-            skipped["listed twice"] += 1
-        else:
-            sessions.setdefault((scan.subject, scan.session), []).append(scan)
-
-    if not sessions:
-        raise UserError(f"{path} lists no scan")
-    return [sessions[key] for key in sorted(sessions)], skipped, {}
-
-
-def scan_of_row(row, where, root):
-    """{column: cell} -> Scan. In a table that is no UTF-8, a path is the bytes of a file's name, or else the
-    letters that they stand for in Latin-1."""
-    paths = []
-    for cell in (row["path"], row["label"]):
-        cell = "" if cell.lower() in NO_VALUE else cell
-        if cell != readable(cell) and not os.path.exists(os.path.join(root, cell)):
-            cell = readable(cell)
-        paths.append(cell)
-
-    split = row["split"].lower()
-    if split in NO_VALUE:
-        split = "train" if paths[1] else "pretrain"
-    if split not in ("pretrain", "train", "test"):
-        raise UserError(f"{where}: split {split!r} of {row['path']}: choose pretrain, train or test")
-    who = [readable(row[column]) for column in ("subject", "session", "sequence")]
-    return Scan(paths[0], *who, paths[1], split)
-
-
-def read_table(path):
-    """The rows of a manifest, cells stripped; the first has the columns. UserError naming what it found.
-
-    What no UTF-8 is comes back in surrogates, as the names of files do. A spreadsheet may write UTF-16."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-        encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        text = content.decode(encoding, "surrogateescape")
-        text = re.sub(r"\A\s*(sep=.\s*\n)?\s*", "", text)  # Excel may begin with "sep=;"
-
-        tables = []
-        for delimiter in ",;\t|":
-            rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-            tables.append([[cell.strip() for cell in cells] for cells in rows])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read the manifest {path}: {one_line(error, path)}") from None
-
-    needed = {"path", "subject", "session", "sequence"}
-    for table in tables:
-        if table and needed <= {column.lower() for column in table[0]}:
-            return table
-    columns = max((table[0] for table in tables if table), key=len, default=[])
-    raise UserError(f"{path}: a manifest needs the columns path,subject,session,sequence[,label][,split]; "
-                    f"this one has {', '.join(map(readable, columns)) or 'none'}")
-
-
-# -------------------------------------------------------------------------------------------- prepared folder
-def say(text):
-    print(readable(text))
-
-
+# ---------------------------------------------------------------------------------- prepared folder
 def stem_of(source, scan):
-    """Name of a prepared volume without folder and ending; the hash tells apart what shares the rest."""
+    """Name of a prepared volume without folder and ending; the hash tells apart what shares the
+    rest."""
     parts = [re.sub(r"[^A-Za-z0-9.-]+", "-", part) for part in (scan.subject, scan.session, scan.sequence)]
     digest = hashlib.sha256(scan.path.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{source}/{'_'.join([*parts, digest[:8]])}"
@@ -843,33 +547,39 @@ def save_array(path, array):
 def prepare_session(source, name, root, out, scans):
     """Prepare the volumes of one session; those that share a label share the union of their boxes.
 
-    -> ([(index row, findings)], [(path, reason, damage)]). The geometry is written
-    last: where it exists, all the rest does. Whatever one scan raises, the others go on. Memory: up to 7
-    times the larger of the float32 volume on its own and on the 1 mm grid."""
+    -> ([(index row, findings)], [(path, reason, damage)]). The geometry is written last: where it
+    exists, all the rest does. Whatever one scan raises, the others go on. Memory: up to 7 times the
+    larger of the float32 volume on its own and on the 1 mm grid."""
     torch.set_num_threads(1)
     scans = settle_labels(root, scans)
     before = [recorded(root, f"{out}/geometry/{stem_of(name, scan)}.json", scan) for scan in scans]
 
+    # A box that is shared is found again if one of its scans is new, or was left behind by a kill.
     boxes = {}
-    for scan, geometry in zip(scans, before, strict=True):
-        if scan.label and not geometry and scan.label not in boxes:
-            boxes[scan.label] = shared_box(root, [s for s in scans if s.label == scan.label])
+    for label in {scan.label for scan in scans if scan.label}:
+        sharing = [(s, g) for s, g in zip(scans, before, strict=True) if s.label == label]
+        known = {json.dumps(geometry and geometry["box"]) for _, geometry in sharing}
+        if "null" in known or len(known) > 1:
+            boxes[label] = shared_box(root, [scan for scan, _ in sharing])
 
     done, rejected, labels = [], [], {}
-    rule = source in SOURCES and SOURCES[source].rule
+    rule = source in sources.SOURCES and sources.SOURCES[source].rule
     for scan, geometry in zip(scans, before, strict=True):
         path = os.path.join(root, scan.path)
         try:
             with naming(path):
                 if scan.fault:
                     raise Rejected(scan.fault)
+
                 # A mended scan may change its neighbours' box.
                 box = boxes.get(scan.label)
                 if not geometry or box and box != tuple(map(tuple, geometry["box"])):
                     if scan.label and scan.label not in labels:
                         labels[scan.label] = read_label(root, scan.label)
+                    label = labels.get(scan.label)
                     image = load_scan(path, scan.channel)
-                    geometry = prepare_volume(root, out, name, scan, image, box, rule, labels.get(scan.label))
+                    geometry = prepare_volume(root, out, name, scan, image, box, rule, label)
+
                 done.append((geometry["row"], findings_of(scan, geometry["record"])))
         except Rejected as error:
             reason = error.reason if error.path == path else f"{scan.label}: {error.reason}"
@@ -878,9 +588,10 @@ def prepare_session(source, name, root, out, scans):
 
 
 def settle_labels(root, scans):
-    """A session's label map belongs to the volumes on its grid (DWI and ADC of ISLES22, not its FLAIR); to
-    all if it is on none's, so that they are rejected by name. Two scans of one sequence cannot share it."""
-    scans = [scan._replace(fault=scan.fault) for scan in scans]
+    """A session's label map belongs to the volumes on its grid (DWI and ADC of ISLES22, not its
+    FLAIR); to all if it is on none's, so that they are rejected by name. Two scans of one sequence
+    cannot share it."""
+    scans = list(scans)
     for label in sorted({scan.label for scan in scans if scan.label}):
         sharing = [scan for scan in scans if scan.label == label]
         if len(sharing) < 2:
@@ -910,8 +621,8 @@ def is_on_grid(root, scan):
 
 
 def shared_box(root, scans):
-    """Union of the tight boxes of a session's volumes on one grid, those that can be read; None if none
-    can."""
+    """Union of the tight boxes of a session's volumes on one grid, those that can be read; None if
+    none can."""
     boxes = []
     for scan in scans:
         path = os.path.join(root, scan.path)
@@ -940,19 +651,24 @@ def read_label(root, path):
 
 
 def prepare_volume(root, out, name, scan, image, box, rule, label=None):
-    """Write volume, label (also as it is, for scores on the scan's own grid) and geometry of one scan;
-    -> its geometry, with its row of the index and the record of what was read."""
+    """Write volume, label (also as it is, for scores on the scan's own grid) and geometry of one
+    scan; -> its geometry, with its row of the index and the record of what was read."""
     stem = stem_of(name, scan)
     volume, geometry = preprocess(image, box)
     if rule and geometry["clamped"]:
-        raise Rejected(f"{geometry['clamped']} negative voxels, by the official code's rule for this source",
-                       damage=False)
+        raise Rejected(f"{geometry['clamped']} negative voxels, by the official code's rule for this "
+                       "source", damage=False)
+
+    # What was prepared of older files does not count from here on.
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{out}/geometry/{stem}.json")
 
     record = {"scan": file_of(scan.path, image), "label": None, "elsewhere": scan.elsewhere,
               "clamped": geometry["clamped"], "nan": geometry["nan"], "notes": image.extra["notes"]}
     if label:
         if not same_grid(label.values.shape, label.affine, geometry["shape"], geometry["affine"]):
-            raise Rejected("label grid differs from image grid", path=os.path.join(root, scan.label))
+            path = os.path.join(root, scan.label)
+            raise Rejected("label grid differs from image grid", path=path)
         prepared = fit_label(label.values, label.affine, geometry)
         save_array(f"{out}/labels/{stem}.npy", prepared)
         with common.atomic(f"{out}/labels/{stem}_native.nii.gz") as temporary:
@@ -967,13 +683,13 @@ def prepare_volume(root, out, name, scan, image, box, rule, label=None):
 
 
 def label_record(label, prepared, geometry):
-    """What became of a label map: {value: [voxels native, voxels prepared]}, and the voxels that the box cut
-    off."""
+    """What became of a label map: {value: [voxels native, voxels prepared]}, and the voxels that
+    the box cut off."""
     native, after = count_values(label.values), count_values(prepared)
     inside = int(np.count_nonzero(crop_label(label.values, label.affine, geometry)))
     outside = sum(native.values()) - native.get(0, 0) - inside
-    return {"values": {str(value): [native[value], after.get(value, 0)] for value in sorted(native)},
-            "outside": outside, "nan": label.nan, "notes": label.notes}
+    values = {str(value): [native[value], after.get(value, 0)] for value in sorted(native)}
+    return {"values": values, "outside": outside, "nan": label.nan, "notes": label.notes}
 
 
 def count_values(values):
@@ -994,8 +710,8 @@ def index_row(name, scan, stem, volume, geometry, record):
             "session": scan.session, "sequence": scan.sequence, "split": scan.split,
             "label": f"labels/{stem}.npy" if scan.label else "",
             "shape": "x".join(map(str, volume.shape)),
-            "spacing": "x".join(f"{s:g}" for s in geometry["spacing"]), "sha256": record["scan"]["sha256"],
-            "label_sha256": label["sha256"], "label_values": values}
+            "spacing": "x".join(f"{s:g}" for s in geometry["spacing"]),
+            "sha256": record["scan"]["sha256"], "label_sha256": label["sha256"], "label_values": values}
 
 
 def write_geometry(path, geometry):
@@ -1003,7 +719,7 @@ def write_geometry(path, geometry):
         json.dump(geometry, file)
 
 
-# ------------------------------------------------------------------------------------ the record, the report
+# --------------------------------------------------------------------------- the record, the report
 def both_of(path):
     """A file; of a pair of .hdr and .img, both."""
     swap = {"hdr": "img", "img": "hdr"}
@@ -1029,8 +745,8 @@ def file_of(path, image):
 
 
 def recorded(root, place, scan):
-    """The geometry of a scan that was prepared from the files as they are now; None otherwise, and in an old
-    folder, where nothing is recorded."""
+    """The geometry of a scan that was prepared from the files as they are now; None otherwise, and
+    in an old folder, where nothing is recorded."""
     try:
         with open(place, encoding="utf-8") as file:
             geometry = json.load(file)
@@ -1045,11 +761,12 @@ def recorded(root, place, scan):
                 return None
         if now["scan"]["sha256"] != record["scan"]["sha256"]:
             return None
-    except (OSError, ValueError, LookupError, TypeError):  # not yet, not whole, or of an older version
+    except (OSError, ValueError, LookupError, TypeError):  # not yet, not whole, or of old code
         return None
 
     # Files may be touched, and identities be written otherwise: the arrays stay.
-    who = {"subject": scan.subject, "session": scan.session, "sequence": scan.sequence, "split": scan.split}
+    who = {"subject": scan.subject, "session": scan.session, "sequence": scan.sequence,
+           "split": scan.split}
     renewed = geometry | {"record": record | now | {"elsewhere": scan.elsewhere}, "row": row | who}
     if renewed != geometry:
         write_geometry(place, renewed)
@@ -1057,14 +774,16 @@ def recorded(root, place, scan):
 
 
 def seen_again(root, path, before):
-    """What is known of a file now, against what was recorded. Its checksum is taken only if path, size or
-    time have changed; a pair's always, since it has two times. A file that was moved away is as it was."""
+    """What is known of a file now, against what was recorded. Its checksum is taken only if path,
+    size or time have changed; a pair's always, since it has two times. A file that was moved away
+    is as it was."""
     place = os.path.join(root, path)
     if path == before["path"] and not os.path.exists(place):
         return {key: before[key] for key in ("path", "size", "mtime", "sha256")}
 
     state = os.stat(place)
-    now = {"path": path, "size": state.st_size, "mtime": state.st_mtime_ns, "sha256": before["sha256"]}
+    now = {"path": path, "size": state.st_size, "mtime": state.st_mtime_ns,
+           "sha256": before["sha256"]}
     if now != {key: before[key] for key in now} or len(both_of(place)) > 1:
         now["sha256"] = checksum(place)
     return now
@@ -1080,20 +799,16 @@ FINDINGS = {
     "orphan": "label maps that fit no scan",
     "unused": "label maps left aside, since another one fits better",
     "like label": f"files skipped though they hold lesion, seg or mask (known endings in BIDS: "
-                  f"{', '.join(f'_{name}' for name in LABEL_NAMES)}, _lesion-*)",
+                  f"{', '.join(f'_{name}' for name in sources.LABEL_NAMES)}, _lesion-*)",
     "nan": "scans with NaN, set to 0",
     "label nan": "label maps with NaN, set to 0",
     "clamped": "scans with negative values, set to 0",
 }
 
 
-def note(findings, kind, path, number=0):
-    """Add one file to {kind: {path: number of voxels}}."""
-    findings.setdefault(kind, {})[path] = number
-
-
 def findings_of(scan, record):
-    """What a careful colleague would say of one volume, from its record: {kind: {path: number of voxels}}."""
+    """What a careful colleague would say of one volume, from its record: {kind: {path: number of
+    voxels}}."""
     found, label = {}, record["label"]
     if record["nan"]:
         note(found, "nan", scan.path, record["nan"])
@@ -1117,19 +832,22 @@ def findings_of(scan, record):
 
 
 def find_twins(volumes, source):
-    """The same file, or the same label map that is not empty, under two subjects: it may stand on both sides
-    of a split. Among all volumes of a folder, those that `source` has a part in -> findings."""
+    """The same file, or the same label map that is not empty, under two subjects: it may stand on
+    both sides of a split. Among all volumes of a folder, those that `source` has a part in ->
+    findings."""
     owners = {}
-    for v in volumes:
-        owners.setdefault(("twins", v.sha256), {}).setdefault((v.source, v.subject), v.path)
-        if len(v.label_values.split()) > 1 or v.label_values and not v.label_values.startswith("0:"):
-            owners.setdefault(("label twins", v.label_sha256), {}).setdefault((v.source, v.subject), v.label)
+    for volume in volumes:
+        files = [("twins", volume.sha256)]
+        # An empty label map has one value, 0.
+        if volume.label_values.partition(":")[0] != "0" or " " in volume.label_values:
+            files.append(("label twins", volume.label_sha256))
+        for file in files:
+            owners.setdefault(file, set()).add((volume.source, volume.subject))
 
     findings = {}
-    for (kind, _), found in owners.items():
-        if len(found) > 1 and source in {origin for origin, _ in found}:
-            (_, one), (_, other) = sorted(found)[:2]
-            note(findings, kind, f"{one} and {other}")
+    for (kind, digest), found in owners.items():
+        if digest and len(found) > 1 and source in {origin for origin, _ in found}:
+            note(findings, kind, " and ".join(subject for _, subject in sorted(found)[:2]))
     return findings
 
 
@@ -1144,14 +862,16 @@ def print_findings(findings):
 
 
 def end_with_parent():
-    """On Linux: a worker ends when its parent is killed, so that none goes on writing beside the next run."""
+    """On Linux: a worker ends when its parent is killed, so that none goes on writing beside the
+    next run."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def run_all(work, jobs, workers):
-    """work(job) of every job on `workers` processes, as they are done; no more than two a worker wait."""
+    """work(job) of every job on `workers` processes, as they are done; no more than two a worker
+    wait."""
     if workers == 1:
         yield from map(work, jobs)
         return
@@ -1166,7 +886,8 @@ def run_all(work, jobs, workers):
 
 
 def estimate(scans, root, out, workers):
-    """Before it starts: disk and time from five volumes spread over the list, prepared and thrown away."""
+    """Before it starts: disk and time from five volumes spread over the list, prepared and thrown
+    away."""
     began, voxels, sample = time.perf_counter(), [], scans[::max(1, len(scans) // 5)][:5]
     for scan in sample:
         path = os.path.join(root, scan.path)
@@ -1181,33 +902,8 @@ def estimate(scans, root, out, workers):
         while not os.path.exists(folder):
             folder = os.path.dirname(folder)
         say(f"estimate from {len(voxels)} of {len(scans)} volumes: {need:.2f} GB ({out} has "
-            f"{shutil.disk_usage(folder).free / 1e9:.0f} free), {hours:.2f} hours with {workers} workers")
-
-
-def read_dataset(root):
-    """nnU-Net's dataset.json -> ({number of a channel: its sequence}, the settings of a task)."""
-    path = os.path.join(root, "dataset.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            known = json.load(file)
-        channels = known.get("channel_names") or known["modality"]
-        channels = {int(key): str(value) for key, value in channels.items()}
-        labels = dict(known["labels"])
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"cannot read {path} (channel_names and labels of nnU-Net): {error!r}") from None
-    if len(set(channels.values())) < len(channels):
-        channels = {key: f"{key}-{value}" for key, value in channels.items()}
-    if all(str(key).isdigit() for key in labels):  # version 1: {"0": "background"}; version 2 the other way
-        labels = {value: int(key) for key, value in labels.items()}
-    ignore = [labels.pop("ignore")] if "ignore" in labels else []
-    regions = {key: value for key, value in labels.items() if isinstance(value, list)}
-    names = {value: key for key, value in labels.items() if isinstance(value, int)}
-    values = sorted({0, *names, *(v for region in regions.values() for v in region)})
-    task = {"sequences": [channels[key] for key in sorted(channels)], "ignore": ignore,
-            "classes": [names.get(v, f"label {v}") for v in values],
-            "labels": {v: i for i, v in enumerate(values)},
-            "regions": {key: [values.index(v) for v in region] for key, region in regions.items()}}
-    return {f"{key:04}": sequence for key, sequence in channels.items()}, task
+            f"{shutil.disk_usage(folder).free / 1e9:.0f} free), {hours:.2f} hours with {workers} "
+            "workers")
 
 
 # Table 1 of the paper: subjects, sessions, volumes, sequences.
@@ -1223,7 +919,8 @@ TABLE_1 = {"adni": (1563, 8019, 9548, "T1, Flair, T2*"),
 
 
 def table_1(folder):
-    """Markdown: what is in a prepared folder for pretraining, and the paper's numbers in brackets."""
+    """Markdown: what is in a prepared folder for pretraining, and the paper's numbers in
+    brackets."""
     taken = [v for v in data.read_index(folder) if v.split != "test"]
     rows, totals, paper = [], np.zeros(3, int), np.sum([row[:3] for row in TABLE_1.values()], 0)
     for source in [*TABLE_1, *sorted({v.source for v in taken} - set(TABLE_1))]:
@@ -1242,9 +939,9 @@ def table_1(folder):
 
 def check_settings(cfg):
     """Raises UserError for what no preparation can start with."""
-    if cfg.source not in (*SOURCES, "manifest") or not cfg.input:
+    if cfg.source not in (*sources.SOURCES, "manifest") or not cfg.input:
         raise UserError(f"source {cfg.source!r}, input {cfg.input!r}: give --input, and choose --source from "
-                        f"{', '.join(SOURCES)} and manifest")
+                        f"{', '.join(sources.SOURCES)} and manifest")
     if not cfg.workers:
         raise UserError("workers 0: give 1 or more")
     shard, _, shards = cfg.shard.partition("/")
@@ -1263,12 +960,14 @@ def main(cfg):
     # Find the scans.
     manifest = cfg.source == "manifest"
     root = os.path.dirname(cfg.input) if manifest else cfg.input
-    listed = read_manifest(cfg.input) if manifest else find_scans(cfg.source, root, cfg.dry_run)
-    sessions, skipped, findings = listed
+    if manifest:
+        sessions, skipped, findings = sources.read_manifest(cfg.input)
+    else:
+        sessions, skipped, findings = sources.find_scans(cfg.source, root, cfg.dry_run)
     name = cfg.name or (os.path.basename(os.path.abspath(root)) if cfg.source == "nnunet" else cfg.source)
     name = re.sub(r"[^A-Za-z0-9.-]+", "_", name)
     if cfg.source == "nnunet":
-        channels, task = read_dataset(root)
+        channels, task = sources.read_dataset(root)
         sessions = [[scan._replace(sequence=channels.get(scan.sequence, scan.sequence)) for scan in scans]
                     for scans in sessions]
 
@@ -1290,7 +989,7 @@ def main(cfg):
         common.write_text(path, yaml.safe_dump({"data": cfg.out, "source": name} | task, sort_keys=False))
         print(f"to finetune on it: python finetune.py --task {path}")
     work = functools.partial(prepare_session, cfg.source, name, root, cfg.out)
-    done, rejected = prepare_all(work, mine, cfg)
+    done, rejected = prepare_all(work, mine, name, cfg)
 
     # Write the index, then the report, from the records of all, whether prepared now or before.
     part = f"{name}-{shard}of{shards}.csv"
@@ -1303,12 +1002,14 @@ def main(cfg):
     return print_report(name, found, len(done), skipped, rejected, findings)
 
 
-def prepare_all(work, sessions, cfg):
-    """work(scans) of every session, in several processes -> (all that is done, all that is rejected)."""
+def prepare_all(work, sessions, name, cfg):
+    """work(scans) of every session, in several processes -> (all that is done, all that is
+    rejected)."""
     done, rejected = [], []
     total = sum(map(len, sessions))
     try:
-        with common.writing(cfg.out), tqdm(total=total, desc="prepare", unit="volume") as progress:
+        bar = tqdm(total=total, desc=f"prepare {name}", unit="volume")
+        with common.writing(cfg.out), bar as progress:
             for ready, refused in run_all(work, sessions, cfg.workers):
                 done += ready
                 rejected += refused
@@ -1323,7 +1024,8 @@ def write_part(out, part, done, rejected):
     """One part of the index, and of the list of the rejected."""
     rows = sorted((row for row, _ in done), key=lambda row: row["path"])
     columns = data.Volume._fields
-    write_table(f"{out}/index/{part}", columns, [[row[column] for column in columns] for row in rows])
+    cells = [[row[column] for column in columns] for row in rows]
+    write_table(f"{out}/index/{part}", columns, cells)
     reasons = sorted((readable(path), readable(reason)) for path, reason, _ in rejected)
     write_table(f"{out}/rejected/{part}", ("path", "reason"), reasons)
 
@@ -1339,12 +1041,12 @@ def print_plan(name, found, volumes, skipped, findings):
 
 
 def print_report(name, found, prepared, skipped, rejected, findings):
-    """Counts, then one line for each thing a careful colleague would say -> exit code: 1 if a scan is
-    damaged, or if nothing was prepared."""
+    """Counts, then one line for each thing a careful colleague would say -> exit code: 1 if a scan
+    is damaged, or if nothing was prepared."""
     for path, reason, _ in sorted(rejected):
         say(f"rejected {path}: {reason}")
-    say(f"{name}: {found} found = {prepared} prepared + {count_by_reason(skipped)} + {len(rejected)} "
-        "rejected")
+    say(f"{name}: {found} found = {prepared} prepared + {count_by_reason(skipped)} + "
+        f"{len(rejected)} rejected")
     print_findings(findings)
     if not prepared and not skipped["other shards"]:
         return nothing_of(found, skipped)
@@ -1356,12 +1058,13 @@ def nothing_of(found, skipped):
     hint = "see the reasons above"
     if skipped.total() == found:
         hint = "no name is as --source expects it: --dry-run says of each file why"
-    print(f"error: {found} files found, and nothing prepared: {hint}", file=sys.stderr)
+    print(f"error: nothing prepared of {found} found: {hint}", file=sys.stderr)
     return 1
 
 
 def claim(out, name, folder):
-    """One input a name: of two BIDS folders with a sub-01 each, the second would be taken for the first."""
+    """One input a name: of two BIDS folders with a sub-01 each, the second would be taken for the
+    first."""
     path = f"{out}/index/{name}.txt"
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
@@ -1369,6 +1072,7 @@ def claim(out, name, folder):
         if before != folder:
             raise UserError(f"{out} holds {name} of {before}: give this one another --name, or, if that "
                             f"folder was only moved, delete {path}")
+        return
     common.write_text(path, folder)
 
 
@@ -1391,5 +1095,6 @@ def write_table(path, columns, rows):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # names in letters that the terminal does not have
+    # A name may be in letters that the terminal does not have.
+    sys.stdout.reconfigure(errors="backslashreplace")
     common.run(main, Config)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,12 +22,14 @@ import scipy.ndimage
 import torch
 from conftest import ROOT, mistake, script
 from skimage.transform import resize
+from tqdm import tqdm
 
 import data
 import finetune
 import phantom
 import predict
 import prepare_data
+import sources
 from prepare_data import Rejected
 
 GOLDEN = np.load(ROOT / "tests" / "golden" / "preprocess.npz")
@@ -259,7 +262,7 @@ CASES = json.loads((ROOT / "tests" / "golden" / "discovery_cases.json").read_tex
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["path"][-40:])
 def test_what_a_path_says(case):
-    who = prepare_data.identify(case["source"], case["path"])
+    who = sources.identify(case["source"], case["path"])
     named = {"subject": who.subject, "session": who.session, "sequence": "".join(who.sequences)}
     assert (None if who.skip else named) == case["expect"]
 
@@ -276,7 +279,7 @@ def test_what_a_path_says(case):
     "-perfusion": "Axial_3D_PASL__Eyes_Open_, Perfusion_Weighted, relCBF",
     "-calibration": "Field_Mapping, B1-calibration_Body", "-derived map": "DTI_LR_ColFA"}.items())
 def test_free_text_series(sequence, names):
-    assert {name: prepare_data.classify(name) for name in names.split(", ")} == dict.fromkeys(
+    assert {name: sources.classify(name) for name in names.split(", ")} == dict.fromkeys(
         names.split(", "), sequence)
 
 
@@ -364,7 +367,7 @@ def test_nnunet_becomes_a_task(everything):
 def test_labels_of_nnunet(labels, classes, regions, ignore, tmp_path):
     known = {"modality": {"0": "MRI", "1": "MRI"}, "labels": labels}
     (tmp_path / "dataset.json").write_text(json.dumps(known))
-    channels, task = prepare_data.read_dataset(str(tmp_path))
+    channels, task = sources.read_dataset(str(tmp_path))
     assert (task["classes"], task["regions"], task["ignore"]) == (classes, regions, ignore)
     assert channels == {"0000": "0-MRI", "0001": "1-MRI"}
 
@@ -485,7 +488,7 @@ def test_linked_folders_are_walked(raw, tmp_path):
     (tmp_path / "links").mkdir()
     for folder in raw.glob("sub-*"):
         (tmp_path / "links" / folder.name).symlink_to(folder)
-    linked, plain = (list(prepare_data.walk(str(folder))) for folder in (tmp_path / "links", raw))
+    linked, plain = (list(sources.walk(str(folder))) for folder in (tmp_path / "links", raw))
     assert linked == plain != []
 
 
@@ -637,6 +640,7 @@ def fork(work):
     if child := os.fork():
         return child
     os.setsid()
+    tqdm.set_lock(threading.RLock())  # else a killed child may keep the lock that this process shares
     status = 1
     try:
         with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):

@@ -124,6 +124,11 @@ def note(findings, kind, path, number=0):
     findings.setdefault(kind, {})[path] = number
 
 
+def own_name(path, subject):
+    """The last part of a path without its subject."""
+    return os.path.basename(path).replace(subject, "")
+
+
 def classify(text):
     """Free text of a series -> its sequence, or "-" and the reason it is none; see SERIES."""
     words = f"_{re.sub('[^a-z0-9]+', '_', text.lower().replace('t2*', 't2_star'))}_"
@@ -145,7 +150,7 @@ def identify(source, path):
     who = Identity("_".join(filter(None, (site, groups["subject"]))), groups.get("session") or "1",
                    test=bool(groups.get("test")))
     if label:
-        rest = os.path.basename(stem).replace(groups["subject"], "")
+        rest = own_name(stem, groups["subject"])
         head = HEAD.search(rest) and not LESION.search(rest)
         return who._replace(skip="mask of the head" if head else "label")
     suffix, text = groups.get("suffix") or "", groups.get("text")
@@ -196,9 +201,9 @@ def find_scans(source, folder, dry_run=False):
                 say(f"skip {path}: {who.skip}")
             if who.skip == "label":
                 labels.setdefault(key, []).append(path)
-            elif row.label and who.skip not in ("hidden", "mask of the head") and LIKE_LABEL.search(
-                    os.path.basename(path)):
-                note(findings, "like label", path)
+            elif row.label and who.skip not in ("hidden", "mask of the head"):
+                if LIKE_LABEL.search(os.path.basename(path)):
+                    note(findings, "like label", path)
 
         for channel, sequence in enumerate(who.sequences):
             scan = Scan(path, *key, readable(sequence), "", "test" if who.test else "",
@@ -208,9 +213,11 @@ def find_scans(source, folder, dry_run=False):
     labels = labels_by_session(labels, sessions)
     if sessions.keys() <= labels.keys():
         findings.pop("like label", None)  # nothing is missing
+
     held = ()
     if row.hold_out and labels:
         held = set(data.split_subjects([subject for subject, _ in labels], 0.25, 0)[1])
+
     for key, scans in sessions.items():
         # Without a label where others have one: those that the challenge holds back are for
         # testing, too.
@@ -231,12 +238,15 @@ def find_scans(source, folder, dry_run=False):
 def labels_by_session(labels, sessions):
     """{(subject, session): label maps}: where only one of the two trees names sessions, a subject's
     label maps belong to its only session."""
+    by_subject = {}
+    for subject, session in sessions:
+        by_subject.setdefault(subject, []).append(session)
+
     placed = {}
     for (subject, session), paths in labels.items():
-        key = subject, session
-        own = [other for other in sessions if other[0] == subject] if key not in sessions else []
-        if len(own) == 1 and "1" in (session, own[0][1]):
-            key = own[0]
+        key, own = (subject, session), by_subject.get(subject, ())
+        if len(own) == 1 and "1" in (session, own[0]):
+            key = subject, own[0]
         placed.setdefault(key, []).extend(paths)
     return placed
 
@@ -270,7 +280,8 @@ def label_candidates(scan, paths):
         if all(theirs.get(key, value) == value for key, value in ours.items()):
             fitting.append(path)
 
-    fitting = keep_best(fitting, lambda path: bool(LESION.search(os.path.basename(path))))
+    # A subject may be called sub-stroke01: that says nothing of a file.
+    fitting = keep_best(fitting, lambda path: bool(LESION.search(own_name(path, scan.subject))))
     fitting = keep_best(fitting, lambda path: len(ours.items() & entities(path)[0].items()))
     return keep_best(fitting, lambda path: len(words & entities(path)[1]))
 

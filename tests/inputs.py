@@ -58,3 +58,8 @@ def one_scan(folder, image, label=None, ending=".nii.gz"):
 def prepare_tree(folder, images, source="bids"):
     save(folder / "raw", {f"{path}.nii.gz": image for path, image in images.items()})
     return prepare(source, folder / "raw", folder / "out")
+
+
+def table_text(columns, rows, delimiter=","):
+    """The bytes of a csv file."""
+    return "\n".join(delimiter.join(row) for row in (columns, *rows)).encode()

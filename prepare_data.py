@@ -317,8 +317,8 @@ def clamp(voxels):
 
     Raises Rejected for a scan that was normalised before. After a z-normalisation the negative values
     add up to as much as the positive ones. What ringing and interpolation leave adds up to less than a
-    thousandth of them; an offset that takes all air under 0, to a third. The border is half. The number
-    of negative voxels would not tell, since most of a scan is air."""
+    thousandth of them; an offset that takes all air under 0, to a third and more. The border is half.
+    The number of negative voxels would not tell, since most of a scan is air."""
     below = voxels < 0
     count = int(np.count_nonzero(below))
     clamped = np.maximum(voxels, 0)

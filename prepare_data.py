@@ -983,7 +983,7 @@ def main(cfg):
         return print_plan(name, found, volumes, skipped, findings)
 
     # Prepare them.
-    claim(cfg.out, name, readable(os.path.abspath(cfg.input)))
+    claim(cfg.out, name, readable(os.path.abspath(cfg.input)), cfg.shard)
     if cfg.source == "nnunet":
         path = f"{cfg.out}/{name}.yaml"
         common.write_text(path, yaml.safe_dump({"data": cfg.out, "source": name} | task, sort_keys=False))
@@ -1062,9 +1062,9 @@ def nothing_of(found, skipped):
     return 1
 
 
-def claim(out, name, folder):
+def claim(out, name, folder, shard):
     """One input a name: of two BIDS folders with a sub-01 each, the second would be taken for the
-    first."""
+    first. Shards may claim it at once."""
     path = f"{out}/index/{name}.txt"
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
@@ -1073,7 +1073,9 @@ def claim(out, name, folder):
             raise UserError(f"{out} holds {name} of {before}: give this one another --name, or, if that "
                             f"folder was only moved, delete {path}")
         return
-    common.write_text(path, folder)
+    owner = shard.replace("/", "of")  # what this shard left when it was killed is overwritten
+    with common.atomic(path, owner) as temporary, open(temporary, "w", **common.TEXT) as file:
+        file.write(folder)
 
 
 def forget_other_shards(out, name, shards):

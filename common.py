@@ -8,6 +8,7 @@ import fcntl
 import functools
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ import time
 import types
 import typing
 import zipfile
+import zlib
 from pickle import UnpicklingError  # what torch.load(weights_only=True) raises when it refuses
 
 import torch
@@ -46,6 +48,9 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "status_alloc_failed")
 
 def run(main, config_class):
     """Entry point of every script: command line -> main(cfg). A UserError is one line and exit code 2."""
+    # A file name that is not UTF-8 is printed with an escape, as Python does on stderr.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     message, cfg = "", None
     try:
         cfg = parse_config(config_class, sys.argv[1:])
@@ -122,6 +127,8 @@ def read_yaml(config_class, path):
         values = yaml.safe_load(text) or {}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 from byte {error.start} on: save it as UTF-8") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -487,9 +494,47 @@ def lock(folder):
         pass
 
 
+# Names of files that are not UTF-8: Python reads their bytes as surrogates. So do our text files, both ways.
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}
+
+
 def write_text(path, text):
-    with atomic(path, os.getpid()) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with atomic(path, os.getpid()) as temporary, open(temporary, "w", **TEXT) as file:
         file.write(text)
+
+
+def read_text(path):
+    with open(path, **TEXT) as file:
+        return file.read()
+
+
+def check_files(folder, paths):
+    """UserError unless all these files of a prepared folder are there. Each of its folders is listed once,
+    which is quick for 45,000 files on a network disk, too."""
+    listed, missing = {}, []
+    for path in paths:
+        parent, name = os.path.split(path)
+        if parent not in listed:
+            try:
+                listed[parent] = {entry.name for entry in os.scandir(parent)}
+            except OSError:
+                listed[parent] = set()
+        if name not in listed[parent]:
+            missing.append(path)
+    if missing:
+        raise UserError(f"{folder} lacks {len(missing)} files that its index names, the first "
+                        f"{min(missing)}: copy the whole folder, or prepare it again")
+
+
+def checksum(path):
+    """sha256 of a file; of our checkpoints the one that they carry."""
+    with open(path, "rb") as file:
+        file.seek(-min(os.path.getsize(path), len(SEAL) + 64), os.SEEK_END)
+        end = file.read()
+        if end.startswith(SEAL):
+            return end.removeprefix(SEAL).decode("ascii")
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 FORMAT = 1  # of our checkpoints; counts up when older code could not read them any more
@@ -527,9 +572,85 @@ def check_file(path):
         sealed = end.startswith(SEAL, 2)
         if sealed and end != seal(file, tail):
             raise ValueError("its checksum does not fit")
-        if zipfile.is_zipfile(file) and size < sum(r.file_size for r in zipfile.ZipFile(file).infolist()):
+        members = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []
+        if size < sum(member.file_size for member in members):
             raise ValueError("it is compressed, as no checkpoint is")
+        if is_torchscript(member.filename for member in members):
+            raise ValueError("it is a program")
     return sealed
+
+
+# What is given as a checkpoint and is none: the first bytes, what the file is, and the likely fix.
+PAGE = "a web page: the download needs a login"
+PACKED = "an archive: unpack it and give the checkpoint that is in it"
+SCAN = "a scan: --ckpt takes a network, the scans follow without a --key"
+OTHERS = ((b"version https://git-lfs", "a git-lfs pointer: fetch the file itself with git lfs pull"),
+          (b"<!doctype html", PAGE), (b"<html", PAGE), (b"<?xml", PAGE), (b"<!--", PAGE),
+          (b"7z\xbc\xaf", PACKED), (b"rar!", PACKED), (b"\xfd7zxz", PACKED), (b"bzh", PACKED),
+          (b"\x28\xb5\x2f\xfd", PACKED),
+          (b"\x89hdf", "an HDF5 file, as Keras writes: convert it to a state_dict of torch"),
+          (b"\x93numpy", "an array of numpy: convert it to a state_dict of torch"),
+          *((struct.pack(order + "i", size), SCAN) for order in "<>" for size in (348, 540)),
+          (struct.pack(">i", 1), SCAN))  # NIfTI-1, NIfTI-2 and FreeSurfer's
+
+
+def is_torchscript(names):
+    """Are these the members of an archive that torch.jit.save made?"""
+    return any(name.endswith("/constants.pkl") for name in names)
+
+
+def what_else(path):
+    """What a file is that torch cannot read, and the likely fix; "" if that does not show."""
+    if os.path.isdir(path):
+        return what_folder(path)
+
+    with open(path, "rb") as file:
+        head = file.read(512)
+        is_zip = zipfile.is_zipfile(file)
+    if not head:
+        return "empty: copy or download it again"
+
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if is_torchscript(names):
+            return "a TorchScript archive: save the state_dict of its module"
+        return "" if any(name.endswith("data.pkl") for name in names) else PACKED
+
+    # Of a compressed file, what is inside counts: a scan, or an archive of many files.
+    packed = head.startswith(b"\x1f\x8b")
+    if packed:
+        with contextlib.suppress(zlib.error):
+            head = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, 512)
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").lower()
+    for beginning, what in OTHERS:
+        if start.startswith(beginning) or head.startswith(beginning):
+            return what
+    if packed or head[257:262] == b"ustar":
+        return PACKED
+    if head[128:132] == b"DICM":
+        return SCAN
+
+    # A header of JSON after its length: the format of safetensors.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < os.path.getsize(path):
+        return ("a safetensors file: read it with safetensors.torch.load_file and torch.save the "
+                "dictionary")
+    with contextlib.suppress(UnicodeDecodeError):
+        words = head[:40].decode("ascii").split()
+        if all(word.isprintable() for word in words):
+            return f"a text file, which begins {reprlib.repr(' '.join(words))}"
+    return ""
+
+
+def what_folder(path):
+    """The checkpoint that is meant by a folder's name."""
+    inside = next((name for name in ("last.pt", "fold_0/last.pt")
+                   if os.path.exists(os.path.join(path, name))), None)
+    if inside:
+        return f"a folder: give {os.path.join(path, inside)}"
+    if os.path.exists(os.path.join(path, "data.pkl")):
+        return "a checkpoint that the browser has unpacked: download it again, or zip -0 -r the folder"
+    return "a folder without a last.pt: give the checkpoint itself"
 
 
 def largest(tree):
@@ -540,6 +661,28 @@ def largest(tree):
     return max(map(largest, children), default=0)
 
 
+# What torch raises on files that are damaged, hostile or of another kind.
+UNREADABLE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError,
+              RuntimeError, TypeError, ValueError, UnpicklingError, struct.error, zipfile.BadZipFile)
+
+
+def why_not(path, error):
+    """What is wrong with a file that torch cannot read, in words that follow its name."""
+    try:
+        what = what_else(path)
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        what = ""
+    if what:
+        return f"is {what}"
+
+    if isinstance(error, UnpicklingError):
+        names = re.findall(r"Unsupported global: GLOBAL (\S+)", str(error))
+        which = f" ({names[0]})" if names else ""
+        return (f"is damaged, or holds more than tensors, numbers and strings{which}: refused, and nothing "
+                "in it was run. If it is sound, save its plain state_dict")
+    return f"is damaged, truncated or no torch file: {reason(error)}"
+
+
 def load_checkpoint(path):
     """torch.load onto the CPU with weights_only=True, always: nothing in the file is ever run. UserError if
     it is damaged, hostile, or of a later format; a file of others needs neither checksum nor format."""
@@ -548,14 +691,10 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if largest(checkpoint) > os.path.getsize(path):
             raise ValueError("a tensor in it is larger than the file")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no checkpoint at {path}") from None
-    except UnpicklingError:
-        raise UserError(f"{path} is damaged, or holds more than tensors, numbers and strings: refused, and "
-                        "nothing in it was run. If it is sound, save its plain state_dict") from None
-    except (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError,
-            RuntimeError, TypeError, ValueError, struct.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged, truncated or no torch file: {first_line(error)}") from None
+    except UNREADABLE as error:
+        raise UserError(f"{path} {why_not(path, error)}") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     for key, kind in {"format": int, "kind": str, "row": str, "config": dict, "task": dict}.items():
@@ -573,6 +712,11 @@ def first_line(error):
     return str(error).strip().split("\n")[0]
 
 
+def reason(error):
+    """First line of an error, without the file's name: the message around it has that."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
 def check_same_run(what, then, cfg, free):
     """UserError if the settings `then` of what is there are not cfg's; keys in `free` do not touch what is
     computed."""
@@ -583,15 +727,34 @@ def check_same_run(what, then, cfg, free):
         raise UserError(f"{what} of another run ({', '.join(changed)}): new --out, or the old values")
 
 
-def resume(path, cfg, free, model, optimizer, sha256=None):
+def check_same_inputs(what, then, now, fix="new --out, or the old data"):
+    """UserError if cases are made of other files now than then: both {name: {part: checksum or shape}}.
+
+    What one of the two does not say is not compared, as in folders of earlier versions."""
+    words = {"sha256": "scan", "label_sha256": "label", "shape": "prepared volume"}
+    changed = {}
+    for name in sorted(set(then) & set(now)):
+        differ = [word for part, word in words.items() if then[name].get(part) and now[name].get(part)
+                  and then[name][part] != now[name][part]]
+        if differ:
+            changed[name] = " and ".join(differ)
+    if changed:
+        first = min(changed)
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise UserError(f"{what} (another {changed[first]} of {first}{more}): {fix}")
+
+
+def resume(path, cfg, free, model, optimizer, sha256=None, inputs=None):
     """Continue from `path`: load model and optimizer -> (step to go on with, hours it took); zeros if there
-    is no file. UserError if it is another configuration's run, or one on other raw files than `sha256`."""
+    is no file. UserError if it is another configuration's run, or one on other raw files than `sha256`, or
+    `inputs`, as tasks.inputs_of gives them."""
     if not os.path.exists(path):
         return 0, 0.0
     checkpoint = load_checkpoint(path)
     check_same_run(f"{path} is", checkpoint.get("config", {}), cfg, free)
-    if sha256 not in (None, checkpoint.get("sha256")):
-        raise UserError(f"{path} is of a run on other data: new --out, or the old --data")
+    if None not in (sha256, checkpoint.get("sha256")) and checkpoint["sha256"] != sha256:
+        raise UserError(f"{path} is of a run on other data: new --out, or the old data")
+    check_same_inputs(f"{path} is of a run on other data", checkpoint.get("inputs", {}), inputs or {})
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])

@@ -172,6 +172,13 @@ def same_folds(first, second):
     if first["assignment"] != second["assignment"] or cases[0] != cases[1] or not shared:
         raise UserError(f"{first['path']} and {second['path']} have different tasks or folds, or none that "
                         "both finished; a paired comparison needs the same ones")
+
+    # Runs of earlier versions do not say which files they were scored on: nothing to compare.
+    for fold in shared:
+        before = {record["case"]: record for record in first["folds"][fold]}
+        after = {record["case"]: record for record in second["folds"][fold]}
+        common.check_same_inputs(f"{first['path']} and {second['path']} were scored on different data",
+                                 before, after, "evaluate both on the same")
     return shared
 
 

@@ -36,6 +36,8 @@ class Volume(NamedTuple):
     shape: str
     spacing: str
     sha256: str
+    label_sha256: str = ""  # of the raw label file
+    label_values: str = ""  # value:voxels native/prepared, sorted by value: "0:87120/87040 1:257/254"
 
 
 class Case(NamedTuple):
@@ -71,22 +73,37 @@ def read_index(folder):
     parts = sorted(glob.glob(os.path.join(glob.escape(folder), "index", "*.csv")))
     if not parts:
         raise UserError(f"{folder} has no index/*.csv: not a prepared folder, as prepare_data.py makes")
+
     volumes = {}
     for part in parts:
         try:
             with open(part, newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                if missing := sorted(set(Volume._fields) - set(reader.fieldnames or ())):
-                    raise UserError(f"{part} lacks the columns {', '.join(missing)}; prepare it again")
-                for row in reader:
-                    volumes[row["path"]] = Volume(*(row[field] or "" for field in Volume._fields))
+                volumes |= {volume.path: volume for volume in read_part(part, csv.reader(file))}
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"cannot read {part}: {error}; prepare it again") from None
+
     for volume in volumes.values():
         for path in (volume.path, volume.label):
-            if os.path.isabs(path) or ".." in path.split("/"):
+            if ".." in path.split("/") or os.path.isabs(path):
                 raise UserError(f"the index of {folder} points outside of it: {path}")
     return [volumes[path] for path in sorted(volumes)]
+
+
+def read_part(part, rows):
+    """Yields the Volumes of one index part, whose rows csv has split."""
+    header = next(rows, [])
+    missing = set(Volume._fields) - set(Volume._field_defaults) - set(header)
+    if missing:
+        raise UserError(f"{part} lacks the columns {', '.join(sorted(missing))}; prepare it again")
+
+    # A column that older versions did not write is read from behind the row's end, where "" stands.
+    places = [header.index(field) if field in header else len(header) for field in Volume._fields]
+    for row in rows:
+        if len(row) == len(header):
+            row.append("")
+            yield Volume._make([row[place] for place in places])
+        elif row:
+            raise UserError(f"{part} is damaged at the volume {row[0]}; prepare it again")
 
 
 def pretraining_cases(folder):
@@ -96,22 +113,43 @@ def pretraining_cases(folder):
 
 
 def labelled_cases(folder, source, sequences):
-    """Subjects' sessions that have a label and every one of `sequences`, the channels, in that order; not
-    those whose split is pretrain, which the paper sets aside (63 of ISLES22)."""
+    """Subjects' sessions that have a label and every one of `sequences`, the channels, in that order;
+    not those whose split is pretrain, which the paper sets aside (63 of ISLES22)."""
     sessions = {}
-    for v in sorted(read_index(folder), key=lambda v: not v.label):  # of two runs the one with the label
-        if source in (None, v.source) and v.split != "pretrain":
-            sessions.setdefault((v.source, v.subject, v.session), {}).setdefault(v.sequence, v)
+    for volume in read_index(folder):
+        if volume.label and source in (None, volume.source) and volume.split != "pretrain":
+            session = sessions.setdefault((volume.source, volume.subject, volume.session), {})
+            session.setdefault(volume.sequence, []).append(volume)
+
     cases = []
     for (origin, subject, session), found in sorted(sessions.items()):
-        if all(s in found and found[s].label for s in sequences):
-            channels = tuple(found[s] for s in sequences)
+        if all(sequence in found for sequence in sequences):
+            channels = choose_channels([found[sequence] for sequence in sequences])
             cases.append(Case("_".join(p for p in (subject, session) if p), f"{origin}/{subject}",
                               tuple(os.path.join(folder, v.path) for v in channels),
                               os.path.join(folder, channels[0].label), channels))
+
     if twice := [name for name, n in Counter(case.name for case in cases).items() if n > 1]:
-        raise UserError(f"{folder} has {twice[0]} in several sources: name one in the task, as `source`")
+        raise UserError(f"{folder} has {twice[0]} in several sources: name one in the task, as "
+                        "`source`")
     return cases
+
+
+def choose_channels(candidates):
+    """One volume a sequence, of lists of labelled ones. A sequence may have several runs, each with a
+    label map of its own: the first whose label map most channels share, so that runs do not mix."""
+    best, most = None, 0
+    for first in candidates[0]:
+        channels = []
+        for volumes in candidates:
+            same = [v for v in volumes if v.label_sha256 == first.label_sha256]
+            channels.append((same or volumes)[0])
+        channels[0] = first
+
+        shared = sum(v.label_sha256 == first.label_sha256 for v in channels)
+        if shared > most:
+            best, most = tuple(channels), shared
+    return best
 
 
 def class_table(labels, ignore=()):
@@ -225,9 +263,13 @@ def read_case(case):
 
 def on_axes(label, affine):
     """Values (D, H, W) of a label map, a nibabel image, in the axis order and directions that a scan of the
-    same grid is stored in."""
-    axes = [nibabel.io_orientation(one) for one in (label.affine, affine)]
+    same grid is stored in. As in preparation, a value within 1e-3 of an integer is that, and NaN is 0."""
     values = label.get_fdata(dtype=np.float32, caching="unchanged").reshape(label.shape[:3])
+    values = np.where(np.isnan(values), np.float32(0), values)
+    whole = np.round(values)
+    values = np.where(np.abs(values - whole) <= 1e-3, whole, values)
+
+    axes = [nibabel.io_orientation(one) for one in (label.affine, affine)]
     return nibabel.apply_orientation(values, nibabel.orientations.ornt_transform(*axes))
 
 

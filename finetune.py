@@ -26,6 +26,7 @@ import data
 import models
 import predict
 import prepare_data
+import tasks
 from common import UserError
 
 
@@ -134,8 +135,9 @@ def make_folds(name, task, cases):
     pool = sorted({c.subject for c in cases} - held)
     n_train = task.n_train if task.folds else len(pool) - 1
     if not 0 < n_train <= len(pool) - (task.evaluate == "rest"):
+        most = len(pool) - (task.evaluate == "rest")
         raise UserError(f"task {name} trains on {task.n_train} subjects and needs more, but {task.data} has "
-                        f"{len(pool)} with labels")
+                        f"{len(pool)} with labels" + (f": --n_train {most} or less" if most > 0 else ""))
     if task.evaluate == "test" and not held:
         raise UserError(f"task {name} evaluates the split test, of which {task.data} has no labelled case")
     folds = []
@@ -213,7 +215,8 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
             models.recompute(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                       eps=cfg.eps, amsgrad=cfg.amsgrad, fused=True)
-        step, _ = common.resume(path, cfg, FREE, model, optimizer)
+        seen, inputs = history(pretrained, cases), tasks.inputs_of(cases)
+        step, _ = common.resume(path, cfg, FREE, model, optimizer, seen["sha256"], inputs)
         if processes.rank == 0:
             print(report)
             common.cut_log(folder, step)
@@ -223,7 +226,7 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
         return model
     compiled = common.choose_compile(cfg.compile, cfg.model, device)
     train_model = common.compile_or_warn(common.distribute(model), compiled, device)
-    losses, saved, unreadable, seen = [], step, False, history(pretrained, cases)
+    losses, saved, unreadable = [], step, False
 
     def save(step):
         common.check_in(losses, keep=0)
@@ -231,7 +234,7 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
             if processes.rank == 0:
                 common.save_checkpoint(path, {
                     "kind": "finetune", "row": cfg.model, "step": step, "config": dataclasses.asdict(cfg),
-                    "task": dataclasses.asdict(task), "cases": [c.name for c in cases],
+                    "task": dataclasses.asdict(task), "cases": [c.name for c in cases], "inputs": inputs,
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "versions": common.versions(), **seen})
 
@@ -283,7 +286,9 @@ def evaluate_fold(cfg, task, model, seen, cases, folder, processes, stop):
             except (UserError, *prepare_data.DAMAGE) as error:
                 raise UserError(f"cannot evaluate {case.name}: {error}") from None
             same = any(v.sha256 in hashes for v in case.volumes)
+            made_of = tasks.inputs_of([case])[case.name]
             mine.append({"case": case.name, "subject": case.subject,
+                         "sha256": made_of["sha256"], "label_sha256": made_of["label_sha256"],
                          "seen": None if seen["sha256"] is None else same or case.subject in subjects,
                          "same_scan": same, "site": site(case) if task.sites else None}
                         | {kind: {name: None if math.isnan(value) else round(value, 6)
@@ -421,32 +426,64 @@ def settings_of(folder, cfg, task):
 
 
 def load_fold(cfg, task, fold, train, device):
-    """The finished network of a fold of that run, and its checkpoint."""
+    """The finished network of a fold of that run, and its checkpoint. train: the cases of this fold; the
+    network must have been trained on the same, while those to evaluate are this run's own."""
     path = os.path.join(cfg.networks, f"fold_{fold}", "last.pt")
     model, checkpoint = predict.load_network(path, device)
     theirs = checkpoint["task"]
     if checkpoint["step"] < checkpoint["config"]["steps"]:
         raise UserError(f"{path} is at step {checkpoint['step']}: finish task {task.networks} first")
-    if (theirs["classes"], theirs["sequences"], checkpoint["cases"]) != (task.classes, task.sequences, train):
+    names = [case.name for case in train]
+    if (theirs["classes"], theirs["sequences"], checkpoint["cases"]) != (task.classes, task.sequences, names):
         raise UserError(f"{path} has other classes or sequences, or was trained on other cases than "
                         f"{task.data} gives for this fold")
+    common.check_same_inputs(f"{path} was trained on other data", checkpoint.get("inputs", {}),
+                             tasks.inputs_of(train), f"finetune {task.networks} again, or the old data")
     return model, checkpoint
 
 
-def check_folds(cfg, assignment):
-    """UserError if the run folder has folds of other settings, another task or other cases, finished or not:
-    they would be taken for these."""
+def check_folds(cfg, assignment, inputs):
+    """UserError if the run folder has folds of other settings, another task, other cases or other files,
+    finished or not: they would be taken for these.
+
+    -> inputs as tasks.check_inputs returns them."""
     if not glob.glob(os.path.join(glob.escape(cfg.out), "fold_*", "*")):
-        return
+        return inputs
+
     path = os.path.join(cfg.out, "config.yaml")
     if os.path.exists(path):
         then = dataclasses.asdict(cfg) | common.read_yaml(Config, path)
         common.check_same_run(f"{cfg.out} has folds", then, cfg, FREE)
     path = os.path.join(cfg.out, "folds.json")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            if file.read() != assignment:
-                raise UserError(f"{cfg.out} has folds of another task, or of other cases: new --out")
+    if os.path.exists(path) and common.read_text(path) != assignment:
+        raise UserError(f"{cfg.out} has folds of another task, or of other cases: new --out, or the old data")
+
+    return tasks.check_inputs(cfg.out, inputs)
+
+
+def open_cases(cfg, task, name, quiet):
+    """The cases of a task and its folds, checked as far as the index goes.
+
+    -> {name: case} of all, folds, {name: what it was made of} of those that the folds use."""
+    cases = data.labelled_cases(task.data, task.source, task.sequences)
+    if not cases:
+        raise UserError(tasks.why_none(task))
+    folds = make_folds(task.networks or name, task, cases)
+    names = {n for fold in folds for part in fold.values() for n in part}
+    used = {case.name: case for case in cases if case.name in names}
+
+    # What would stop the run after hours.
+    tasks.check_grids(used.values())
+    tasks.check_values(cfg.task, task, used.values())
+
+    # What would not stop it, and should be known.
+    remarks = tasks.check_foreground(task, used, () if task.networks else folds)
+    remarks += tasks.left_out(task, cases) + tasks.same_files(used.values())
+    remarks += tasks.other_labels(used.values())
+    if not quiet:
+        print(f"task {name}: {len(cases)} cases; each fold trains on {len(folds[0]['train'])} and evaluates "
+              f"{len(folds[0]['evaluate'])}", *remarks, sep="\n")
+    return {case.name: case for case in cases}, folds, tasks.inputs_of(used.values())
 
 
 def main(cfg):
@@ -462,27 +499,29 @@ def main(cfg):
         if cfg.batch_size % processes.world:
             raise UserError(f"batch_size {cfg.batch_size} cannot be shared by {processes.world} processes")
         task = dataclasses.replace(task, data=cfg.data or task.data, n_train=cfg.n_train or task.n_train)
-        cases = data.labelled_cases(task.data, task.source, task.sequences)
-        if not cases:
-            raise UserError(f"{task.data} has no labelled case with {', '.join(task.sequences)}"
-                            + (f" of source {task.source}" if task.source else ""))
-        folds = make_folds(task.networks or name, task, cases)
+        cases, folds, made_of = open_cases(cfg, task, name, quiet=processes.rank != 0)
         chosen = range(len(folds)) if cfg.folds is None else cfg.folds
         if not set(chosen) <= set(range(len(folds))):
             raise UserError(f"folds {cfg.folds}: task {name} has the folds 0 to {len(folds) - 1}")
+
+        # What is in the run folder already must be of this run.
         settings = {key: value for key, value in dataclasses.asdict(task).items() if key != "data"}
         assignment = json.dumps({"task": name, "settings": settings, "folds": folds}, indent=1)
-        check_folds(cfg, assignment)
+        start = common.checksum(cfg.ckpt) if cfg.ckpt and not task.networks else None
+        inputs = check_folds(cfg, assignment, {"ckpt": start, "cases": made_of})
         if processes.rank == 0:
-            print(f"task {name}: {len(cases)} cases; each fold trains on {len(folds[0]['train'])} and "
-                  f"evaluates {len(folds[0]['evaluate'])}; {cfg.model}, augment {cfg.augment}, lr {cfg.lr}\n"
+            print(f"{cfg.model}, augment {cfg.augment}, lr {cfg.lr}\n"
                   f"{common.say_compile(cfg.compile, cfg.model, processes.device)}\n{common.versions()}")
             common.warn_of_cudnn(processes.device, cfg.precision, models.contiguous_on_cuda(cfg.model))
-    by_name = {case.name: case for case in cases}
-    finished = {f: os.path.join(cfg.out, f"fold_{f}", "dice.json") for f in range(len(folds))}
+
+        # What is left to do needs its files.
+        finished = {f: os.path.join(cfg.out, f"fold_{f}", "dice.json") for f in range(len(folds))}
+        left = [f for f in chosen if not os.path.exists(finished[f])]
+        needed = {n for f in left for part in folds[f].values() for n in part}
+        common.check_files(task.data, [path for n in needed for path in tasks.files_of(cases[n])])
     if cfg.estimate:
-        cfg = dataclasses.replace(cfg, folds=[f for f in chosen if not os.path.exists(finished[f])])
-        return estimate(cfg, task, pretrained, by_name, folds, processes, stop)
+        cfg = dataclasses.replace(cfg, folds=left)
+        return estimate(cfg, task, pretrained, cases, folds, processes, stop)
     with common.together():
         if processes.rank == 0:
             for fold in chosen:
@@ -490,17 +529,18 @@ def main(cfg):
             common.write_text(f"{cfg.out}/config.yaml",
                               yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
             common.write_text(f"{cfg.out}/folds.json", assignment)
+            common.write_text(f"{cfg.out}/inputs.json", json.dumps(inputs, indent=1))
 
     before = history(pretrained)
     for fold in chosen:
         folder = os.path.dirname(finished[fold])
         if common.agree(os.path.exists(finished[fold]))[0]:
             continue
-        train, rest = ([by_name[n] for n in folds[fold][part]] for part in ("train", "evaluate"))
+        train, rest = ([cases[n] for n in folds[fold][part]] for part in ("train", "evaluate"))
         seen = before
         if task.networks:
             with common.together():
-                model, seen = load_fold(cfg, task, fold, folds[fold]["train"], processes.device)
+                model, seen = load_fold(cfg, task, fold, train, processes.device)
         else:
             seed = common.derive_seed(cfg.seed, "fold", fold)
             model = train_fold(cfg, task, pretrained, train, seed, folder, processes, stop)
@@ -515,7 +555,8 @@ def main(cfg):
     if processes.rank == 0:
         with torch.device("meta"):
             params = sum(p.numel() for p in build(cfg, task, {})[0].parameters())
-        sites = sorted({site(c) for c in cases if c.volumes[0].split != "test"}) if task.sites else None
+        pool = [case for case in cases.values() if case.volumes[0].split != "test"]
+        sites = sorted({site(case) for case in pool}) if task.sites else None
         # Whatever folds are there, from this run or from others beside it.
         done = {f: json.load(open(path)) for f, path in finished.items() if os.path.exists(path)}
         run = {"task": name, "model": cfg.model, "ckpt": cfg.ckpt, "origin": origin, "augment": cfg.augment,

@@ -218,15 +218,22 @@ def score(prediction, truth, spacing):
     return found | {"dice": dice(prediction, truth, [True])[True]}
 
 
-def score_case(classes, truth, task, affine):
-    """Classes and the source's label values on one grid -> {key of SCORES: {class or region: value}}.
-
-    Voxels that the task ignores are taken out of both masks. UserError for a value that it does not name."""
+def classes_of(truth, task):
+    """A source's label values -> class numbers, IGNORE where the task ignores the value. UserError for a
+    value that it does not name."""
     values = np.asarray(truth).astype(np.uint8)
     true = data.class_table(task["labels"], task["ignore"])[values]
     unknown = np.unique(truth[(values != truth) | (true == data.UNKNOWN)])
     if len(unknown):
         raise UserError(f"the true label map holds {unknown[0]:g}, which the task's labels do not name")
+    return true
+
+
+def score_case(classes, truth, task, affine):
+    """Classes and the source's label values on one grid -> {key of SCORES: {class or region: value}}.
+
+    Voxels that the task ignores are taken out of both masks. UserError for a value that it does not name."""
+    true = classes_of(truth, task)
     regions = {name: (number,) for number, name in enumerate(task["classes"]) if number}
     regions |= {name: tuple(numbers) for name, numbers in task["regions"].items()}
     counted, spacing = true != data.IGNORE, nib.affines.voxel_sizes(np.asarray(affine))
@@ -257,6 +264,12 @@ def load_encoder(checkpoint):
     return rebuild(checkpoint, channels, 1, part="encoder"), channels
 
 
+def print_channels(sequences, paths):
+    """Which file is taken for which channel: they are told by their order alone."""
+    for name, path in zip(sequences, paths, strict=True):
+        print(f"{name}: {path}")
+
+
 def write_features(cfg):
     """--features x.npy: pooled features (31 f,), mean over the windows; x_voxels.npy: the first level's,
     float16 (f, D, H, W) on the 1 mm grid of the cropped scan."""
@@ -264,6 +277,7 @@ def write_features(cfg):
     model, channels = load_encoder(checkpoint)
     if len(cfg.inputs) != channels:
         raise UserError(f"the encoder reads {channels} channels, got {len(cfg.inputs)} files")
+    print_channels(checkpoint.get("task", {}).get("sequences", ["scan"]), cfg.inputs)
     network = FirstLevel(model).to(common.pick_device(cfg.device))
     volume, _, _ = prepare_scan(cfg.inputs)
     voxels = sliding_window(network, volume, checkpoint["config"]["patch_size"], cfg.overlap, cfg.gaussian,
@@ -279,7 +293,10 @@ def read_label(path, image):
     """The values of a label map on the stored axes of `image`. UserError if it is not on its grid."""
     label = prepare_data.load_scan(path)
     prepare_data.check_same_grid(label, {"shape": image.shape[:3], "affine": image.affine})
-    return data.on_axes(label, image.affine)
+
+    # The same rule as in preparation: what is almost an integer is that integer.
+    values, _ = prepare_data.label_map(label)
+    return data.on_axes(nib.Nifti1Image(values, label.affine), image.affine)
 
 
 def rebuild(checkpoint, channels, classes, part):
@@ -305,20 +322,64 @@ def load_network(path, device):
 
 
 def prepare_scan(paths):
-    """NIfTI files of one session on one grid -> (volume (C, D, H, W) in [0, 1] at 1 mm, geometry, first
-    image).
+    """Scans of one session on one grid, a file a channel -> (volume (C, D, H, W) in [0, 1] at 1 mm, geometry
+    and image of the first).
 
-    As in preparation, the channels share the union of their tight boxes, and values are float16: the network
-    was trained on such. Raises UserError naming the file."""
+    Their axes may be stored in different orders: all become RAS. As in preparation, the channels share the
+    union of their tight boxes, and values are float16: the network was trained on such. Prints what was
+    mended in a scan. Raises UserError naming the file."""
     images = [prepare_data.load_scan(path) for path in paths]
+    first = images[0]
     for path, image in zip(paths, images, strict=True):
-        same = image.shape[:3] == images[0].shape[:3]
-        if not same or not np.allclose(image.affine, images[0].affine, atol=1e-2):
+        if not prepare_data.same_grid(image.shape, image.affine, first.shape, first.affine):
             raise UserError(f"{path} is not on the grid of {paths[0]}: register and resample the channels")
-    box = prepare_data.union_box([prepare_data.tight_box(prepare_data.read_voxels(i)[0]) for i in images])
-    prepared = [prepare_data.preprocess(image, box) for image in images]
-    volume = np.stack([volume.astype(np.float16) for volume, _ in prepared])
-    return torch.from_numpy(volume), prepared[0][1], images[0]
+
+    boxes = []
+    for path, image in zip(paths, images, strict=True):
+        with prepare_data.naming(os.fspath(path)):
+            boxes.append(prepare_data.tight_box(prepare_data.read_voxels(image)[0]))
+    box = prepare_data.union_box(boxes)
+
+    volumes, geometries = [], []
+    for path, image in zip(paths, images, strict=True):
+        volume, geometry = prepare_data.preprocess(image, box)
+        volumes.append(volume.astype(np.float16))
+        geometries.append(geometry)
+        for line in mended(image, geometry):
+            print(f"{path}: {line}")
+    return torch.from_numpy(np.stack(volumes)), geometries[0], first
+
+
+def mended(image, geometry):
+    """What was not taken as it stands in a scan's file, as lines to print."""
+    lines = list(image.extra["notes"])
+    if geometry["nan"]:
+        lines.append(f"{geometry['nan']:,} voxels are NaN: set to 0")
+    if geometry["clamped"]:
+        lines.append(f"{geometry['clamped']:,} voxels are negative: set to 0")
+    return lines
+
+
+# All that a NIfTI header says of its grid: voxel sizes, units, and two transforms with what they mean.
+GRID = ("pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
+        "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")
+
+
+def grid_header(image):
+    """Header of a label map on the grid of a scan. Of the scan's own it takes the grid alone: descriptions,
+    display ranges and extensions are the scan's, and may name the patient."""
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape(image.shape[:3])
+
+    if isinstance(image.header, nib.Nifti1Header):  # NIfTI-2 and pairs, too
+        for field in GRID:
+            header[field] = image.header[field]
+        header["pixdim"][4:] = 1  # of time and other axes
+    else:  # FreeSurfer's and Analyze's are in mm, and have no form codes
+        header.set_zooms(image.header.get_zooms()[:3])
+        header.set_xyzt_units("mm")
+    return header
 
 
 def main(cfg):
@@ -335,18 +396,18 @@ def main(cfg):
     if len(cfg.inputs) != len(task["sequences"]):
         raise UserError(f"the network reads {len(task['sequences'])} channels "
                         f"({', '.join(task['sequences'])}), got {len(cfg.inputs)} files")
+    print_channels(task["sequences"], cfg.inputs)
     volume, geometry, image = prepare_scan(cfg.inputs)
     truth = read_label(cfg.truth, image) if cfg.truth else None
+    if cfg.truth:  # an unknown value is found now, not after minutes
+        classes_of(truth, task)
     classes = segment(model, volume, geometry, trained["patch_size"], trained["precision"], cfg.overlap,
                       cfg.gaussian, cfg.batch, cfg.skip_empty)
     values = np.zeros(256, np.uint8)  # class -> the source's own label value (BraTS: 4 for enhancing tumour)
     for value, number in sorted(task["labels"].items(), reverse=True):
         values[number] = value
-    header = nib.Nifti1Header.from_header(image.header)
-    header.set_data_dtype(np.uint8)
-    header.set_slope_inter(1, 0)
     with common.atomic(cfg.out) as temporary:
-        nib.Nifti1Image(values[classes], image.affine, header).to_filename(temporary)
+        nib.Nifti1Image(values[classes], image.affine, grid_header(image)).to_filename(temporary)
     voxel_ml = np.prod(nib.affines.voxel_sizes(image.affine)) / 1000
     for number, name in list(enumerate(task["classes"]))[1:]:
         print(f"{name}: {(classes == number).sum() * voxel_ml:.2f} ml")

@@ -7,6 +7,7 @@ Beside it, `objective: swin`, the pretraining of SwinUNETR [23] that the paper c
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -195,12 +196,34 @@ def autocast(cfg, device):
 def open_data(cfg):
     """Training and validation cases: a seeded share of the subjects is held out (official code: volumes)."""
     cases = data.pretraining_cases(cfg.data)
+    if not cases:
+        raise UserError(f"{cfg.data} has no volume to pretrain on: all are of the split test")
+    common.check_files(cfg.data, [path for case in cases for path in case.images])
     kept, held = data.split_subjects([c.subject for c in cases], cfg.val_fraction, cfg.seed)
     kept = set(kept)
     train = [c for c in cases if c.subject in kept]
     if not train:
-        raise UserError(f"{cfg.data} holds {len(cases)} volumes of one subject: none left to train on")
+        raise UserError(f"{cfg.data} holds {len(cases)} volumes of {len(held)} subjects, and val_fraction "
+                        f"{cfg.val_fraction} holds out all of them: none is left to train on")
     return train, [c for c in cases if c.subject not in kept], held
+
+
+def made_of(train, validation):
+    """What a continued run compares beside the raw files that it trains on; see check_same_inputs."""
+    shapes = "".join(case.volumes[0].shape for case in train)
+    return {"the training set": {"shape": hashlib.sha256(shapes.encode()).hexdigest()},
+            "the held-out set": {"sha256": [case.volumes[0].sha256 for case in validation],
+                                 "shape": [case.volumes[0].shape for case in validation]}}
+
+
+def print_shared(train, validation):
+    """Say it if the raw file of a held-out volume is trained on, too, under another subject."""
+    trained = {case.volumes[0].sha256: case.subject for case in train}
+    shared = [case for case in validation if case.volumes[0].sha256 in trained]
+    if shared:
+        twin = trained[shared[0].volumes[0].sha256]
+        print(f"{len(shared)} of {len(validation)} held-out volumes are trained on, too: the first is "
+              f"{shared[0].name}, the same file as one of {twin}")
 
 
 @torch.no_grad()
@@ -326,8 +349,10 @@ def main(cfg):
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                       eps=cfg.eps, amsgrad=cfg.amsgrad, fused=True)
         raw = [v.sha256 for case in train for v in case.volumes]
-        step, hours = common.resume(f"{out}/last.pt", cfg, FREE, model, optimizer, raw)
+        inputs = made_of(train, validation)
+        step, hours = common.resume(f"{out}/last.pt", cfg, FREE, model, optimizer, raw, inputs)
         if rank == 0:
+            print_shared(train, validation)
             print(f"{cfg.model}, {sum(p.numel() for p in model.parameters()):,} parameters, "
                   f"{processes.world} x {device}, {cfg.precision}\n"
                   f"{common.say_compile(cfg.compile, cfg.model, device)}\n{common.versions()}\n"
@@ -355,7 +380,7 @@ def main(cfg):
                     "hours": hours + (time.perf_counter() - began) / 3600,  # over all continuations
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                     "versions": common.versions(),
-                    "subjects": sorted({c.subject for c in train}), "sha256": raw})
+                    "subjects": sorted({c.subject for c in train}), "sha256": raw, "inputs": inputs})
 
     stream = data.SampleStream(len(train), cfg.seed, cfg.batch_size, step, steps, rank, processes.world)
     dataset = data.Crops(train, cfg.patch_size, cfg.seed, cfg.augment)

@@ -30,6 +30,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import phantom  # noqa: E402
 import prepare_data  # noqa: E402
+import sources  # noqa: E402
 
 # yucca imports fvcore for a FLOP counter, which is not used here.
 sys.modules |= {name: types.SimpleNamespace(FlopCountAnalysis=None) for name in ("fvcore", "fvcore.nn")}
@@ -59,7 +60,7 @@ def write_phantom(path, shape, spacing, stripped):
 
 
 def ours(path, out):
-    scan = prepare_data.Scan(os.path.basename(path), "s", "1", "FLAIR", "", "pretrain")
+    scan = sources.Scan(os.path.basename(path), "s", "1", "FLAIR", "", "pretrain")
     image = prepare_data.load_scan(path)
     prepare_data.prepare_volume(os.path.dirname(path), out, "bench", scan, image, None, False)
 

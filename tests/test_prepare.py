@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,12 +22,14 @@ import scipy.ndimage
 import torch
 from conftest import ROOT, mistake, script
 from skimage.transform import resize
+from tqdm import tqdm
 
 import data
 import finetune
 import phantom
 import predict
 import prepare_data
+import sources
 from prepare_data import Rejected
 
 GOLDEN = np.load(ROOT / "tests" / "golden" / "preprocess.npz")
@@ -259,7 +262,7 @@ CASES = json.loads((ROOT / "tests" / "golden" / "discovery_cases.json").read_tex
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["path"][-40:])
 def test_what_a_path_says(case):
-    who = prepare_data.identify(case["source"], case["path"])
+    who = sources.identify(case["source"], case["path"])
     named = {"subject": who.subject, "session": who.session, "sequence": "".join(who.sequences)}
     assert (None if who.skip else named) == case["expect"]
 
@@ -276,7 +279,7 @@ def test_what_a_path_says(case):
     "-perfusion": "Axial_3D_PASL__Eyes_Open_, Perfusion_Weighted, relCBF",
     "-calibration": "Field_Mapping, B1-calibration_Body", "-derived map": "DTI_LR_ColFA"}.items())
 def test_free_text_series(sequence, names):
-    assert {name: prepare_data.classify(name) for name in names.split(", ")} == dict.fromkeys(
+    assert {name: sources.classify(name) for name in names.split(", ")} == dict.fromkeys(
         names.split(", "), sequence)
 
 
@@ -364,7 +367,7 @@ def test_nnunet_becomes_a_task(everything):
 def test_labels_of_nnunet(labels, classes, regions, ignore, tmp_path):
     known = {"modality": {"0": "MRI", "1": "MRI"}, "labels": labels}
     (tmp_path / "dataset.json").write_text(json.dumps(known))
-    channels, task = prepare_data.read_dataset(str(tmp_path))
+    channels, task = sources.read_dataset(str(tmp_path))
     assert (task["classes"], task["regions"], task["ignore"]) == (classes, regions, ignore)
     assert channels == {"0000": "0-MRI", "0001": "1-MRI"}
 
@@ -485,7 +488,7 @@ def test_linked_folders_are_walked(raw, tmp_path):
     (tmp_path / "links").mkdir()
     for folder in raw.glob("sub-*"):
         (tmp_path / "links" / folder.name).symlink_to(folder)
-    linked, plain = (list(prepare_data.walk(str(folder))) for folder in (tmp_path / "links", raw))
+    linked, plain = (list(sources.walk(str(folder))) for folder in (tmp_path / "links", raw))
     assert linked == plain != []
 
 
@@ -496,8 +499,8 @@ def bad_scan(kind, folder):
     array, path = np.asarray(image.dataobj).astype(np.float32), folder / "sub-1_T1w.nii.gz"
     if kind == "4-D":
         array = np.stack([array, array], -1)
-    elif kind == "NaN":
-        array[3, 4, 5] = np.nan
+    elif kind == "infinite":
+        array[3, 4, 5] = np.inf
     elif kind == "constant":
         array[:] = 7
     elif kind == "empty":
@@ -527,7 +530,7 @@ def bad_scan(kind, folder):
 
 @pytest.mark.parametrize(("kind", "reason", "code"), [
     ("truncated", "unreadable", 1), ("text", "unreadable", 1), ("4-D", "not 3-D but", 0),
-    ("NaN", "1 voxels are not finite", 1), ("constant", "constant", 1), ("empty", "constant or empty", 1),
+    ("infinite", "1 voxels are infinite", 1), ("constant", "constant", 1), ("empty", "constant or empty", 1),
     ("thin", "a side of 14 voxels", 0), ("no scale", "no affine scale", 1), ("huge", "no head scan", 1),
     ("bomb", "more data than the header says", 1), ("complex", "not numbers", 1)])
 def test_a_bad_scan_is_rejected_by_name_and_the_good_one_prepared(kind, reason, code, tmp_path, capsys):
@@ -637,6 +640,7 @@ def fork(work):
     if child := os.fork():
         return child
     os.setsid()
+    tqdm.set_lock(threading.RLock())  # else a killed child may keep the lock that this process shares
     status = 1
     try:
         with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):

@@ -67,5 +67,5 @@ def test_commands_are_understood(words, monkeypatch, capsys):
 def test_every_script_and_source_is_shown():
     shown = {words[0] for words in commands()}
     assert {f"{name}.py" for name in SCRIPTS} <= shown
-    prepare_data = importlib.import_module("prepare_data")
-    assert [s for s in [*prepare_data.SOURCES, "manifest"] if f"`{s}`" not in README] == []
+    sources = importlib.import_module("sources")
+    assert [s for s in [*sources.SOURCES, "manifest"] if f"`{s}`" not in README] == []

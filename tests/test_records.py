@@ -1,0 +1,160 @@
+"""What a preparation records of its files decides what the next one does again."""
+
+import json
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+from inputs import array_of, record_of, rows_of, save, write_manifest
+from test_prepare import head, image_of, prepare, session_of_two, tables
+
+import data
+import prepare_data
+
+
+def replace(path, image, when):
+    """As `cp -p` puts another file in the place of one: with the time of its own."""
+    image.to_filename(path)
+    os.utime(path, (when, when))
+
+
+@pytest.mark.parametrize("way", ["a new path, older", "in place, older", "the scan, older"])
+def test_corrected_files_are_prepared_again(way, tmp_path):
+    image, label = head(size=24)
+    empty = image_of(0 * array_of(label), label.affine)
+    save(tmp_path, {"scan.nii.gz": image, "first.nii.gz": empty, "second.nii.gz": label})
+    os.utime(tmp_path / "second.nii.gz", (1e9, 1e9))
+    table = write_manifest(tmp_path, [("scan.nii.gz", "a", "FLAIR", "first.nii.gz")])
+    prepare("manifest", table, tmp_path / "out")
+    before = rows_of(tmp_path / "out")["a", "FLAIR"]
+    assert not np.load(tmp_path / "out" / before.label).any()
+
+    if way == "a new path, older":
+        write_manifest(tmp_path, [("scan.nii.gz", "a", "FLAIR", "second.nii.gz")])
+    elif way == "in place, older":
+        replace(tmp_path / "first.nii.gz", label, 1e9)
+    else:
+        replace(tmp_path / "scan.nii.gz", image_of(array_of(image)[::-1], image.affine), 1e9)
+    volume = np.load(tmp_path / "out" / before.path)
+    assert prepare("manifest", table, tmp_path / "out") == 0
+    row = rows_of(tmp_path / "out")["a", "FLAIR"]
+    if way == "the scan, older":
+        assert row.sha256 != before.sha256 and not np.array_equal(
+            np.load(tmp_path / "out" / row.path), volume
+        )
+    else:
+        assert (
+            row.label_sha256 != before.label_sha256 and np.load(tmp_path / "out" / row.label).any()
+        )
+        assert " 1:" in row.label_values
+
+
+def test_touched_files_are_not_prepared_again_but_recorded(prepared, raw, tmp_path):
+    shutil.copytree(raw, tmp_path / "raw")
+    prepare("bids", tmp_path / "raw", tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.npy")}
+    for path in (tmp_path / "raw").rglob("*.nii.gz"):
+        os.utime(path, (1e9, 1e9))
+    prepare("bids", tmp_path / "raw", tmp_path / "out")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.npy")}
+    assert tables(tmp_path / "out", "index") == tables(prepared, "index")
+    for row in data.read_index(str(tmp_path / "out")):
+        record = record_of(tmp_path / "out", row)
+        assert record["scan"]["mtime"] == 10**18 and bool(record["label"]) == bool(row.label)
+
+
+def test_what_has_not_changed_is_not_read(tmp_path, monkeypatch):
+    session_of_two(tmp_path / "raw")
+    prepare("bids", tmp_path / "raw", tmp_path / "out")
+
+    def never(*_):
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(prepare_data, "checksum", never)
+    monkeypatch.setattr(prepare_data, "load_scan", never)
+    assert prepare("bids", tmp_path / "raw", tmp_path / "out") == 0
+
+
+def test_an_old_folder_opens_and_is_prepared_again(prepared, raw, tmp_path):
+    """Without records, and without the last two columns of the index."""
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    for path in out.rglob("geometry/*/*.json"):
+        geometry = json.loads(path.read_text())
+        del geometry["record"], geometry["nan"]
+        path.write_text(json.dumps(geometry))
+    for path in (out / "index").glob("*.csv"):
+        lines = [line.split(",")[:10] for line in path.read_text().splitlines()]
+        path.write_text("".join(",".join(line) + "\n" for line in lines))
+    rows = data.read_index(str(out))
+    assert [row[:10] for row in rows] == [row[:10] for row in data.read_index(str(prepared))]
+    assert {row.label_sha256 + row.label_values for row in rows} == {""}
+    assert data.labelled_cases(str(out), None, ["FLAIR"])
+
+    for path in out.rglob("*.npy"):
+        path.unlink()
+    assert prepare("bids", raw, out) == 0
+    assert data.read_index(str(out)) == data.read_index(str(prepared))
+    assert len(list(out.rglob("*.npy"))) == len(list(prepared.rglob("*.npy")))
+
+
+def test_a_label_that_is_taken_away_is_gone(tmp_path):
+    image, label = head(size=24)
+    save(tmp_path, {"scan.nii.gz": image, "first.nii.gz": label})
+    table = write_manifest(tmp_path, [("scan.nii.gz", "a", "FLAIR", "first.nii.gz")])
+    prepare("manifest", table, tmp_path / "out")
+    write_manifest(tmp_path, [("scan.nii.gz", "a", "FLAIR", "")])
+    prepare("manifest", table, tmp_path / "out")
+    row = rows_of(tmp_path / "out")["a", "FLAIR"]
+    assert (row.label, row.label_sha256, row.label_values) == ("", "", "")
+    assert record_of(tmp_path / "out", row)["label"] is None
+
+
+def test_raw_files_that_were_moved_away_are_no_reason_to_prepare_again(tmp_path):
+    image, label = head(size=24)
+    save(tmp_path, {"scan.nii.gz": image, "first.nii.gz": label})
+    table = write_manifest(tmp_path, [("scan.nii.gz", "a", "FLAIR", "first.nii.gz")])
+    prepare("manifest", table, tmp_path / "out")
+    before = data.read_index(str(tmp_path / "out"))
+    for name in ("scan.nii.gz", "first.nii.gz"):
+        (tmp_path / name).unlink()
+    assert prepare("manifest", table, tmp_path / "out") == 0
+    assert data.read_index(str(tmp_path / "out")) == before
+
+
+def test_the_index_of_45000_volumes_is_read_in_a_second(tmp_path):
+    row = data.Volume(
+        "",
+        "oasis3",
+        "OAS30001",
+        "d0129",
+        "T1",
+        "train",
+        "labels/x.npy",
+        "160x200x180",
+        "1x1x1.2",
+        "a" * 64,
+        "b" * 64,
+        "0:87120/87040 1:257/254",
+    )
+    (tmp_path / "index").mkdir()
+    rows = [row._replace(path=f"volumes/oasis3/{i:08}.npy") for i in range(45000)]
+    prepare_data.write_table(f"{tmp_path}/index/all.csv", data.Volume._fields, rows)
+    began = time.process_time()
+    assert data.read_index(str(tmp_path)) == rows
+    assert time.process_time() - began < 1
+
+
+def test_channels_that_a_kill_left_with_two_boxes_are_made_alike(tmp_path):
+    session_of_two(tmp_path / "raw")
+    prepare("bids", tmp_path / "raw", tmp_path / "out")
+    paths = sorted((tmp_path / "out").rglob("geometry/*/*.json"))
+    whole = [path.read_text() for path in paths]
+    for victim in (0, 1):
+        geometry = json.loads(whole[victim])
+        geometry["box"][0][1] -= 3
+        paths[victim].write_text(json.dumps(geometry))
+        prepare("bids", tmp_path / "raw", tmp_path / "out")
+        assert [path.read_text() for path in paths] == whole

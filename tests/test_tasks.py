@@ -1,0 +1,141 @@
+"""What the index tells of a task's data before the first step: values, foreground, sequences, grids."""
+
+import json
+import time
+
+import pytest
+from conftest import mistake
+from folders import TASK, volume_of, write_index
+
+import common
+import data
+import finetune
+import tasks
+
+
+def cases_of(*volumes):
+    return [data.Case(v.subject, f"mine/{v.subject}", (v.path,), v.label, (v,)) for v in volumes]
+
+
+def task_of(**changes):
+    settings = TASK | {"classes": ("background", "lesion"), "sequences": ("FLAIR",)} | changes
+    return finetune.Task(**settings)
+
+
+# ------------------------------------------------------------------------------------- label values
+def test_label_values_of_the_index():
+    volume = volume_of("a", label="0:87120/87040 1:257/254 4:3/0")
+    assert tasks.values_of(volume) == {0: (87120, 87040), 1: (257, 254), 4: (3, 0)}
+    assert tasks.values_of(volume_of("a", label="")) == {}, "prepared before values were counted"
+    for damaged in ("0:1", "0:1/2/3", "a:1/2", "0:1/2,1:3/4", "x"):
+        with pytest.raises(common.UserError, match=r"volumes/mine/a_1_FLAIR.npy: prepare it again"):
+            tasks.values_of(volume_of("a", label=damaged))
+
+
+def test_a_value_that_the_task_does_not_name():
+    """The case, the value, and the line to write; also where the value is lost at 1 mm, since scores are on
+    the scan's own grid."""
+    good, lost = volume_of("a", label="0:90/80 1:3/3"), volume_of("c", label="0:9/8 5:1/0")
+    bad = volume_of("b", label="0:9/8 2:4/4 3:12/11")
+    tasks.check_values("mine.yaml", task_of(), cases_of(good))
+    tasks.check_values("mine.yaml", task_of(), cases_of(volume_of("a", label="")))
+    tasks.check_values("mine.yaml", task_of(ignore=(2, 3, 5)), cases_of(good, bad, lost))
+    tasks.check_values("mine.yaml", task_of(labels={"0": 0, "1": 1, "2": 1, "3": 1}), cases_of(good, bad))
+    with pytest.raises(common.UserError) as error:
+        tasks.check_values("mine.yaml", task_of(), cases_of(good, bad, bad._replace(subject="d"), lost))
+    message = str(error.value)
+    assert message.startswith("b has 4 voxels of label value 2, which task mine.yaml does not name")
+    assert "values without a name: 2, 3, 5; cases with 2: 2" in message
+    assert "`labels: {0: 0, 1: 1, 2: 1, 3: 1, 5: 1}`" in message and "`ignore: [2, 3, 5]`" in message
+    with pytest.raises(common.UserError, match="c has 1 voxels of label value 5"):
+        tasks.check_values("mine.yaml", task_of(), cases_of(good, lost))
+
+
+def test_cases_and_folds_without_foreground():
+    rows = {"a": "0:90/80 1:3/3", "b": "0:90/80", "c": "0:90/80 1:2/0", "d": "0:90/80 2:7/7",
+            "e": "0:90/80 1:3/3"}
+    cases = {name: cases_of(volume_of(name, label=label))[0] for name, label in rows.items()}
+    folds = [{"train": ["a", "b"], "evaluate": ["c", "d", "e"]}, {"train": ["e", "c"], "evaluate": ["a"]}]
+    lines = tasks.check_foreground(task_of(ignore=(2,)), cases, folds)
+    assert lines == ["3 of 5 cases have no foreground voxel, b the first; 1 of them had some on the "
+                     "scan's own grid"]
+    two = task_of(classes=("background", "core", "rim"), labels={0: 0, 1: 1, 2: 2})
+    folds[1] = {"train": ["d", "e"], "evaluate": ["a"]}
+    assert tasks.check_foreground(two, cases, folds)[1:] == ["rim: no voxel to train on in fold 0"]
+    folds[1] = {"train": ["b", "c"], "evaluate": ["a"]}
+    with pytest.raises(common.UserError, match="fold 1 would be trained on no foreground at all: none of "):
+        tasks.check_foreground(task_of(ignore=(2,)), cases, folds)
+    assert tasks.check_foreground(task_of(ignore=(2,)), cases, ()) != [], "nothing is trained: said, no error"
+    old = {name: cases_of(volume_of(name, label=""))[0] for name in rows}
+    assert tasks.check_foreground(task_of(), old, folds) == []
+
+
+# -------------------------------------------------------------------- sequences, sessions and grids
+@pytest.mark.parametrize(("wanted", "source", "message"), [
+    (["FLIAR"], None, "no labelled case with FLIAR; with a label it has FLAIR 3, T1 1. Is FLIAR meant to be "
+                      "FLAIR?"),
+    (["flair"], None, "Is flair meant to be FLAIR?"), (["T1w"], None, "Is T1w meant to be T1?"),
+    (["FLAIR", "t1"], None, "Is t1 meant to be T1?"),
+    (["DWI"], None, "with a label it has FLAIR 3, T1 1. A label counts for the scans on its own grid"),
+    (["FLAIR", "T1"], None, "a session 1: FLAIR 30x30x30 (voxels of 1x1x1 mm) with a label, T1 25x25x25 "
+                            "(voxels of 0.8x1x1 mm) without"),
+    (["FLAIR"], "other", "of source other: its sources, with their volumes, are mine 7"),
+])
+def test_why_a_folder_has_no_case(tmp_path, wanted, source, message):
+    """The public report: T1 loses its label, since its grid differs, and the message named sequences only."""
+    volumes = [volume_of(name, label="") for name in "abc"]
+    volumes += [volume_of(name, "T1", shape="25x25x25", spacing="0.8x1x1") for name in "abc"]
+    write_index(tmp_path, [*volumes, volume_of("d", "T1", label="")])
+    task = tmp_path / "mine.yaml"
+    task.write_text(json.dumps(TASK | {"sequences": wanted} | ({"source": source} if source else {})))
+    line = mistake("finetune", task=task, data=tmp_path, model="unet_demo", out=tmp_path / "run")
+    assert message in line and not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_labels_says_so(tmp_path):
+    write_index(tmp_path, [volume_of(name) for name in "abc"])
+    task = task_of(data=str(tmp_path))
+    assert tasks.why_none(task).endswith("none of its 3 volumes has a label")
+    write_index(tmp_path, [volume_of("a"), volume_of("b", label="", split="pretrain")])
+    assert tasks.why_none(task).endswith("has a label but 1 of the split pretrain, which no task takes")
+
+
+def test_sessions_left_out_and_odd_pairs_are_said(tmp_path):
+    volumes = [volume_of(name, sequence, label="") for name in "ab" for sequence in ("FLAIR", "T1")]
+    volumes += [volume_of("c", label=""), volume_of("c", "T1"), volume_of("d", label="")]
+    write_index(tmp_path, [*volumes, volume_of("e")])
+    task = task_of(data=str(tmp_path), sequences=("FLAIR", "T1"))
+    cases = data.labelled_cases(task.data, None, task.sequences)
+    line, = tasks.left_out(task, cases)
+    assert line.startswith("2 labelled sessions are left out: they lack one of FLAIR, T1")
+    assert "c session 1" in line
+    assert tasks.left_out(task_of(data=str(tmp_path)), cases) == []
+    assert tasks.other_labels(cases) == tasks.same_files(cases) == []
+    tasks.check_grids(cases)
+
+    first, second = cases
+    other = first._replace(volumes=(first.volumes[0], first.volumes[1]._replace(label_sha256="x")))
+    assert "1 cases have another label map for each sequence, a_1 the first" in tasks.other_labels([other])[0]
+    twin = second._replace(volumes=(first.volumes[0], second.volumes[1]))
+    line, = tasks.same_files([first, twin])
+    assert "1 scans are the same file under several subjects, mine/a and mine/b the first" in line
+    odd = first._replace(volumes=(first.volumes[0], first.volumes[1]._replace(shape="30x30x31")))
+    with pytest.raises(common.UserError, match=r"a_1 differ in shape \(FLAIR 30x30x30, T1 30x30x31\)"):
+        tasks.check_grids([second, odd])
+
+
+def test_checks_of_45000_volumes_take_under_a_second(tmp_path):
+    volumes = [volume_of(f"s{number:05}", label="0:87120/87040 1:257/254") for number in range(45_000)]
+    write_index(tmp_path, volumes)
+    (tmp_path / "volumes/mine").mkdir(parents=True)
+    for volume in volumes[:1000]:
+        (tmp_path / volume.path).touch()
+    cases = {case.name: case for case in cases_of(*volumes)}
+    began = time.perf_counter()
+    tasks.check_values("mine.yaml", task_of(), cases.values())
+    tasks.check_foreground(task_of(), cases, [{"train": list(cases), "evaluate": []}])
+    tasks.check_grids(cases.values())
+    tasks.same_files(cases.values())
+    with pytest.raises(common.UserError, match="lacks 44000 files"):
+        common.check_files(tmp_path, [tmp_path / volume.path for volume in volumes])
+    assert time.perf_counter() - began < 3, "half a second on an idle core"

@@ -487,18 +487,3 @@ def test_nothing_drawn_is_the_identity_bitwise():
     assert torch.equal(augment.spatial(crops[:1], None, [unturned])[0][0], crops[0].float())
     unchanged = with_steps(("low_resolution", (size,)), ("gaussian_blur", (0.1,)), ("gibbs_ringing", (12, 1)))
     assert difference(augment.intensity(batch[:1], [unchanged]), batch[:1]) < 1e-6
-
-
-def test_nothing_waits_for_the_device(monkeypatch):
-    """Meta tensors have no values: whatever asks for one, and would wait for a GPU, fails on them."""
-    x, size = torch.empty(2, 15, 22, 9, device="meta"), (12, 20, 9)
-    field = augment.elastic_displacement(400, 25, 0, size, x.device)
-    for angles, scale in ((ANGLES, 0.93), (NONE, 1.05)):
-        moved, found = augment.spatial_transform(x, x[0].byte(), angles, scale, None, size)
-        assert moved.is_meta and found.is_meta and moved.shape == (2, *size) and found.shape == size
-    assert augment.spatial_transform(x, None, NONE, 1.0, field, size)[0].shape == (2, *size)
-    monkeypatch.setattr(augment, "_noise", lambda x, sigma, seed: torch.zeros_like(x))  # no generator on meta
-    steps = every_step(x.shape[1:], 0)
-    assert len(steps) == 8 and augment.intensity(x[None], [with_steps(*steps)]).is_meta
-    with pytest.raises(RuntimeError):
-        x.amax().item()

@@ -35,7 +35,7 @@ demo: .venv/ready
 
 test: .venv/ready
 	.venv/bin/ruff check .
-	$(PY) -m pytest -m "not soak"
+	$(PY) -m pytest -m "not soak" --numprocesses 2 --dist loadfile
 
 soak: .venv/ready
 	$(PY) -m pytest -m soak

@@ -275,28 +275,31 @@ OBJECTIVES = {"amaes": amaes, "swin": swin}
 
 
 # ---------------------------------------------------------------------------------------------------- the run
-def most_samples(cfg, task):
-    """How many samples a forward pass may hold, so that none of its tensors has 2^31 elements or more: from
-    there on kernels count in 64 bits, or not at all."""
+def most_samples(cfg, device):
+    """How many samples of AMAES a forward pass may hold, so that none of its tensors has 2^31 elements or
+    more: from there on kernels count in 64 bits, or not at all."""
     with torch.device("meta"):
-        model = models.build_model(cfg.model, task, decoder=cfg.decoder, skips=cfg.skips, merge=cfg.merge,
-                                   features=cfg.features)
+        model = models.build_model(cfg.model, "pretrain", decoder=cfg.decoder, skips=cfg.skips,
+                                   merge=cfg.merge, features=cfg.features)
         patch = torch.empty(1, 1, *(cfg.patch_size,) * 3)
+    models.check_patch(model, cfg.patch_size, device, cfg.precision)
     return (2 ** 31 - 1) // models.largest_tensor(model, patch)
 
 
-def plan(cfg, n, processes, most):
+def plan(cfg, n, processes):
     """The arithmetic of a run, checked and printed: steps, warm-up steps, size of a micro-batch.
 
-    most: samples that a micro-batch may have at most, where its size is not given. Not so for the objective
-    of [23], which another size would change."""
+    Where that size is not given, most_samples bounds it. Not so for the objective of [23], which another
+    size would change."""
     if cfg.batch_size % processes.world:
         raise UserError(f"batch_size {cfg.batch_size} cannot be shared by {processes.world} processes evenly")
     local = cfg.batch_size // processes.world
     micro, why = min(cfg.micro_batch or local, local), ""
-    if not cfg.micro_batch and cfg.objective == "amaes" and local > most:
-        micro = max(size for size in range(1, max(1, most) + 1) if local % size == 0)
-        why = f" (micro_batch {micro}, so that no tensor has 2^31 elements)"
+    if not cfg.micro_batch and cfg.objective == "amaes":
+        most = max(1, most_samples(cfg, processes.device))
+        if local > most:
+            micro = max(size for size in range(1, most + 1) if local % size == 0)
+            why = f" (micro_batch {micro}, so that no tensor has 2^31 elements)"
     if local % micro:
         raise UserError(f"micro_batch {micro} does not divide the {local} samples of a process")
     if cfg.objective == "swin" and micro < 2:
@@ -337,10 +340,10 @@ def main(cfg):
         check(cfg)
         objective = OBJECTIVES[cfg.objective]
         train, validation, held_out = open_data(cfg)
-        task = {"amaes": "pretrain", "swin": "swin"}[cfg.objective]
-        steps, warmup, micro = plan(cfg, len(train), processes, most_samples(cfg, task))
+        steps, warmup, micro = plan(cfg, len(train), processes)
         val_every = cfg.val_every or max(1, len(train) // cfg.batch_size)
         torch.manual_seed(cfg.seed)
+        task = {"amaes": "pretrain", "swin": "swin"}[cfg.objective]
         model = models.build_model(cfg.model, task, decoder=cfg.decoder, skips=cfg.skips, merge=cfg.merge,
                                    features=cfg.features).to(device, dtype)
         models.check_patch(model, cfg.patch_size, device, cfg.precision)

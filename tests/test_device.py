@@ -366,8 +366,7 @@ def test_no_tensor_has_2_to_the_31_elements(capsys, settings, micro):
     """16 samples of U-Net XL at 128^3 are 2^31 elements exactly."""
     cfg = pretrain.Config(**settings)
     processes = common.Processes(0, 1, torch.device("cpu"))
-    most = pretrain.most_samples(cfg, "pretrain")
-    assert pretrain.plan(cfg, 1000, processes, most)[2] == micro
+    assert pretrain.plan(cfg, 1000, processes)[2] == micro
     capped = micro < cfg.batch_size and not cfg.micro_batch
     said = f"x {micro} (micro_batch {micro}, so that no tensor has 2^31 elements)"
     assert (said in capsys.readouterr().out) == capped

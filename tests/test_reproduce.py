@@ -16,7 +16,7 @@ from test_compare import cells
 import common
 import compare
 import finetune
-import prepare_data
+import sources
 
 
 def reproduce(timeout=60, **environment):
@@ -46,7 +46,7 @@ def test_every_option_is_known_and_every_config_is_there(commands):
     assert {name for name, _ in commands["paper"]} == {"prepare_data", "pretrain", "finetune", "compare"}
     for name, cfg in commands["paper"]:
         if name == "prepare_data":
-            assert cfg.table or cfg.source in prepare_data.SOURCES
+            assert cfg.table or cfg.source in sources.SOURCES
         if name == "finetune":
             finetune.read_task(cfg.task)
 

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import resample
+
 
 class Draw(NamedTuple):
     """The parameters of one sample; None where a transform was not drawn."""
@@ -160,8 +162,8 @@ def _zoom(x, scale, size):
     depth, *sides = x.shape[1:]
     z, *lines = ((np.arange(n) - (n - 1) / 2) * scale for n in size)
     weights = np.maximum(1 - abs(z[:, None] + (depth - 1) / 2 - np.arange(depth)), 0)
-    planes = apply_matrix(x, weights, 0).view(-1, 1, *sides)
-    lines = [_upload(line * 2 / max(n - 1, 1), x) for line, n in zip(lines, sides, strict=True)]
+    planes = resample.apply_matrix(x, weights, 0).view(-1, 1, *sides)
+    lines = [resample.upload_array(line * 2 / max(n - 1, 1), x) for line, n in zip(lines, sides, strict=True)]
     grid = torch.stack(torch.meshgrid(*lines, indexing="ij")[::-1], -1).expand(len(planes), -1, -1, -1)
     return F.grid_sample(planes, grid, "bilinear", "zeros", align_corners=True).view(-1, *size)
 
@@ -207,45 +209,13 @@ def elastic_displacement(alpha, sigma, seed, size, device):
     step = sigma / 2
     generator = torch.Generator().manual_seed(seed)
     nodes = [math.ceil(n / step) + 1 for n in size]
-    field = upload((2 * torch.rand(3, *nodes, generator=generator) - 1) * alpha, device)
+    field = resample.upload((2 * torch.rand(3, *nodes, generator=generator) - 1) * alpha, device)
     for axis in (2, 1, 0):
         n, m = size[axis], nodes[axis]
         distance = np.arange(n)[:, None] - (n - 1) / 2 - (np.arange(m) - (m - 1) / 2) * step
         kernel = np.exp(-0.5 * (distance / sigma) ** 2) * math.sqrt(step / (2 * math.pi)) / sigma
-        field = apply_matrix(field, kernel, axis)
+        field = resample.apply_matrix(field, kernel, axis)
     return field
-
-
-# --------------------------------------------------------------------------------------- intensity transforms
-def apply_matrix(x, matrix, axis):
-    """Multiply one spatial axis of (C, D, H, W), float32, by a numpy matrix (n_out, n_in).
-    The matrices here are banded: on a CPU, 16 rows at a time are multiplied by the columns that they use."""
-    n_out, n_in = matrix.shape
-    inner, block = math.prod(x.shape[axis + 2:]), 16 if x.device.type == "cpu" else n_out
-    flat, on_device = x.reshape(-1, n_in, inner), _upload(matrix, x)
-    result = x.new_empty(len(flat), n_out, inner)
-    for start in range(0, n_out, block):
-        used = np.flatnonzero(np.abs(matrix[start:start + block]).max(0) > 1e-6)
-        columns = slice(used[0], used[-1] + 1) if len(used) else slice(0, 1)
-        rows, target = on_device[start:start + block, columns], result[:, start:start + block]
-        if inner == 1:
-            torch.mm(flat[:, columns, 0], rows.T, out=target[..., 0])
-        else:
-            torch.bmm(rows.expand(len(flat), -1, -1), flat[:, columns], out=target)
-    return result.view(*x.shape[:axis + 1], n_out, *x.shape[axis + 2:])
-
-
-def upload(tensor, device):
-    """A CPU tensor to the device, which is not waited for: out of memory that is not pinned, the copy would
-    begin only when all that is queued there is done."""
-    if torch.device(device).type == "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _upload(array, x):
-    """A small numpy array as float32 on x's device."""
-    return upload(torch.from_numpy(array).float(), x.device)
 
 
 def _clip(x, low, high):
@@ -280,7 +250,7 @@ def gaussian_blur(x, sigma):
     for axis, n in enumerate(x.shape[1:]):
         mirrored = np.pad(np.eye(n), ((radius, radius), (0, 0)), "symmetric")
         matrix = sum(weight * mirrored[i:i + n] for i, weight in enumerate(kernel / kernel.sum()))
-        blurred = apply_matrix(blurred, matrix, axis)
+        blurred = resample.apply_matrix(blurred, matrix, axis)
     return blurred.to(x.dtype)
 
 
@@ -290,7 +260,8 @@ def _filter_frequencies(x, gain, axis):
     n, mirrored, shape = len(gain), np.roll(gain[::-1], 1), [-1 if a == axis else 1 for a in range(3)]
     low = x.amin((1, 2, 3), keepdim=True).float().clamp_(max=0)  # the magnitude would fold negative values
     spectrum = torch.fft.rfft(x - low, dim=axis + 1)
-    halves = [torch.fft.irfft(spectrum * (_upload(part[:n // 2 + 1], x).view(shape) * unit), n, axis + 1)
+    halves = [torch.fft.irfft(spectrum * (resample.upload_array(part[:n // 2 + 1], x).view(shape) * unit), n,
+                              axis + 1)
               for part, unit in ((gain + mirrored, 0.5), (gain - mirrored, 0.5j)) if part.any()]
     return functools.reduce(torch.hypot, halves).abs().add_(low).to(x.dtype)
 
@@ -323,22 +294,8 @@ def low_resolution(x, shape):
     low, high = small.amin((1, 2, 3), keepdim=True), small.amax((1, 2, 3), keepdim=True)
     for axis in (2, 1, 0):
         if shape[axis] != x.shape[axis + 1]:
-            small = apply_matrix(small, _spline_up(shape[axis], x.shape[axis + 1]), axis)
+            small = resample.apply_matrix(small, resample.spline_up(shape[axis], x.shape[axis + 1]), axis)
     return _clip(small, low, high).to(x.dtype)
-
-
-@functools.lru_cache(maxsize=256)
-def _spline_up(n_in, n_out, pad=12):
-    """Cubic spline from n_in to n_out voxels as a matrix. Beyond the border the outermost voxel is repeated:
-    12 of them, as in scipy, are added before the spline is fitted."""
-    m = n_in + 2 * pad
-    spline = (4 * np.eye(m) + np.eye(m, k=1) + np.eye(m, k=-1)) / 6
-    coefficients = np.linalg.solve(spline, np.pad(np.eye(n_in), ((pad, pad), (0, 0)), "edge"))
-    centres = (np.arange(n_out) + 0.5) * n_in / n_out - 0.5 + pad
-    first = np.floor(centres).astype(int)
-    t = (centres - first)[:, None]
-    weights = (1 - t) ** 3, 4 - 6 * t ** 2 + 3 * t ** 3, 1 + 3 * (t + t ** 2 - t ** 3), t ** 3
-    return sum(weight / 6 * coefficients[first + i] for i, weight in enumerate(weights, start=-1))
 
 
 @torch.no_grad()

@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-import common
+import checkpoint
+import config
+import metrics
 import pretrain
-from common import UserError
-from finetune import mean_dice, spread
+from config import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Config:
 
 # ------------------------------------------------------------------------------------- what the paper printed
 TASKS = {"brats21": "BraTS21", "isles22": "ISLES22", "wmh": "WMH", "wmh_ood": "WMH OOD"}
+
 MAIN = {  # (model, pretraining) -> million parameters; Dice and deviation over six folds, for each of TASKS
     ("unet_xl", "scratch"): (90, "56.00 ± 2.55", "48.30 ± 2.94", "68.32 ± 1.75", "67.22 ± 1.59"),
     ("unet_b", "scratch"): (22, "55.28 ± 1.75", "45.66 ± 2.40", "66.18 ± 2.28", "64.96 ± 2.52"),
@@ -46,19 +48,24 @@ MAIN = {  # (model, pretraining) -> million parameters; Dice and deviation over 
     ("mednext_l", "amaes"): (55, "58.73 ± 1.33", "56.83 ± 1.39", "71.63 ± 1.67", "68.68 ± 0.97"),
     ("swinunetr", "swin"): (62, "49.54 ± 0.94", "48.42 ± 3.14", "67.28 ± 2.67", "68.14 ± 1.43"),
 }
+
 # Tables 2 and 3, and the skips of section 3.1: options of pretrain.py -> hours of pretraining, Dice and
 # deviation. Of a "U-Net", XL by Figure 1, on the training cases outside the fold (n_cv = 866; here 918).
 CV_TASKS = {"brats21_cv": "BraTS21 n_cv"}
+
 DECODERS = {("unet_xl", "--decoder standard --augment none"): (39, "56.65 ± 1.85"),
             ("unet_xl", "--augment none"): (31, "58.61 ± 1.94"),
             ("unet_xl", "--decoder standard --skips True --augment none"): (None, "56.22")}
+
 AUGMENTATIONS = {("unet_xl", "--augment none"): (None, "58.61 ± 1.94"),
                  ("unet_xl", "amaes"): (None, "59.85 ± 0.98")}
+
 # Table -> rows, columns, and the pretraining that the others gain over. The paper's gains are computed from
 # its cells: it prints +1.75 and +1.59 for SwinUNETR's +5.87 and +3.12, and 1.25 x or 20 % for 39 h to 31 h.
 TABLES = {2: (DECODERS, CV_TASKS, "--decoder standard --augment none"),
           3: (AUGMENTATIONS, CV_TASKS, "--augment none"),
           4: (MAIN, TASKS, "scratch"), 6: (MAIN, TASKS, "scratch")}
+
 WELCH = (" By Welch's test on the printed means and deviations, 3 of the paper's 16 AMAES gains pass "
          "p < .05, none of them after Holm.")
 
@@ -177,7 +184,7 @@ def same_folds(first, second):
     for fold in shared:
         before = {record["case"]: record for record in first["folds"][fold]}
         after = {record["case"]: record for record in second["folds"][fold]}
-        common.check_same_inputs(f"{first['path']} and {second['path']} were scored on different data",
+        checkpoint.check_same_inputs(f"{first['path']} and {second['path']} were scored on different data",
                                  before, after, "evaluate both on the same")
     return shared
 
@@ -191,7 +198,8 @@ def pair(first, second):
     for fold in same_folds(first, second):
         after = {record["case"]: record for record in second["folds"][fold]}
         for before in first["folds"][fold]:
-            gain = mean_dice([after[before["case"]]], classes)[0] - mean_dice([before], classes)[0]
+            gain = (metrics.mean_dice([after[before["case"]]], classes)[0]
+                    - metrics.mean_dice([before], classes)[0])
             rows.append((100 * gain, fold, before["subject"]))
     scored = [row for row in rows if not math.isnan(row[0])]
     fold, patient = (np.unique([row[i] for row in scored], return_inverse=True)[1] for i in (1, 2))
@@ -242,7 +250,7 @@ def text(value, form=".2f"):
 def dice_of(run):
     """Dice in percent, mean over the finished folds ± one standard deviation; - if there is no run."""
     folds = run["folds"].values() if run else ()
-    return spread([100 * mean_dice(records, run["classes"])[0] for records in folds])
+    return metrics.spread([100 * metrics.mean_dice(records, run["classes"])[0] for records in folds])
 
 
 def gain_tables(gains):
@@ -318,7 +326,7 @@ def as_in_paper(cells, table):
 def markdown(tables):
     lines = []
     for table in tables:
-        lines += [*common.table(table.header, table.lines), "", table.note, ""]
+        lines += [*metrics.table(table.header, table.lines), "", table.note, ""]
     return "\n".join(lines)
 
 
@@ -337,11 +345,11 @@ def main(cfg):
         print(f"not in Table {cfg.table}: {', '.join(rest) or 'none of the folders'}\n")
     print(markdown(tables))
     if cfg.out:
-        common.write_text(cfg.out, markdown(tables))
+        checkpoint.write_text(cfg.out, markdown(tables))
     if cfg.csv:  # the same tables one under the other, an empty line between
-        with common.atomic(cfg.csv) as path, open(path, "w", encoding="utf-8", newline="") as file:
+        with checkpoint.atomic(cfg.csv) as path, open(path, "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows(row for table in tables for row in (table.header, *table.lines, []))
 
 
 if __name__ == "__main__":
-    common.run(main, Config)
+    config.run(main, Config)

@@ -6,6 +6,7 @@ augmentations and masks is the same with any number of processes or workers, and
 import csv
 import functools
 import glob
+import hashlib
 import json
 import os
 import signal
@@ -18,7 +19,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import augment
-from common import UserError, derive_seed
+import preprocess
+import resample
+from config import UserError
+
+
+def derive_seed(*parts):
+    """Seed of one draw: a 63-bit hash of (seed, epoch, sample, purpose), the same on every machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
 
 IGNORE = 255  # class of voxels that neither the loss nor the score looks at
 UNKNOWN = 254  # class of label values that a task does not name
@@ -258,19 +268,7 @@ def read_case(case):
     with open(f"{folder}/geometry/{name}.json", encoding="utf-8") as file:
         geometry = json.load(file)
     label = nibabel.load(case.label.replace(".npy", "_native.nii.gz"))
-    return torch.from_numpy(volume), geometry, on_axes(label, np.array(geometry["affine"]))
-
-
-def on_axes(label, affine):
-    """Values (D, H, W) of a label map, a nibabel image, in the axis order and directions that a scan of the
-    same grid is stored in. As in preparation, a value within 1e-3 of an integer is that, and NaN is 0."""
-    values = label.get_fdata(dtype=np.float32, caching="unchanged").reshape(label.shape[:3])
-    values = np.where(np.isnan(values), np.float32(0), values)
-    whole = np.round(values)
-    values = np.where(np.abs(values - whole) <= 1e-3, whole, values)
-
-    axes = [nibabel.io_orientation(one) for one in (label.affine, affine)]
-    return nibabel.apply_orientation(values, nibabel.orientations.ornt_transform(*axes))
+    return torch.from_numpy(volume), geometry, preprocess.on_axes(label, np.array(geometry["affine"]))
 
 
 def read_box(array, start, size):
@@ -314,6 +312,24 @@ def make_loader(dataset, stream, workers, device):
 
 def to_device(batch, device):
     """Crops to the device as stored (float16, half the bytes), labels likewise."""
-    crops = [augment.upload(crop, device) for crop in batch.crops]
-    labels = None if batch.labels is None else [augment.upload(label, device) for label in batch.labels]
+    crops = [resample.upload(crop, device) for crop in batch.crops]
+    labels = None if batch.labels is None else [resample.upload(label, device) for label in batch.labels]
     return crops, labels
+
+
+def check_files(folder, paths):
+    """UserError unless all these files of a prepared folder are there. Each of its folders is listed once,
+    which is quick for 45,000 files on a network disk, too."""
+    listed, missing = {}, []
+    for path in paths:
+        parent, name = os.path.split(path)
+        if parent not in listed:
+            try:
+                listed[parent] = {entry.name for entry in os.scandir(parent)}
+            except OSError:
+                listed[parent] = set()
+        if name not in listed[parent]:
+            missing.append(path)
+    if missing:
+        raise UserError(f"{folder} lacks {len(missing)} files that its index names, the first "
+                        f"{min(missing)}: copy the whole folder, or prepare it again")

@@ -13,7 +13,6 @@ import os
 import tempfile
 import time
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -21,13 +20,16 @@ import yaml
 from tqdm import tqdm
 
 import augment
-import common
+import checkpoint
+import config
 import data
+import metrics
 import models
 import predict
-import prepare_data
+import preprocess
 import tasks
-from common import UserError
+import training
+from config import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,26 +65,11 @@ class Config:
     estimate: bool = False  # time a few steps and a case, print what the run will cost, write nothing
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """configs/tasks/<name>.yaml; section 4.1."""
-    data: str  # prepared folder
-    classes: tuple[str, ...]  # names, background first
-    labels: dict  # label value of the source -> class number
-    sequences: tuple[str, ...]  # input channels
-    networks: str | None = None  # evaluate the networks finetuned for that task instead of training any
-    source: str | None = None  # take cases of this source only
-    ignore: tuple[int, ...] = ()  # label values that neither loss nor score looks at
-    regions: dict = dataclasses.field(default_factory=dict)  # name -> class numbers, scored as their union
-    n_train: int = 20  # subjects to train on; section 4.1
-    folds: int = 6  # section 4.1; 0: leave one subject out, a fold each
-    evaluate: str = "rest"  # rest: the other training subjects (n_cv); test: the test split (n_test)
-    sites: bool = False  # subjects are named <site>_<number>; sites that were not trained on are scored apart
-
-
 # Appendix A, read as U-Net XL, B, MedNeXt L, M, SwinUNETR: the header is garbled in the text at hand.
 RATES = {"mednext_l": 5e-4, "mednext_l_mednextdec": 5e-4, "mednext_m": 6e-4}
+
 PRECISIONS = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of the weights
+
 FREE = ("data", "folds", "workers", "device", "out", "save_every", "log_every", "compile", "recompute",
         "estimate")
 
@@ -102,55 +89,6 @@ def dice_ce(logits, label, ignore=data.IGNORE):
     overlap = (share * truth).sum((2, 3, 4))
     dice = (2 * overlap + 1) / (share.sum((2, 3, 4)) + truth.sum((2, 3, 4)) + 1 + 1e-8)
     return (entropy / counted.sum((1, 2, 3)).clamp(min=1)).mean() - dice.mean()
-
-
-# -------------------------------------------------------------------------------------- the task, section 4.1
-def read_task(name):
-    """A task by name or path; UserError lists the known ones."""
-    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "tasks")
-    path = name if name.endswith((".yaml", ".yml")) else os.path.join(folder, f"{name}.yaml")
-    if not os.path.exists(path):
-        known = ", ".join(sorted(os.path.splitext(file)[0] for file in os.listdir(folder)))
-        raise UserError(f"no task {name!r}: give a path to a task file, or one of {known}")
-    task = common.build_config(Task, common.read_yaml(Task, path))
-    found, numbers = list(task.labels.values()), list(range(len(task.classes)))
-    if any(value not in numbers for value in found) or any(number not in found for number in numbers):
-        raise UserError(f"{path}: labels must map onto the class numbers 0 to {len(task.classes) - 1}")
-    if not all(str(value).isdigit() and int(value) < 256 for value in (*task.labels, *task.ignore)):
-        raise UserError(f"{path}: labels maps label values, 0 to 255, to class numbers; ignore lists values")
-    if not all(isinstance(region, list) and all(n in numbers for n in region)
-               for region in task.regions.values()):
-        raise UserError(f"{path}: a region is a list of class numbers, as [1, 2]")
-    if task.evaluate not in ("rest", "test"):
-        raise UserError(f"{path}: evaluate {task.evaluate!r}: choose rest or test")
-    return os.path.splitext(os.path.basename(path))[0], task
-
-
-def make_folds(name, task, cases):
-    """Fold f: the subjects permuted by (task, f), the first n_train to train on; the rest, or the test split,
-    to evaluate. Leave-one-out takes every subject, held out or not. The paper's own folds were not released.
-
-    -> [{"train": [case names], "evaluate": [case names]}]."""
-    held = {c.subject for c in cases if c.volumes[0].split == "test"} if task.folds else set()
-    pool = sorted({c.subject for c in cases} - held)
-    n_train = task.n_train if task.folds else len(pool) - 1
-    if not 0 < n_train <= len(pool) - (task.evaluate == "rest"):
-        most = len(pool) - (task.evaluate == "rest")
-        raise UserError(f"task {name} trains on {task.n_train} subjects and needs more, but {task.data} has "
-                        f"{len(pool)} with labels" + (f": --n_train {most} or less" if most > 0 else ""))
-    if task.evaluate == "test" and not held:
-        raise UserError(f"task {name} evaluates the split test, of which {task.data} has no labelled case")
-    folds = []
-    for f in range(task.folds or len(pool)):
-        if task.folds:
-            order = np.random.default_rng(common.derive_seed(name, f)).permutation(len(pool))
-            chosen = {pool[i] for i in order[:n_train]}
-        else:
-            chosen = set(pool) - {pool[f]}
-        rest = held if task.evaluate == "test" else set(pool) - chosen
-        folds.append({"train": [c.name for c in cases if c.subject in chosen],
-                      "evaluate": [c.name for c in cases if c.subject in rest]})
-    return folds
 
 
 # -------------------------------------------------------------------------------------- one fold, section 3.2
@@ -173,7 +111,9 @@ def build(cfg, task, pretrained, seed=0):
     torch.manual_seed(seed)
     model = models.build_model(cfg.model, "segment", len(task.sequences), len(task.classes), merge=cfg.merge,
                                features=cfg.features)
-    return model, models.load_weights(model, pretrained, part="encoder") if pretrained else "all weights new"
+    if not pretrained:
+        return model, "all weights new"
+    return model, checkpoint.load_weights(model, pretrained, part="encoder")
 
 
 def read_batches(cfg, task, cases, seed, step, processes):
@@ -183,14 +123,14 @@ def read_batches(cfg, task, cases, seed, step, processes):
     stream = data.SampleStream(len(cases), seed, cfg.batch_size, step, cfg.steps, *processes[:2])
     batches = data.make_loader(dataset, stream, cfg.workers, processes.device)
     if cfg.estimate:
-        return common.estimate(batches, cfg.workers, cfg.steps * len(cfg.folds), processes.device)
+        return training.estimate(batches, cfg.workers, cfg.steps * len(cfg.folds), processes.device)
     return batches
 
 
 def take_step(cfg, model, optimizer, batch, step, device):
     """One optimizer step -> loss of this process's part of the batch."""
     for group in optimizer.param_groups:
-        group["lr"] = common.learning_rate(step, cfg.steps, 0, cfg.lr)
+        group["lr"] = training.learning_rate(step, cfg.steps, 0, cfg.lr)
     crops, labels = data.to_device(batch, device)
     image, label = augment.spatial(crops, labels, batch.draws)
     image = augment.intensity(image, batch.draws).to(PRECISIONS[cfg.precision])
@@ -207,7 +147,7 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
     """Train one fold to its last step, or go on from its last.pt; -> the network, or None if a signal stopped
     it."""
     device, path = processes.device, os.path.join(folder, "last.pt")
-    with common.together():
+    with training.together():
         model, report = build(cfg, task, pretrained, seed)
         models.check_patch(model, cfg.patch_size, device, cfg.precision)
         model.to(device, PRECISIONS[cfg.precision])
@@ -216,46 +156,46 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                       eps=cfg.eps, amsgrad=cfg.amsgrad, fused=True)
         seen, inputs = history(pretrained, cases), tasks.inputs_of(cases)
-        step, _ = common.resume(path, cfg, FREE, model, optimizer, seen["sha256"], inputs)
+        step, _ = checkpoint.resume(path, cfg, FREE, model, optimizer, seen["sha256"], inputs)
         if processes.rank == 0:
             print(report)
-            common.cut_log(folder, step)
-    common.check_same(f"{folder} or {task.data} differs between the nodes: share or copy them", step,
+            checkpoint.cut_log(folder, step)
+    training.check_same(f"{folder} or {task.data} differs between the nodes: share or copy them", step,
                       len(cases))
     if step == cfg.steps:
         return model
-    compiled = common.choose_compile(cfg.compile, cfg.model, device)
-    train_model = common.compile_or_warn(common.distribute(model), compiled, device)
+    compiled = training.choose_compile(cfg.compile, cfg.model, device)
+    train_model = training.compile_or_warn(training.distribute(model), compiled, device)
     losses, saved, unreadable = [], step, False
 
     def save(step):
-        common.check_in(losses, keep=0)
-        with common.together():
+        training.check_in(losses, keep=0)
+        with training.together():
             if processes.rank == 0:
-                common.save_checkpoint(path, {
+                checkpoint.save_checkpoint(path, {
                     "kind": "finetune", "row": cfg.model, "step": step, "config": dataclasses.asdict(cfg),
                     "task": dataclasses.asdict(task), "cases": [c.name for c in cases], "inputs": inputs,
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "versions": common.versions(), **seen})
+                    "versions": checkpoint.versions(), **seen})
 
     progress = tqdm(total=cfg.steps, initial=step, disable=processes.rank != 0, desc=folder)
     for batch in read_batches(cfg, task, cases, seed, step, processes):
-        signalled, unreadable = common.check_in(losses, stop.is_set(), batch.fault)
+        signalled, unreadable = training.check_in(losses, stop.is_set(), batch.fault)
         if signalled or unreadable:
             break
         loss = take_step(cfg, train_model, optimizer, batch, step, device)
-        losses.append(common.to_host(step, batch.names, loss))
+        losses.append(training.to_host(step, batch.names, loss))
         step += 1
         progress.update()
         if cfg.estimate:
             continue
         if step % cfg.log_every == 0 or step == cfg.steps:
-            record = {"step": step, "loss": common.total(loss).item() / processes.world,
+            record = {"step": step, "loss": training.total(loss).item() / processes.world,
                       "lr": optimizer.param_groups[0]["lr"]}
             progress.set_postfix(loss=f"{record['loss']:.3f}")
-            with common.together():
+            with training.together():
                 if processes.rank == 0:
-                    common.append_log(folder, record)
+                    checkpoint.append_log(folder, record)
         if step % cfg.save_every == 0:
             save(step)
             saved = step
@@ -263,7 +203,7 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
     if step > saved and not cfg.estimate:
         save(step)
     if unreadable:
-        common.stop_all(batch.fault)
+        training.stop_all(batch.fault)
     return model if step == cfg.steps or cfg.estimate else None
 
 
@@ -274,7 +214,7 @@ def evaluate_fold(cfg, task, model, seen, cases, folder, processes, stop):
     model.eval()
     mine, share = [], cases[processes.rank::processes.world]
     hashes, subjects = set(seen["sha256"] or ()), set(seen["subjects"] or ())
-    with common.together():
+    with training.together():
         for case in tqdm(share, disable=processes.rank != 0, desc=f"{folder} evaluate"):
             if stop.is_set():
                 break
@@ -282,27 +222,22 @@ def evaluate_fold(cfg, task, model, seen, cases, folder, processes, stop):
                 volume, geometry, truth = data.read_case(case)
                 classes = predict.segment(model, volume, geometry, cfg.patch_size, cfg.precision, cfg.overlap,
                                           batch=cfg.batch_size)  # not a share: it moves the last bits
-                scores = predict.score_case(classes, truth, dataclasses.asdict(task), geometry["affine"])
-            except (UserError, *prepare_data.DAMAGE) as error:
+                scores = tasks.score_case(classes, truth, dataclasses.asdict(task), geometry["affine"])
+            except (UserError, *preprocess.DAMAGE) as error:
                 raise UserError(f"cannot evaluate {case.name}: {error}") from None
             same = any(v.sha256 in hashes for v in case.volumes)
             made_of = tasks.inputs_of([case])[case.name]
             mine.append({"case": case.name, "subject": case.subject,
                          "sha256": made_of["sha256"], "label_sha256": made_of["label_sha256"],
                          "seen": None if seen["sha256"] is None else same or case.subject in subjects,
-                         "same_scan": same, "site": site(case) if task.sites else None}
+                         "same_scan": same, "site": tasks.site(case) if task.sites else None}
                         | {kind: {name: None if math.isnan(value) else round(value, 6)
                                   for name, value in values.items()} for kind, values in scores.items()})
-    if common.agree(stop.is_set())[0]:
+    if training.agree(stop.is_set())[0]:
         return None
     shares = [None] * processes.world
     dist.all_gather_object(shares, mine)
     return sorted((record for share in shares for record in share), key=lambda record: record["case"])
-
-
-def site(case):
-    """Scanner of a WMH case: Amsterdam-GE3T of the subject wmh/Amsterdam-GE3T_100."""
-    return case.subject.split("/")[-1].rpartition("_")[0]
 
 
 def estimate(cfg, task, pretrained, cases, folds, processes, stop):
@@ -318,69 +253,6 @@ def estimate(cfg, task, pretrained, cases, folds, processes, stop):
     if processes.rank == 0:
         hours = n * seconds / processes.world / 3600
         print(f"evaluation {seconds:.3g} s a case; {n} cases: {hours:.2f} hours more")
-
-
-# ------------------------------------------------------------------------------------------------ the summary
-def mean_dice(records, names, kind="dice"):
-    """Mean over cases of the mean over `names`, and how many cases had none of them: as the official code, a
-    label in neither truth nor prediction does not count. A case without any is dropped. kind: of SCORES."""
-    scores = [[r[kind][n] for n in names if r[kind][n] is not None] for r in records]
-    means = [sum(s) / len(s) for s in scores if s]
-    return (sum(means) / len(means) if means else math.nan), len(scores) - len(means)
-
-
-def spread(means):
-    """Mean and standard deviation over folds, of those that have a value."""
-    means = [m for m in means if not math.isnan(m)]
-    return f"{np.mean(means):.2f} ± {np.std(means, ddof=1) if len(means) > 1 else 0:.2f}" if means else "-"
-
-
-def summarise(run, folds):
-    """dice.json and folds -> Markdown: Dice in percent for each fold, mean and standard deviation over folds
-    as in the paper's Table 6; Dice of the groups that differ in what was seen; the other scores."""
-    names, cfg, done = [*run["classes"], *run["regions"]], run["config"], sorted(run["folds"].items())
-    columns = ({"mean": run["classes"]} if len(run["classes"]) > 1 else {}) | {n: [n] for n in names}
-    rows = []
-    for fold, records in done:
-        means, dropped = zip(*(mean_dice(records, group) for group in columns.values()), strict=True)
-        rows.append([fold, len(folds[fold]["train"]), len(records), *(f"{100 * m:.2f}" for m in means),
-                     max(dropped)])
-
-    def over_folds(belongs=lambda record: True):
-        return [spread([100 * mean_dice(filter(belongs, records), group)[0] for _, records in done])
-                for group in columns.values()]
-
-    lines = [f"# {run['task']}, {run['model']}, {run['ckpt'] or 'from scratch'}", "",
-             f"{cfg['steps']} steps, batch {cfg['batch_size']}, patch {cfg['patch_size']}, lr {cfg['lr']}, "
-             f"augment {run['augment']}. Scores on each scan's own grid, Dice in percent. Dropped: cases "
-             "with the label in neither truth nor prediction; for distances, also those with it in one.",
-             "", *common.table(["fold", "trained on", "evaluated", *columns, "dropped"],
-                               [*rows, ["mean ± SD", "", "", *over_folds(), ""]])]
-    cases = {r["case"]: r for _, records in done for r in records}.values()
-    seen, same = sum(bool(r["seen"]) for r in cases), sum(r["same_scan"] for r in cases)
-    lines += ["", "The checkpoint does not say which scans were seen in pretraining."
-              if any(r["seen"] is None for r in cases) else
-              f"Of {len(cases)} evaluated scans {seen} were seen, unlabelled, in pretraining: {same} the "
-              f"same file, {seen - same} another of the subject."]
-    groups = {}
-    if 0 < seen < len(cases):
-        groups |= {"seen in pretraining": lambda r: r["seen"], "not seen": lambda r: not r["seen"]}
-    if run["sites"]:
-        groups |= {"sites of the training set": lambda r: r["site"] in run["sites"],
-                   "other sites": lambda r: r["site"] not in run["sites"]}
-    if groups:
-        rows = [[title, sum(map(belongs, cases)), *over_folds(belongs)] for title, belongs in groups.items()]
-        lines += ["", *common.table(["Dice of", "cases", *columns], rows)]
-    rows = []
-    for kind, title in list(predict.SCORES.items())[1:]:
-        cells = []
-        for name in names:
-            means, dropped = zip(*(mean_dice(records, [name], kind) for _, records in done), strict=True)
-            cells += [spread(means), sum(dropped)]
-        rows.append([title, *cells])
-    header = ["mean ± SD", *(word for name in names for word in (name, "dropped"))]
-    lines += ["", *common.table(header, rows)]
-    return "\n".join(lines) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -418,7 +290,7 @@ def settings_of(folder, cfg, task):
     if not os.path.exists(path):
         raise UserError(f"no run in {folder}: first finetune.py --task {task.networks} with the same --ckpt "
                         "or --model, or name its folder with --networks")
-    then = common.read_yaml(Config, path)
+    then = config.read_yaml(Config, path)
     if (then["ckpt"], then["model"]) != (cfg.ckpt, cfg.model):
         raise UserError(f"{folder} is of --ckpt {then['ckpt']} --model {then['model']}: give the same here")
     return dataclasses.replace(cfg, **{key: value for key, value in then.items()
@@ -429,17 +301,17 @@ def load_fold(cfg, task, fold, train, device):
     """The finished network of a fold of that run, and its checkpoint. train: the cases of this fold; the
     network must have been trained on the same, while those to evaluate are this run's own."""
     path = os.path.join(cfg.networks, f"fold_{fold}", "last.pt")
-    model, checkpoint = predict.load_network(path, device)
-    theirs = checkpoint["task"]
-    if checkpoint["step"] < checkpoint["config"]["steps"]:
-        raise UserError(f"{path} is at step {checkpoint['step']}: finish task {task.networks} first")
+    model, saved = predict.load_network(path, device)
+    theirs = saved["task"]
+    if saved["step"] < saved["config"]["steps"]:
+        raise UserError(f"{path} is at step {saved['step']}: finish task {task.networks} first")
     names = [case.name for case in train]
-    if (theirs["classes"], theirs["sequences"], checkpoint["cases"]) != (task.classes, task.sequences, names):
+    if (theirs["classes"], theirs["sequences"], saved["cases"]) != (task.classes, task.sequences, names):
         raise UserError(f"{path} has other classes or sequences, or was trained on other cases than "
                         f"{task.data} gives for this fold")
-    common.check_same_inputs(f"{path} was trained on other data", checkpoint.get("inputs", {}),
+    checkpoint.check_same_inputs(f"{path} was trained on other data", saved.get("inputs", {}),
                              tasks.inputs_of(train), f"finetune {task.networks} again, or the old data")
-    return model, checkpoint
+    return model, saved
 
 
 def check_folds(cfg, assignment, inputs):
@@ -452,10 +324,10 @@ def check_folds(cfg, assignment, inputs):
 
     path = os.path.join(cfg.out, "config.yaml")
     if os.path.exists(path):
-        then = dataclasses.asdict(cfg) | common.read_yaml(Config, path)
-        common.check_same_run(f"{cfg.out} has folds", then, cfg, FREE)
+        then = dataclasses.asdict(cfg) | config.read_yaml(Config, path)
+        checkpoint.check_same_run(f"{cfg.out} has folds", then, cfg, FREE)
     path = os.path.join(cfg.out, "folds.json")
-    if os.path.exists(path) and common.read_text(path) != assignment:
+    if os.path.exists(path) and checkpoint.read_text(path) != assignment:
         raise UserError(f"{cfg.out} has folds of another task, or of other cases: new --out, or the old data")
 
     return tasks.check_inputs(cfg.out, inputs)
@@ -468,7 +340,7 @@ def open_cases(cfg, task, name, quiet):
     cases = data.labelled_cases(task.data, task.source, task.sequences)
     if not cases:
         raise UserError(tasks.why_none(task))
-    folds = make_folds(task.networks or name, task, cases)
+    folds = tasks.make_folds(task.networks or name, task, cases)
     names = {n for fold in folds for part in fold.values() for n in part}
     used = {case.name: case for case in cases if case.name in names}
 
@@ -487,11 +359,11 @@ def open_cases(cfg, task, name, quiet):
 
 
 def main(cfg):
-    processes = common.init_processes(cfg.device)
-    stop = common.catch_signals()
-    with common.together():
-        name, task = read_task(cfg.task)
-        pretrained = common.load_checkpoint(cfg.ckpt) if cfg.ckpt else {}
+    processes = training.init_processes(cfg.device)
+    stop = training.catch_signals()
+    with training.together():
+        name, task = tasks.read_task(cfg.task)
+        pretrained = checkpoint.load_checkpoint(cfg.ckpt) if cfg.ckpt else {}
         pretrained.pop("optimizer", None)
         cfg, origin = resolve(cfg, task, pretrained)
         if task.networks:
@@ -507,56 +379,57 @@ def main(cfg):
         # What is in the run folder already must be of this run.
         settings = {key: value for key, value in dataclasses.asdict(task).items() if key != "data"}
         assignment = json.dumps({"task": name, "settings": settings, "folds": folds}, indent=1)
-        start = common.checksum(cfg.ckpt) if cfg.ckpt and not task.networks else None
+        start = checkpoint.checksum(cfg.ckpt) if cfg.ckpt and not task.networks else None
         inputs = check_folds(cfg, assignment, {"ckpt": start, "cases": made_of})
         if processes.rank == 0:
             print(f"{cfg.model}, augment {cfg.augment}, lr {cfg.lr}\n"
-                  f"{common.say_compile(cfg.compile, cfg.model, processes.device)}\n{common.versions()}")
-            common.warn_of_cudnn(processes.device, cfg.precision, models.contiguous_on_cuda(cfg.model))
+                  f"{training.say_compile(cfg.compile, cfg.model, processes.device)}\n"
+                  f"{checkpoint.versions()}")
+            training.warn_of_cudnn(processes.device, cfg.precision, models.contiguous_on_cuda(cfg.model))
 
         # What is left to do needs its files.
         finished = {f: os.path.join(cfg.out, f"fold_{f}", "dice.json") for f in range(len(folds))}
         left = [f for f in chosen if not os.path.exists(finished[f])]
         needed = {n for f in left for part in folds[f].values() for n in part}
-        common.check_files(task.data, [path for n in needed for path in tasks.files_of(cases[n])])
+        data.check_files(task.data, [path for n in needed for path in tasks.files_of(cases[n])])
     if cfg.estimate:
         cfg = dataclasses.replace(cfg, folds=left)
         return estimate(cfg, task, pretrained, cases, folds, processes, stop)
-    with common.together():
+    with training.together():
         if processes.rank == 0:
             for fold in chosen:
-                common.lock(os.path.dirname(finished[fold]))
-            common.write_text(f"{cfg.out}/config.yaml",
+                checkpoint.lock(os.path.dirname(finished[fold]))
+            checkpoint.write_text(f"{cfg.out}/config.yaml",
                               yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
-            common.write_text(f"{cfg.out}/folds.json", assignment)
-            common.write_text(f"{cfg.out}/inputs.json", json.dumps(inputs, indent=1))
+            checkpoint.write_text(f"{cfg.out}/folds.json", assignment)
+            checkpoint.write_text(f"{cfg.out}/inputs.json", json.dumps(inputs, indent=1))
 
     before = history(pretrained)
     for fold in chosen:
         folder = os.path.dirname(finished[fold])
-        if common.agree(os.path.exists(finished[fold]))[0]:
+        if training.agree(os.path.exists(finished[fold]))[0]:
             continue
         train, rest = ([cases[n] for n in folds[fold][part]] for part in ("train", "evaluate"))
         seen = before
         if task.networks:
-            with common.together():
+            with training.together():
                 model, seen = load_fold(cfg, task, fold, train, processes.device)
         else:
-            seed = common.derive_seed(cfg.seed, "fold", fold)
+            seed = data.derive_seed(cfg.seed, "fold", fold)
             model = train_fold(cfg, task, pretrained, train, seed, folder, processes, stop)
         if model is None:
             break
         records = evaluate_fold(cfg, task, model, seen, rest, folder, processes, stop)
         if records is None:
             break
-        with common.together():
+        with training.together():
             if processes.rank == 0:
-                common.write_text(finished[fold], json.dumps(records, indent=1))
+                checkpoint.write_text(finished[fold], json.dumps(records, indent=1))
     if processes.rank == 0:
         with torch.device("meta"):
             params = sum(p.numel() for p in build(cfg, task, {})[0].parameters())
         pool = [case for case in cases.values() if case.volumes[0].split != "test"]
-        sites = sorted({site(case) for case in pool}) if task.sites else None
+        sites = sorted({tasks.site(case) for case in pool}) if task.sites else None
         # Whatever folds are there, from this run or from others beside it.
         done = {f: json.load(open(path)) for f, path in finished.items() if os.path.exists(path)}
         run = {"task": name, "model": cfg.model, "ckpt": cfg.ckpt, "origin": origin, "augment": cfg.augment,
@@ -564,13 +437,13 @@ def main(cfg):
                "pretraining": before["pretraining"], "config": dataclasses.asdict(cfg),
                "folds": done}
         if done:
-            common.write_text(os.path.join(cfg.out, "dice.json"), json.dumps(run, indent=1))
-            summary = summarise(run, folds)
-            common.write_text(os.path.join(cfg.out, "summary.md"), summary)
+            checkpoint.write_text(os.path.join(cfg.out, "dice.json"), json.dumps(run, indent=1))
+            summary = metrics.summarise(run, folds)
+            checkpoint.write_text(os.path.join(cfg.out, "summary.md"), summary)
             print(summary)
         if len(done) < len(folds):
             print(f"{len(done)} of {len(folds)} folds done; the same command goes on")
 
 
 if __name__ == "__main__":
-    common.run(main, Config)
+    config.run(main, Config)

@@ -13,18 +13,14 @@ import ctypes
 import dataclasses
 import functools
 import glob
-import gzip
 import hashlib
-import io
 import json
-import math
 import os
 import re
 import shutil
 import signal
 import sys
 import time
-import zlib
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -33,16 +29,16 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
-from nibabel.freesurfer.mghformat import MGHHeader
 from tqdm import tqdm
 
-import augment
-import common
+import checkpoint
+import config
 import data
+import metrics
+import preprocess
 import sources
-from common import UserError
+from config import UserError
 from sources import note, readable, say
 
 
@@ -58,478 +54,6 @@ class Config:
     table: bool = False  # print Table 1 of a prepared folder, beside the paper's numbers
 
 
-class Rejected(UserError):
-    """A scan that cannot be used. damage: it is broken; otherwise a rule of the paper's code keeps
-    it out.
-
-    path: the file, with which the message begins. A list that names the file already shows the
-    `reason`."""
-
-    def __init__(self, reason, damage=True, path=""):
-        super().__init__(f"{path}: {reason}" if path else reason)
-        self.reason = reason
-        self.damage = damage
-        self.path = path
-
-
-# ----------------------------------------------------------------------------------- reading a scan
-# What nibabel, gzip and numpy raise on files that are cut, overwritten or no NIfTI.
-DAMAGE = (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, OSError, EOFError,
-          ValueError, TypeError, OverflowError, MemoryError, zlib.error)
-
-# A format by its first bytes: where they stand, what they are. A pair of .hdr and .img is left to
-# nibabel.
-SIGNATURES = ((344, b"n+1", nib.Nifti1Image), (4, b"n+2", nib.Nifti2Image),
-              (0, b"\0\0\0\1", nib.MGHImage))
-GZIP = b"\x1f\x8b"
-
-
-@contextlib.contextmanager
-def naming(path):
-    """Whatever goes wrong with one scan inside is Rejected, and the message names its file,
-    once."""
-    try:
-        yield
-    except Rejected as error:
-        raise Rejected(error.reason, error.damage, error.path or path) from None
-    except UserError:  # a full disk is no fault of the scan: it ends the whole preparation
-        raise
-    except FileNotFoundError:
-        raise Rejected("no such file", path=path) from None
-    except DAMAGE as error:
-        raise Rejected(f"unreadable ({one_line(error, path)})", path=path) from None
-    # One scan of 45,000 must not end a night's work, whatever a reader raises that was never seen
-    # before. Nothing is hidden: the scan is rejected by name, with the type and the message.
-    except Exception as error:
-        raise Rejected(f"{type(error).__name__}: {one_line(error, path)}", path=path) from error
-
-
-def one_line(error, path):
-    """The message of an exception in one line, without the path; with its type where the message
-    does not stand alone."""
-    text = getattr(error, "strerror", None) or str(error)
-    if not text or isinstance(error, (ValueError, TypeError, ArithmeticError, MemoryError)):
-        text = f"{type(error).__name__}: {text}"
-    return " ".join(text.replace(path, "it").split())
-
-
-# What stands where a scan was expected, by a mark in its first bytes.
-STRANGERS = {b"dicm": "DICOM: run dcm2niix first", b"<html": "a web page: the download needs a login",
-             b"<!doctype html": "a web page: the download needs a login",
-             b"https://git-lfs": "a git-lfs pointer: run git lfs pull"}
-
-
-def load_other(path):
-    """A pair of .hdr and .img, or what else nibabel reads by its name. Raises Rejected."""
-    with open(path, "rb") as file:
-        start = file.read(512).lower()
-    for mark, what in STRANGERS.items():
-        if mark in start:
-            raise Rejected(f"unreadable ({what})")
-
-    try:
-        return nib.load(path)
-    except (nib.filebasedimages.ImageFileError, gzip.BadGzipFile, TypeError):
-        what = "no scan by its first bytes" if start else "an empty file"
-        raise Rejected(f"unreadable ({what})") from None
-
-
-def first_bytes(file):
-    """Of an open file -> (is it packed by gzip?, nibabel's class for what is inside, or None)."""
-    start = file.read(4096)
-    file.seek(0)
-
-    packed = start.startswith(GZIP)
-    if packed:
-        start = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(start, 1024)
-    kinds = [kind for place, mark, kind in SIGNATURES if start.startswith(mark, place)]
-    return packed, kinds[0] if kinds else None
-
-
-def read_header(path, channel=None):
-    """The nibabel image of a file, its header checked, its voxels not to be read. Raises
-    Rejected."""
-    with naming(path), open(path, "rb") as file:
-        packed, kind = first_bytes(file)
-        if kind is None:
-            image = load_other(path)
-        elif packed:
-            image = kind.from_stream(gzip.GzipFile(fileobj=file))
-        else:
-            image = kind.from_stream(file)
-        return checked(image, channel)[0]
-
-
-def load_scan(path, channel=None):
-    """A file of NIfTI-1, NIfTI-2 or FreeSurfer (.mgz), told by its first bytes, or a pair of .hdr
-    and .img -> a nibabel image, its header checked. Raises Rejected.
-
-    A packed file is unpacked whole, in memory: only so is its checksum looked at. channel: which
-    volume of a 4-D file. What is known of the file stands in the image's `extra`: path, size, time,
-    notes, sha256 (None if it was not read whole)."""
-    path = os.fspath(path)
-    with naming(path), open(path, "rb") as file:
-        state = os.fstat(file.fileno())
-        packed, kind = first_bytes(file)
-        digest = None
-        if kind is None:
-            image, notes = checked(load_other(path), channel)
-        elif not packed and path.lower().endswith((".nii", ".mgh")):  # read from the disk as needed
-            image, notes = checked(nib.load(path), channel)
-        else:
-            content = file.read()
-            digest = hashlib.sha256(content).hexdigest()
-            if packed:
-                header = kind.from_stream(gzip.GzipFile(fileobj=io.BytesIO(content)))
-                header, _ = checked(header, channel)
-                size = math.prod(header.shape) * header.get_data_dtype().itemsize
-                content = unpack(content, header.dataobj.offset + size + 2 ** 20)
-            image, notes = checked(kind.from_bytes(content), channel)
-
-        if channel is not None:
-            image = image.slicer[..., channel]
-        image.extra = {"path": path, "size": state.st_size, "mtime": state.st_mtime_ns,
-                       "sha256": digest, "notes": notes}
-        return image
-
-
-def unpack(content, limit):
-    """What a .gz file holds, of one or several members, their checksums verified; EOFError beyond
-    `limit` bytes."""
-    parts = []
-    while content:
-        member = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        parts.append(member.decompress(content, limit))
-        if not member.eof:
-            raise EOFError("cut short, or more data than the header says")
-        content = member.unused_data.lstrip(b"\0")
-    return b"".join(parts)
-
-
-def path_of(image):
-    return image.extra.get("path") or image.get_filename() or "image"
-
-
-def checked(image, channel=None):
-    """An image whose header can be trusted -> (the image, notes on what was mended). Raises
-    Rejected."""
-    image, notes = settle_affine(image)
-    check_header(image, channel)
-    return image, notes
-
-
-# Notes on what a header says twice, or not at all; each is a line of the report.
-QFORM = "qform used, since the voxel size of the sform is not pixdim's"
-MIRRORED = "sform taken, though the qform has left and right the other way"
-GUESS = "no orientation in the header: nibabel's guess of left and right is taken"
-
-
-def settle_affine(image):
-    """NIfTI says the voxel size twice: in pixdim, which the qform uses, and in the sform. Where
-    they differ, the qform is taken, if it has a code. -> (image, notes); Raises Rejected.
-
-    5 % apart is no rounding, nor the shear of a tilted gantry; below, a head is as large either
-    way."""
-    header = image.header
-    if not isinstance(header, nib.Nifti1Header):
-        return image, [] if isinstance(header, MGHHeader) else [GUESS]
-    if not header["sform_code"]:
-        return image, [] if header["qform_code"] else [GUESS]
-
-    sform = image.get_sform()
-    by_sform = np.linalg.norm(sform[:3, :3], axis=0)
-    by_pixdim = np.abs(header["pixdim"][1:4]).astype(float)
-    coded = int(header["qform_code"]) > 0
-    if np.allclose(by_sform, by_pixdim, rtol=0.05, atol=0):
-        mirrored = coded and np.linalg.det(image.get_qform()) * np.linalg.det(sform) < 0
-        return image, [MIRRORED] if mirrored else []
-
-    if coded:
-        header = header.copy()
-        header.set_sform(None, 0)
-        return type(image)(image.dataobj, image.get_qform(), header), [QFORM]
-
-    if (by_sform > 1e-6).all():
-        sizes = [" x ".join(f"{size:.4g}" for size in three) for three in (by_sform, by_pixdim)]
-        raise Rejected(f"the voxels measure {sizes[0]} mm by the sform, {sizes[1]} mm by pixdim, "
-                       "and there is no qform: one of them is wrong")
-    return image, []  # no affine scale: check_header says so
-
-
-def check_header(image, channel=None):
-    """Raises Rejected for what no head scan has; so a damaged header cannot ask for absurd
-    memory."""
-    shape = image.shape[:3] + tuple(n for n in image.shape[3:] if n > 1)
-    if len(shape) != 3 + (channel is not None) or (channel or 0) >= (*shape, 1)[3]:
-        wanted = "3-D" if channel is None else "4-D"
-        raise Rejected(f"not {wanted} but {' x '.join(map(str, image.shape))}", damage=False)
-    if min(shape[:3]) < 15:  # the official code's rule of admission
-        raise Rejected(f"a side of {min(shape[:3])} voxels, under 15", damage=False)
-    if image.get_data_dtype().kind not in "iuf":
-        raise Rejected(f"voxels of type {image.get_data_dtype()}, not numbers")
-
-    spacing = np.linalg.norm(image.affine[:3, :3], axis=0)
-    usable = np.isfinite(image.affine).all() and (spacing > 1e-6).all()
-    if not usable or abs(np.linalg.det(image.affine)) < 1e-9:
-        raise Rejected("no affine scale")
-    extent = np.array(shape[:3]) * spacing
-    if max(shape[:3]) > 2000 or extent.min() < 5 or extent.max() > 1000:
-        raise Rejected(f"{' x '.join(map(str, shape[:3]))} voxels over "
-                       f"{' x '.join(f'{e:.3g}' for e in extent)} mm are no head scan's")
-
-
-def stored_voxels(image, least=0.01):
-    """A nibabel image -> (float32 (D, H, W) as it is stored, number of NaN, which are 0 in it).
-
-    SPM writes NaN outside the field of view. Raises Rejected for infinite values, and if less than
-    the share `least` of the voxels, or none, are numbers."""
-    voxels = image.get_fdata(dtype=np.float32, caching="unchanged").reshape(image.shape[:3])
-    finite = np.isfinite(voxels)
-    if finite.all():
-        return voxels, 0
-
-    infinite = np.count_nonzero(np.isinf(voxels))
-    if infinite:
-        raise Rejected(f"{infinite} voxels are infinite")
-    numbers = np.count_nonzero(finite)
-    if numbers == 0 or numbers < least * voxels.size:
-        raise Rejected(f"only {numbers} of {voxels.size} voxels are numbers, the others NaN")
-    return np.where(finite, voxels, np.float32(0)), int(voxels.size - numbers)
-
-
-def read_voxels(nifti):
-    """A nibabel image (or path) -> float32 (D, H, W) in RAS order, and the orientation it was
-    stored in.
-
-    The closest canonical axes of nibabel's affine, whatever the form codes say; an oblique grid
-    stays oblique (the official code flips only, and stops at permuted axes). NaN is 0. Raises
-    Rejected for damage."""
-    image = nifti if hasattr(nifti, "dataobj") else load_scan(nifti)
-    with naming(path_of(image)):
-        voxels, _ = stored_voxels(image)
-        orientation = nib.io_orientation(image.affine)
-        return nib.apply_orientation(voxels, orientation), orientation
-
-
-# ------------------------------------------------------------------------- preprocessing, section 2
-def clamp(voxels):
-    """Negative values become 0, since MR magnitudes are not negative -> (voxels, how many there were).
-
-    Raises Rejected for a scan that was normalised before. After a z-normalisation the negative values
-    add up to as much as the positive ones. What ringing and interpolation leave adds up to less than a
-    thousandth of them; an offset that takes all air under 0, to a third and more. The border is half.
-    The number of negative voxels would not tell, since most of a scan is air."""
-    below = voxels < 0
-    count = int(np.count_nonzero(below))
-    clamped = np.maximum(voxels, 0)
-    if count and -2 * voxels[below].sum(dtype=np.float64) > clamped.sum(dtype=np.float64):
-        share = 100 * count / np.count_nonzero(voxels)
-        raise Rejected(f"{share:.0f} % of the voxels that are not 0 are negative: is it normalised "
-                       "already? Give the scan as the scanner wrote it")
-    return clamped, count
-
-
-def tight_box(voxels):
-    """Half-open box ((start, stop), ...) of the voxels > 0. The official code's is one voxel larger
-    at the high side."""
-    box = []
-    for axis in range(3):
-        filled = np.flatnonzero((voxels > 0).any(tuple(a for a in range(3) if a != axis)))
-        if not len(filled):
-            raise Rejected("constant or empty: no voxel above 0")
-        box.append((int(filled[0]), int(filled[-1]) + 1))
-    return tuple(box)
-
-
-def union_box(boxes):
-    """The box that holds several, on one grid: the channels of one task share it."""
-    boxes = np.array(boxes)
-    return tuple(zip(boxes[:, :, 0].min(0).tolist(), boxes[:, :, 1].max(0).tolist(), strict=True))
-
-
-def preprocess(nifti, box=None):
-    """nibabel image or path -> (volume (D, H, W) float32 in [0, 1], RAS at 1 mm; geometry, what
-    `restore` needs).
-
-    NaN is set to 0, negative values are clamped to 0; then y = (min(x, q99) - m) / (q99 - m), with
-    m the minimum of the crop and q99 the 99th percentile of its voxels > m: what the official clip,
-    z-normalisation and rescaling come to together. box: half-open voxel ranges ((start, stop), ...)
-    of the RAS grid instead of the tight ones. Raises Rejected."""
-    image = nifti if hasattr(nifti, "dataobj") else load_scan(nifti)
-    with naming(path_of(image)):
-        voxels, nan = stored_voxels(image)
-        voxels, clamped = clamp(voxels)
-        orientation = nib.io_orientation(image.affine)
-        voxels = nib.apply_orientation(voxels, orientation)
-
-        # Crop to the head.
-        if box is None:
-            box = tight_box(voxels)
-        box = [list(map(int, pair)) for pair in np.reshape(box, (3, 2))]
-        crop = voxels[tuple(slice(*pair) for pair in box)]
-
-        # Normalise to [0, 1].
-        low = crop.min()
-        if not (crop > low).any():
-            raise Rejected("constant")
-        high = np.quantile(crop[crop > low], 0.99)
-        crop = np.minimum(crop, high)  # a copy
-        crop -= low
-        crop /= high - low
-
-        # Resample to 1 mm.
-        spacing = nib.affines.voxel_sizes(image.affine)[np.argsort(orientation[:, 0])]
-        shape = [max(1, round(n * s)) for n, s in zip(crop.shape, spacing.tolist(), strict=True)]
-        volume = resample(crop, shape)
-
-    geometry = {"shape": list(map(int, image.shape[:3])), "affine": image.affine.tolist(),
-                "orientation": orientation.tolist(), "spacing": spacing.tolist(), "box": box,
-                "resampled": shape, "clamped": clamped, "nan": nan}
-    return volume, geometry
-
-
-@functools.lru_cache(maxsize=64)
-def resampling_matrix(n_in, n_out):
-    """Cubic spline resampling of one axis as a matrix (n_out, n_in), float64: scikit-image's
-    resize(order=3).
-
-    Gaussian antialias filter, spline prefilter (the inverse of the B-spline's values at the
-    voxels), cubic weights at the new pixel centres; every boundary is mirrored about the outermost
-    voxel."""
-    def mirrored(index):  # ... 2 1 | 0 1 2 ... n-1 | n-2 ...
-        period = max(1, 2 * (n_in - 1))
-        index = index % period
-        return np.minimum(index, period - index) if n_in > 1 else index * 0
-
-    def matrix(index, weights):
-        rows = np.zeros((len(index), n_in))
-        np.add.at(rows, (np.arange(len(index))[:, None], mirrored(index)), weights)
-        return rows
-
-    at = np.arange(n_in)[:, None]
-    sigma = max(0.0, (n_in / n_out - 1) / 2)
-    radius = int(4 * sigma + 0.5)
-    offsets = np.arange(-radius, radius + 1)
-    kernel = np.exp(-0.5 * (offsets / max(sigma, 1e-12)) ** 2)
-    smooth = matrix(at + offsets, kernel / kernel.sum())
-    spline = matrix(at + np.arange(-1, 2), np.array([1, 4, 1]) / 6)
-    centres = (np.arange(n_out) + 0.5) * n_in / n_out - 0.5
-    first = np.floor(centres).astype(int)
-    t = (centres - first)[:, None]
-    cubic = np.concatenate([(1 - t) ** 3, 4 - 6 * t ** 2 + 3 * t ** 3,
-                            1 + 3 * t + 3 * t ** 2 - 3 * t ** 3, t ** 3], 1) / 6
-    return matrix(first[:, None] + np.arange(-1, 3), cubic) @ np.linalg.solve(spline, smooth)
-
-
-def resample(volume, shape):
-    """(D, H, W) -> shape, as scikit-image's resize(order=3): one matrix product an axis, clipped to
-    the input's range. Like there, every axis is smoothed that shrinks."""
-    x = torch.from_numpy(np.ascontiguousarray(volume, dtype=np.float32))[None]
-    for axis in sorted(range(3), key=lambda a: shape[a] / volume.shape[a]):  # those that shrink most first
-        if shape[axis] != volume.shape[axis]:
-            x = augment.apply_matrix(x, resampling_matrix(volume.shape[axis], shape[axis]), axis)
-    return x[0].clamp(float(volume.min()), float(volume.max())).numpy()
-
-
-def label_map(image):
-    """A nibabel image -> (its label values uint8 (D, H, W) as stored, number of NaN, which are 0 in
-    it).
-
-    A value within 1e-3 of an integer is that integer: a slope or a float file leaves such. Raises
-    Rejected for other values than 0-255."""
-    with naming(path_of(image)):
-        voxels, nan = stored_voxels(image, least=0)
-        with np.errstate(invalid="ignore"):  # of values that no uint8 can hold: they differ then
-            values = voxels.astype(np.uint8)
-        if np.array_equal(values, voxels):
-            return values, nan
-
-        whole = np.round(voxels)
-        wrong = (np.abs(voxels - whole) > 1e-3) | (whole < 0) | (whole > 255)
-        if wrong.any():
-            first = voxels[wrong][0]
-            raise Rejected(f"label values unknown: {first:.6g} is no integer from 0 to 255")
-        return whole.astype(np.uint8), nan
-
-
-def preprocess_label(nifti, geometry):
-    """Label map on the scan's grid -> uint8 (D, H, W) on the grid of its prepared volume, nearest
-    voxel.
-
-    Raises Rejected if the grids differ by more than 1e-2 mm at a corner, or for values that are no
-    integers 0-255."""
-    image = nifti if hasattr(nifti, "dataobj") else load_scan(nifti)
-    check_same_grid(image, geometry)
-    values, _ = label_map(image)
-    return fit_label(values, image.affine, geometry)
-
-
-def fit_label(values, affine, geometry):
-    """Label values as stored, on the scan's grid -> on the grid of its prepared volume."""
-    return nearest(crop_label(values, affine, geometry), geometry["resampled"])
-
-
-def crop_label(values, affine, geometry):
-    """Label values as stored -> in RAS order, in the box of the scan."""
-    values = nib.apply_orientation(values, nib.io_orientation(affine))
-    return values[tuple(slice(*pair) for pair in geometry["box"])]
-
-
-def same_grid(a_shape, a_affine, b_shape, b_affine):
-    """Do two arrays (D, H, W), each with its affine, lie on one grid? They do if both, turned to
-    RAS, have the same shape, and corners no more than 1e-2 mm apart. The order and direction of the
-    stored axes are free."""
-    ends, corners = zip(ras_corners(a_shape, a_affine), ras_corners(b_shape, b_affine), strict=True)
-    return np.array_equal(*ends) and np.abs(corners[0] - corners[1]).max() <= 1e-2
-
-
-def ras_corners(shape, affine):
-    """Index of the last voxel of a grid turned to RAS, and its eight corners (8, 3) in mm."""
-    shape, affine = tuple(shape)[:3], np.asarray(affine, float)
-    orientation = nib.io_orientation(affine)
-    canonical = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
-    last = np.array(shape)[np.argsort(orientation[:, 0])] - 1
-    return last, nib.affines.apply_affine(canonical, np.array(list(np.ndindex(2, 2, 2))) * last)
-
-
-def check_same_grid(label, geometry):
-    """Raises Rejected if the label is not on the grid of the scan with this geometry."""
-    if not same_grid(label.shape, label.affine, geometry["shape"], geometry["affine"]):
-        raise Rejected("label grid differs from image grid", path=path_of(label))
-
-
-def nearest(array, shape):
-    """Nearest voxel, pixel centres aligned: index floor((i + 0.5) * n_in / n_out) on each axis."""
-    for axis, n in enumerate(shape):
-        index = ((np.arange(n) + 0.5) * array.shape[axis] / n).astype(int)
-        array = array.take(index, axis)
-    return array
-
-
-def restore(array, geometry):
-    """Back to the scan's own grid and axis order: (C, D, H, W) logits trilinearly, (D, H, W)
-    integers nearest.
-
-    Numpy array or tensor in, numpy array out. Outside the crop box everything is 0: with logits, a
-    tie that argmax gives to class 0, the background."""
-    array = array.numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
-    box = geometry["box"]
-    size = [stop - start for start, stop in box]
-    orientation = np.array(geometry["orientation"])
-    if array.ndim == 4:
-        crop = torch.from_numpy(array)[None]
-        crop = F.interpolate(crop, size=size, mode="trilinear", align_corners=False)[0].numpy()
-    else:
-        crop = nearest(array, size)[None]
-    order = np.argsort(orientation[:, 0])
-    full = np.zeros((len(crop), *np.array(geometry["shape"])[order]), crop.dtype)
-    full[(slice(None), *(slice(*pair) for pair in box))] = crop
-    # RAS axis orientation[a, 0] came from stored axis a, flipped where orientation[a, 1] is -1.
-    full = np.flip(full, [1 + int(axis) for axis, sign in orientation if sign < 0])
-    full = full.transpose(0, *(1 + int(axis) for axis, _ in orientation))
-    return np.ascontiguousarray(full if array.ndim == 4 else full[0])
-
-
 # ---------------------------------------------------------------------------------- prepared folder
 def stem_of(source, scan):
     """Name of a prepared volume without folder and ending; the hash tells apart what shares the
@@ -537,11 +61,6 @@ def stem_of(source, scan):
     parts = [re.sub(r"[^A-Za-z0-9.-]+", "-", part) for part in (scan.subject, scan.session, scan.sequence)]
     digest = hashlib.sha256(scan.path.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{source}/{'_'.join([*parts, digest[:8]])}"
-
-
-def save_array(path, array):
-    with common.atomic(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array)
 
 
 def prepare_session(source, name, root, out, scans):
@@ -567,9 +86,9 @@ def prepare_session(source, name, root, out, scans):
     for scan, geometry in zip(scans, before, strict=True):
         path = os.path.join(root, scan.path)
         try:
-            with naming(path):
+            with preprocess.naming(path):
                 if scan.fault:
-                    raise Rejected(scan.fault)
+                    raise preprocess.Rejected(scan.fault)
 
                 # A mended scan may change its neighbours' box.
                 box = boxes.get(scan.label)
@@ -577,11 +96,11 @@ def prepare_session(source, name, root, out, scans):
                     if scan.label and scan.label not in labels:
                         labels[scan.label] = read_label(root, scan.label)
                     label = labels.get(scan.label)
-                    image = load_scan(path, scan.channel)
+                    image = preprocess.load_scan(path, scan.channel)
                     geometry = prepare_volume(root, out, name, scan, image, box, rule, label)
 
                 done.append((geometry["row"], findings_of(scan, geometry["record"])))
-        except Rejected as error:
+        except preprocess.Rejected as error:
             reason = error.reason if error.path == path else f"{scan.label}: {error.reason}"
             rejected.append((scan.path, reason, error.damage))
     return done, rejected
@@ -612,11 +131,11 @@ def is_on_grid(root, scan):
     """Does a scan lie on the grid of its label map? No, if one of the two cannot be read."""
     paths = [os.path.join(root, path) for path in (scan.path, scan.label)]
     try:
-        with naming(paths[0]):
-            image = read_header(paths[0], scan.channel)
-            label = read_header(paths[1])
-            return same_grid(label.shape, label.affine, image.shape, image.affine)
-    except Rejected:
+        with preprocess.naming(paths[0]):
+            image = preprocess.read_header(paths[0], scan.channel)
+            label = preprocess.read_header(paths[1])
+            return preprocess.same_grid(label.shape, label.affine, image.shape, image.affine)
+    except preprocess.Rejected:
         return False
 
 
@@ -627,11 +146,12 @@ def shared_box(root, scans):
     for scan in scans:
         path = os.path.join(root, scan.path)
         try:
-            with naming(path):
-                boxes.append(tight_box(read_voxels(load_scan(path, scan.channel))[0]))
-        except Rejected:
+            with preprocess.naming(path):
+                voxels, _ = preprocess.read_voxels(preprocess.load_scan(path, scan.channel))
+                boxes.append(preprocess.tight_box(voxels))
+        except preprocess.Rejected:
             continue  # it is rejected by name when its turn comes
-    return union_box(boxes) if boxes else None
+    return preprocess.union_box(boxes) if boxes else None
 
 
 class Label(NamedTuple):
@@ -645,8 +165,8 @@ class Label(NamedTuple):
 
 def read_label(root, path):
     """A label map whose values are known -> Label. Raises Rejected."""
-    image = load_scan(os.path.join(root, path))
-    values, nan = label_map(image)
+    image = preprocess.load_scan(os.path.join(root, path))
+    values, nan = preprocess.label_map(image)
     return Label(values, image.affine, nan, file_of(path, image), image.extra["notes"])
 
 
@@ -654,10 +174,10 @@ def prepare_volume(root, out, name, scan, image, box, rule, label=None):
     """Write volume, label (also as it is, for scores on the scan's own grid) and geometry of one
     scan; -> its geometry, with its row of the index and the record of what was read."""
     stem = stem_of(name, scan)
-    volume, geometry = preprocess(image, box)
+    volume, geometry = preprocess.preprocess(image, box)
     if rule and geometry["clamped"]:
-        raise Rejected(f"{geometry['clamped']} negative voxels, by the official code's rule for this "
-                       "source", damage=False)
+        raise preprocess.Rejected(f"{geometry['clamped']} negative voxels, by the official code's rule for "
+                                  "this source", damage=False)
 
     # What was prepared of older files does not count from here on.
     with contextlib.suppress(FileNotFoundError):
@@ -666,17 +186,17 @@ def prepare_volume(root, out, name, scan, image, box, rule, label=None):
     record = {"scan": file_of(scan.path, image), "label": None, "elsewhere": scan.elsewhere,
               "clamped": geometry["clamped"], "nan": geometry["nan"], "notes": image.extra["notes"]}
     if label:
-        if not same_grid(label.values.shape, label.affine, geometry["shape"], geometry["affine"]):
+        if not preprocess.same_grid(label.values.shape, label.affine, geometry["shape"], geometry["affine"]):
             path = os.path.join(root, scan.label)
-            raise Rejected("label grid differs from image grid", path=path)
-        prepared = fit_label(label.values, label.affine, geometry)
-        save_array(f"{out}/labels/{stem}.npy", prepared)
-        with common.atomic(f"{out}/labels/{stem}_native.nii.gz") as temporary:
+            raise preprocess.Rejected("label grid differs from image grid", path=path)
+        prepared = preprocess.fit_label(label.values, label.affine, geometry)
+        checkpoint.save_array(f"{out}/labels/{stem}.npy", prepared)
+        with checkpoint.atomic(f"{out}/labels/{stem}_native.nii.gz") as temporary:
             nib.Nifti1Image(label.values, label.affine).to_filename(temporary)
         record["label"] = label.file | label_record(label, prepared, geometry)
 
     row = index_row(name, scan, stem, volume, geometry, record)
-    save_array(f"{out}/volumes/{stem}.npy", volume.astype(np.float16))
+    checkpoint.save_array(f"{out}/volumes/{stem}.npy", volume.astype(np.float16))
     geometry |= {"row": row, "record": record}
     write_geometry(f"{out}/geometry/{stem}.json", geometry)
     return geometry
@@ -686,7 +206,7 @@ def label_record(label, prepared, geometry):
     """What became of a label map: {value: [voxels native, voxels prepared]}, and the voxels that
     the box cut off."""
     native, after = count_values(label.values), count_values(prepared)
-    inside = int(np.count_nonzero(crop_label(label.values, label.affine, geometry)))
+    inside = int(np.count_nonzero(preprocess.crop_label(label.values, label.affine, geometry)))
     outside = sum(native.values()) - native.get(0, 0) - inside
     values = {str(value): [native[value], after.get(value, 0)] for value in sorted(native)}
     return {"values": values, "outside": outside, "nan": label.nan, "notes": label.notes}
@@ -715,7 +235,7 @@ def index_row(name, scan, stem, volume, geometry, record):
 
 
 def write_geometry(path, geometry):
-    with common.atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with checkpoint.atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(geometry, file)
 
 
@@ -892,9 +412,9 @@ def estimate(scans, root, out, workers):
     for scan in sample:
         path = os.path.join(root, scan.path)
         try:
-            with naming(path):
-                voxels.append(preprocess(load_scan(path, scan.channel))[0].size)
-        except Rejected:
+            with preprocess.naming(path):
+                voxels.append(preprocess.preprocess(preprocess.load_scan(path, scan.channel))[0].size)
+        except preprocess.Rejected:
             continue
     if voxels:
         hours = (time.perf_counter() - began) / len(sample) * len(scans) / workers / 3600
@@ -934,7 +454,7 @@ def table_1(folder):
         rows.append([source, *cells, kinds, TABLE_1.get(source, ("",))[-1]])
     cells = [f"{count:,} ({known:,})" for count, known in zip(totals, paper, strict=True)]
     header = ["source", "subjects", "sessions", "volumes", "sequences", "in the paper"]
-    return "\n".join(common.table(header, [*rows, ["total", *cells, "", ""]]))
+    return "\n".join(metrics.table(header, [*rows, ["total", *cells, "", ""]]))
 
 
 def check_settings(cfg):
@@ -986,7 +506,7 @@ def main(cfg):
     claim(cfg.out, name, readable(os.path.abspath(cfg.input)), cfg.shard)
     if cfg.source == "nnunet":
         path = f"{cfg.out}/{name}.yaml"
-        common.write_text(path, yaml.safe_dump({"data": cfg.out, "source": name} | task, sort_keys=False))
+        checkpoint.write_text(path, yaml.safe_dump({"data": cfg.out, "source": name} | task, sort_keys=False))
         print(f"to finetune on it: python finetune.py --task {path}")
     work = functools.partial(prepare_session, cfg.source, name, root, cfg.out)
     done, rejected = prepare_all(work, mine, name, cfg)
@@ -1009,7 +529,7 @@ def prepare_all(work, sessions, name, cfg):
     total = sum(map(len, sessions))
     try:
         bar = tqdm(total=total, desc=f"prepare {name}", unit="volume")
-        with common.writing(cfg.out), bar as progress:
+        with checkpoint.writing(cfg.out), bar as progress:
             for ready, refused in run_all(work, sessions, cfg.workers):
                 done += ready
                 rejected += refused
@@ -1074,7 +594,7 @@ def claim(out, name, folder, shard):
                             f"folder was only moved, delete {path}")
         return
     owner = shard.replace("/", "of")  # what this shard left when it was killed is overwritten
-    with common.atomic(path, owner) as temporary, open(temporary, "w", **common.TEXT) as file:
+    with checkpoint.atomic(path, owner) as temporary, open(temporary, "w", **checkpoint.TEXT) as file:
         file.write(folder)
 
 
@@ -1092,11 +612,11 @@ def count_by_reason(skipped):
 
 
 def write_table(path, columns, rows):
-    with common.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with checkpoint.atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
 
 if __name__ == "__main__":
     # A name may be in letters that the terminal does not have.
     sys.stdout.reconfigure(errors="backslashreplace")
-    common.run(main, Config)
+    config.run(main, Config)

@@ -15,15 +15,17 @@ import time
 import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
 from tqdm import tqdm
 
-import augment
-import common
+import amaes
+import checkpoint
+import config
 import data
 import models
-from common import UserError
+import swin
+import training
+from config import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,136 +71,13 @@ FREE = ("data", "workers", "device", "out", "save_every", "log_every", "val_ever
         "estimate", "preview", "recompute")
 
 
-# --------------------------------------------------------------------------------- the objective, section 3.1
-def random_mask(seeds, shape, token_size, ratio, device):
-    """Tokens of token_size^3 voxels hidden at random, an exact count each: (B, 1, D, H, W), True = hidden.
-
-    One seed a sample, drawn on the CPU. The paper says "with probability 0.6"; like its code we keep exactly
-    int(L * (1 - ratio)) of L tokens: 19,661 of 32,768 hidden at 128^3. ValueError if a side is no
-    multiple."""
-    if any(side % token_size for side in shape):
-        raise ValueError(f"patch {tuple(shape)} is not a multiple of the token size {token_size}")
-    grid = [side // token_size for side in shape]
-    length = math.prod(grid)
-    hidden = torch.ones(len(seeds), length, dtype=torch.bool)
-    for row, seed in zip(hidden, seeds, strict=True):
-        order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
-        row[order[:int(length * (1 - ratio))]] = False
-    hidden = augment.upload(hidden.view(-1, 1, *grid), device)
-    for axis in (2, 3, 4):
-        hidden = hidden.repeat_interleave(token_size, axis)
-    return hidden
-
-
-def reconstruction_loss(output, target, mask, region):
-    """Mean squared error against the clean target, over all voxels or the masked; in the target's precision.
-
-    All voxels is what the official code does; its masked option divides by all voxels, ours by the masked."""
-    error = (output.to(target.dtype) - target) ** 2
-    if region == "all":
-        return error.mean()
-    return (error * mask).sum() / (mask.sum() * error.shape[1])
-
-
-def masked_and_visible(output, target, mask):
-    """Sum of squared errors and number of voxels, where the mask hides, then where it does not: (4,)."""
-    error = (output.detach().to(target.dtype) - target) ** 2
-    hidden = mask.expand_as(error)
-    return torch.stack([(error * hidden).sum(), hidden.sum(), (error * ~hidden).sum(), (~hidden).sum()])
-
-
-def make_views(cfg, batch, device, dtype):
-    """One batch on the device: input (augmented, masked), target (only moved in space), mask. Figure 2."""
-    crops, _ = data.to_device(batch, device)
-    target, _ = augment.spatial(crops, None, batch.draws)
-    image = augment.intensity(target, batch.draws).to(dtype)
-    mask = random_mask(batch.mask_seeds, image.shape[2:], cfg.token_size, cfg.mask_ratio, device)
-    return image.masked_fill(mask, 0), target.to(dtype), mask
-
-
-def amaes(cfg, model, batch, device, dtype, logging):
-    """Loss of one micro-batch, and what a log line is made of (or None)."""
-    image, target, mask = make_views(cfg, batch, device, dtype)
-    with autocast(cfg, device):
-        output = model(image)
-    sums = masked_and_visible(output, target, mask) if logging else None
-    return reconstruction_loss(output, target, mask, cfg.loss_region), sums
-
-
-# ------------------------------------------------------------- the objective of [23], section 4.3, Appendix D
-def cut_boxes(rng, shape, share):
-    """Boxes until their volumes sum to U(0, share) of the patch: [(slices)]. A side is 5 to 25 % of the
-    patch's, cut at its border. So the paper's "mask ratio 0.3" hides 14 % on average."""
-    target, volume, boxes = rng.uniform(0, share) * math.prod(shape), 0, []
-    while volume < target:
-        box = []
-        for n in shape:
-            start = int(rng.integers(0, n - int(0.05 * n)))
-            extent = int(rng.integers(int(0.05 * n), int(0.25 * n)))
-            box.append(slice(start, min(n, start + extent)))
-        boxes.append(tuple(box))
-        volume += math.prod(part.stop - part.start for part in box)
-    return boxes
-
-
-def swin_view(target, seeds, share):
-    """One view of each sample (B, C, D, H, W): rotated by k * 90 degrees about the first axis; then boxes of
-    it filled with noise in [0, 1], and, where another sample of the batch is drawn, boxes of that one pasted.
-
-    -> (rotated, cut, k). One seed a sample. A pasted sample that comes earlier in the batch is cut already,
-    as in [23], whose loop works in place."""
-    rngs = [np.random.default_rng(seed) for seed in seeds]
-    turns = [int(rng.integers(4)) for rng in rngs]
-    rotated = torch.stack([torch.rot90(x, k, (2, 3)) for x, k in zip(target, turns, strict=True)])
-    cut = rotated.clone()
-    for i, (x, rng) in enumerate(zip(cut, rngs, strict=True)):
-        generator = torch.Generator(x.device).manual_seed(int(rng.integers(2 ** 62)))
-        for box in cut_boxes(rng, x.shape[1:], share):
-            part = x[(slice(None), *box)]
-            noise = torch.randn(part.shape, generator=generator, device=x.device, dtype=x.dtype)
-            part.copy_((noise - noise.min()) / (noise.max() - noise.min()).clamp(min=1e-12))
-        j = int(rng.integers(len(cut)))
-        for box in cut_boxes(rng, x.shape[1:], share) if j != i else ():
-            x[(slice(None), *box)] = cut[(j, slice(None), *box)]
-    return rotated, cut, augment.upload(torch.tensor(turns), target.device)
-
-
-def contrastive_loss(vectors, temperature=0.5):
-    """NT-Xent: vectors (2B, d), two views of B samples one after the other -> scalar. 0 if B is 1."""
-    vectors = F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=1)
-    similarity = (vectors @ vectors.T / temperature).fill_diagonal_(-math.inf)
-    partner = torch.arange(len(vectors), device=vectors.device).roll(len(vectors) // 2)
-    return F.cross_entropy(similarity, partner)
-
-
-def swin(cfg, model, batch, device, dtype, logging):
-    """Rotation (which of four), contrast between two views of a sample, L1 reconstruction of the uncut views:
-    the unweighted sum. Paste and contrast are among the samples that a process holds at once, as in [23]."""
-    crops, _ = data.to_device(batch, device)
-    target, _ = augment.spatial(crops, None, batch.draws)
-    target = augment.intensity(target, batch.draws).to(dtype)
-    views = [swin_view(target, [common.derive_seed(seed, view) for seed in batch.mask_seeds], cfg.mask_ratio)
-             for view in range(2)]
-    rotated, cut, turns = (torch.cat(parts) for parts in zip(*views, strict=True))
-    with autocast(cfg, device):
-        rotation, vectors, output = model(cut)
-    parts = torch.stack([F.cross_entropy(rotation.to(dtype), turns), contrastive_loss(vectors),
-                         (output.to(dtype) - rotated).abs().mean()])
-    sums = torch.cat([parts.detach(), parts.new_ones(1)]) * len(target) if logging else None
-    return parts.sum(), sums
-
-
-def autocast(cfg, device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
-
-
 # --------------------------------------------------------------------------------------------------- the data
 def open_data(cfg):
     """Training and validation cases: a seeded share of the subjects is held out (official code: volumes)."""
     cases = data.pretraining_cases(cfg.data)
     if not cases:
         raise UserError(f"{cfg.data} has no volume to pretrain on: all are of the split test")
-    common.check_files(cfg.data, [path for case in cases for path in case.images])
+    data.check_files(cfg.data, [path for case in cases for path in case.images])
     kept, held = data.split_subjects([c.subject for c in cases], cfg.val_fraction, cfg.seed)
     kept = set(kept)
     train = [c for c in cases if c.subject in kept]
@@ -230,34 +109,34 @@ def print_shared(train, validation):
 def validate(cfg, model, cases, micro, processes, dtype):
     """The objective on the held-out subjects: always the same crops and masks, no augmentation. Every
     process takes its share; sums are reduced."""
-    dataset = data.Crops(cases, cfg.patch_size, common.derive_seed(cfg.seed, "validation"), "none")
+    dataset = data.Crops(cases, cfg.patch_size, data.derive_seed(cfg.seed, "validation"), "none")
     mine = [(0, index) for index in range(processes.rank, len(cases), processes.world)]
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
-    with common.together():
+    with training.together():
         for i in range(0, len(mine), micro):
             batch = data.collate([dataset[key] for key in mine[i:i + micro]])
             if batch.fault:
                 raise UserError(batch.fault)
             sums += OBJECTIVES[cfg.objective](cfg, model, batch, processes.device, dtype, True)[1].to("cpu")
     model.train()
-    return losses_of(cfg, common.total(sums))
+    return losses_of(cfg, training.total(sums))
 
 
 @torch.no_grad()
 def write_preview(cfg, model, cases, stem, device, dtype):
     """Figure 2 on held-out patches, always the same: input (augmented, masked), reconstruction, target."""
-    dataset = data.Crops(cases, cfg.patch_size, common.derive_seed(cfg.seed, "preview"), cfg.augment)
+    dataset = data.Crops(cases, cfg.patch_size, data.derive_seed(cfg.seed, "preview"), cfg.augment)
     batch = data.collate([dataset[0, index] for index in range(min(3, len(cases)))])
     if batch.fault:
         raise UserError(batch.fault)
-    image, target, _ = make_views(cfg, batch, device, dtype)
-    with autocast(cfg, device):
+    image, target, _ = amaes.make_views(cfg, batch, device, dtype)
+    with training.autocast(cfg, device):
         output = model.eval()(image)
     model.train()
     for name, volumes in (("input", image), ("reconstruction", output), ("target", target)):
         for number, volume in enumerate(volumes.float().cpu().numpy()):
-            with common.atomic(f"{stem}_{number}_{name}.nii.gz") as temporary:
+            with checkpoint.atomic(f"{stem}_{number}_{name}.nii.gz") as temporary:
                 nib.Nifti1Image(volume[0], np.eye(4)).to_filename(temporary)
 
 
@@ -271,7 +150,7 @@ def losses_of(cfg, sums):
             "masked": masked / max(1, hidden), "visible": visible / max(1, seen)}
 
 
-OBJECTIVES = {"amaes": amaes, "swin": swin}
+OBJECTIVES = {"amaes": amaes.amaes, "swin": swin.swin}
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -330,13 +209,13 @@ def check(cfg):
 
 
 def main(cfg):
-    processes = common.init_processes(cfg.device)
+    processes = training.init_processes(cfg.device)
     rank, device = processes.rank, processes.device
-    stop = common.catch_signals()
+    stop = training.catch_signals()
     out = cfg.out or f"runs/{cfg.model}"
     dtype = torch.float64 if cfg.precision == "fp64" else torch.float32
 
-    with common.together():  # nobody goes on before the folder is there
+    with training.together():  # nobody goes on before the folder is there
         check(cfg)
         objective = OBJECTIVES[cfg.objective]
         train, validation, held_out = open_data(cfg)
@@ -353,51 +232,53 @@ def main(cfg):
                                       eps=cfg.eps, amsgrad=cfg.amsgrad, fused=True)
         raw = [v.sha256 for case in train for v in case.volumes]
         inputs = made_of(train, validation)
-        step, hours = common.resume(f"{out}/last.pt", cfg, FREE, model, optimizer, raw, inputs)
+        step, hours = checkpoint.resume(f"{out}/last.pt", cfg, FREE, model, optimizer, raw, inputs)
         if rank == 0:
             print_shared(train, validation)
             print(f"{cfg.model}, {sum(p.numel() for p in model.parameters()):,} parameters, "
                   f"{processes.world} x {device}, {cfg.precision}\n"
-                  f"{common.say_compile(cfg.compile, cfg.model, device)}\n{common.versions()}\n"
+                  f"{training.say_compile(cfg.compile, cfg.model, device)}\n{checkpoint.versions()}\n"
                   f"run folder {out}" + (f", continues at step {step}" if step else ""))
-            common.warn_of_cudnn(device, cfg.precision, models.contiguous_on_cuda(cfg.model))
+            training.warn_of_cudnn(device, cfg.precision, models.contiguous_on_cuda(cfg.model))
         if rank == 0 and not cfg.estimate:
-            common.lock(out)
-            common.write_text(f"{out}/config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
-            common.write_text(f"{out}/held_out.json", json.dumps(held_out, indent=1))
-            common.cut_log(out, step)
-    common.check_same(f"{out} or {cfg.data} differs between the nodes: share or copy them", step, len(train))
-    ddp = common.distribute(model)
+            checkpoint.lock(out)
+            settings = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
+            checkpoint.write_text(f"{out}/config.yaml", settings)
+            checkpoint.write_text(f"{out}/held_out.json", json.dumps(held_out, indent=1))
+            checkpoint.cut_log(out, step)
+    training.check_same(f"{out} or {cfg.data} differs between the nodes: share or copy them", step,
+                        len(train))
+    ddp = training.distribute(model)
     # `model` is saved and evaluated, `train_model` takes the steps.
-    compiled = common.choose_compile(cfg.compile, cfg.model, device)
-    train_model = common.compile_or_warn(ddp, compiled, device)
+    compiled = training.choose_compile(cfg.compile, cfg.model, device)
+    train_model = training.compile_or_warn(ddp, compiled, device)
     losses = []  # on their way to the host; read a step late, so that the device never waits
 
     def save(step):
         """last.pt: all that a continuation or a finetuning needs, with what the network has seen."""
-        common.check_in(losses, keep=0)  # never weights that a loss which is not finite has touched
-        with common.together():
+        training.check_in(losses, keep=0)  # never weights that a loss which is not finite has touched
+        with training.together():
             if rank == 0:
-                common.save_checkpoint(f"{out}/last.pt", {
+                checkpoint.save_checkpoint(f"{out}/last.pt", {
                     "kind": "pretrain", "row": cfg.model, "step": step, "config": dataclasses.asdict(cfg),
                     "hours": hours + (time.perf_counter() - began) / 3600,  # over all continuations
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "versions": common.versions(),
+                    "versions": checkpoint.versions(),
                     "subjects": sorted({c.subject for c in train}), "sha256": raw, "inputs": inputs})
 
     stream = data.SampleStream(len(train), cfg.seed, cfg.batch_size, step, steps, rank, processes.world)
     dataset = data.Crops(train, cfg.patch_size, cfg.seed, cfg.augment)
     batches = data.make_loader(dataset, stream, cfg.workers, device)
     if cfg.estimate:
-        batches = common.estimate(batches, cfg.workers, steps - step, device)
+        batches = training.estimate(batches, cfg.workers, steps - step, device)
     progress = tqdm(total=steps, initial=step, disable=rank != 0, desc="pretrain")
     began, first, saved, unreadable = time.perf_counter(), step, step, False
     for batch in batches:
         # All processes stop together or not at all: a signal, an unreadable file, a loss not finite.
-        signalled, unreadable = common.check_in(losses, stop.is_set(), batch.fault)
+        signalled, unreadable = training.check_in(losses, stop.is_set(), batch.fault)
         if signalled or unreadable:
             break
-        rate = common.learning_rate(step, steps, warmup, cfg.lr)
+        rate = training.learning_rate(step, steps, warmup, cfg.lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
         logging = (step + 1) % cfg.log_every == 0 or step + 1 == steps
@@ -407,7 +288,7 @@ def main(cfg):
             part = data.piece(batch, start, micro)
             loss, parts = objective(cfg, train_model, part, device, dtype, logging)
             (loss * micro / local).backward()
-            losses.append(common.to_host(step, batch.names, loss))
+            losses.append(training.to_host(step, batch.names, loss))
             if logging:
                 sums += parts
         optimizer.step()
@@ -419,18 +300,18 @@ def main(cfg):
 
         record = {}
         if logging:
-            record = losses_of(cfg, common.total(sums)) | {"lr": rate}
+            record = losses_of(cfg, training.total(sums)) | {"lr": rate}
         if step % val_every == 0 or step == steps:
             scores = validate(cfg, model, validation, micro, processes, dtype)
             record |= {f"val_{key}": value for key, value in scores.items()}
         if record:
             record = {"step": step} | record | {"seconds": (time.perf_counter() - began) / (step - first)}
-            with common.together():
+            with training.together():
                 if rank == 0:
-                    common.append_log(out, record)
+                    checkpoint.append_log(out, record)
                     progress.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
         if cfg.preview and step % cfg.preview == 0:
-            with common.together():
+            with training.together():
                 if rank == 0:
                     write_preview(cfg, model, validation, f"{out}/preview/step{step:07}", device, dtype)
         if step % cfg.save_every == 0:
@@ -440,11 +321,11 @@ def main(cfg):
     if step > saved and not cfg.estimate:
         save(step)
     if unreadable:
-        common.stop_all(batch.fault)
+        training.stop_all(batch.fault)
     if rank == 0 and not cfg.estimate:
         print(f"{out}/last.pt holds step {step} of {steps}" if step else "stopped before the first step",
               end="\n" if step == steps else "; the same command goes on from there\n")
 
 
 if __name__ == "__main__":
-    common.run(main, Config)
+    config.run(main, Config)

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import data
-from common import UserError
+from config import UserError
 
 
 class Source(NamedTuple):
@@ -23,12 +23,18 @@ class Source(NamedTuple):
 
 
 LONI = (r"/(?P<text>[^/]+)/(?P<session>\d{4}-\d\d-\d\d)_[\d_.]+/[IS]\d+/([^/]+/)?[^/]+$")
+
 OASIS = (r"(?P<subject>OAS[34]\d{4})_MR_(?P<session>d\d{4})/(scans/)?(?P<text>[^/]+)/(.*/)?"
          r"([^/]*_)?(?P<suffix>[A-Za-z0-9]+)$")
+
 WMH = r"(training|(?P<test>test))/(?P<site>Utrecht|Singapore|Amsterdam/[^/]+)/(?P<subject>\d+)/"
+
 BIDS = r"(?P<subject>sub-[A-Za-z0-9+]+)/((?P<session>ses-[A-Za-z0-9+]+)/)?"
+
 LABEL_NAMES = ("lesion", "mask", "msk", "seg", "dseg", "label", "roi")  # how label maps end, after _
+
 MSSEG = r"(?P<site>((?P<test>[Tt]esting)/)?Center_\d\d)/(?P<subject>Patient_\d\d)/"
+
 SOURCES = {
     "adni": Source(r"(^|/)(?P<subject>\d{3}_S_\d{4})" + LONI, rule=True),
     "oasis3": Source(OASIS, rule=True),
@@ -57,9 +63,11 @@ SOURCES = {
     "nnunet": Source(r"(imagesTr|(?P<test>imagesTs))/(?P<subject>[^/]+)_(?P<suffix>\d{4})$",
                      r"labels(Tr|Ts)/(?P<subject>[^/]+)$"),
 }
+
 SUFFIXES = {"t1": "T1", "t1w": "T1", "t2": "T2", "t2w": "T2", "flair": "FLAIR", "t1ce": "T1ce", "t1c": "T1ce",
             "gado": "T1ce", "pdw": "PD", "dp": "PD", "t2star": "T2star", "t2starw": "T2star", "t2s": "T2star",
             "gre": "T2star", "swi": "SWI", "minip": "SWI", "dwi": "DWI", "adc": "ADC", "angio": "TOF"}
+
 # Series names as scanners write them: the first match wins; "-" in front of what is no volume of
 # the brain. What matches nothing is taken: training ignores the name, but a scan that is left out
 # is lost.
@@ -100,10 +108,14 @@ class Scan(NamedTuple):
 
 # What a name says of a label map. A mask of the head is none, unless the name speaks of a lesion.
 LESION = re.compile("lesion|wmh|tumou?r|stroke|infarct|plaque", re.IGNORECASE)
+
 HEAD = re.compile(r"(?<![a-z])(bet|brain|head|skull)(?![a-z])|(brain|head|skull)_?mask",
                   re.IGNORECASE)
+
 LIKE_LABEL = re.compile("lesion|seg|mask|wmh|tumou?r", re.IGNORECASE)
+
 NO_VALUE = ("", "na", "n/a", "nan", "none", "null")  # cells of a manifest, in lower case
+
 # How a file ends that can be read. An .img goes with its .hdr.
 ENDING = re.compile(r"\.(nii|mgh|hdr)(\.gz)?$|\.mgz$", re.IGNORECASE)
 

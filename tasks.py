@@ -1,14 +1,114 @@
-"""A task and its data (paper, section 4.1): what the index tells before the first step."""
+"""A task (paper, section 4.1): folds, how a case is scored, what the index tells before the first step."""
 
+import dataclasses
 import difflib
 import functools
 import json
 import os
 from collections import Counter
 
-import common
+import nibabel as nib
+import numpy as np
+
+import checkpoint
+import config
 import data
-from common import UserError
+import metrics
+from config import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """configs/tasks/<name>.yaml; section 4.1."""
+    data: str  # prepared folder
+    classes: tuple[str, ...]  # names, background first
+    labels: dict  # label value of the source -> class number
+    sequences: tuple[str, ...]  # input channels
+    networks: str | None = None  # evaluate the networks finetuned for that task instead of training any
+    source: str | None = None  # take cases of this source only
+    ignore: tuple[int, ...] = ()  # label values that neither loss nor score looks at
+    regions: dict = dataclasses.field(default_factory=dict)  # name -> class numbers, scored as their union
+    n_train: int = 20  # subjects to train on; section 4.1
+    folds: int = 6  # section 4.1; 0: leave one subject out, a fold each
+    evaluate: str = "rest"  # rest: the other training subjects (n_cv); test: the test split (n_test)
+    sites: bool = False  # subjects are named <site>_<number>; sites that were not trained on are scored apart
+
+
+def read_task(name):
+    """A task by name or path; UserError lists the known ones."""
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs", "tasks")
+    path = name if name.endswith((".yaml", ".yml")) else os.path.join(folder, f"{name}.yaml")
+    if not os.path.exists(path):
+        known = ", ".join(sorted(os.path.splitext(file)[0] for file in os.listdir(folder)))
+        raise UserError(f"no task {name!r}: give a path to a task file, or one of {known}")
+    task = config.build_config(Task, config.read_yaml(Task, path))
+    found, numbers = list(task.labels.values()), list(range(len(task.classes)))
+    if any(value not in numbers for value in found) or any(number not in found for number in numbers):
+        raise UserError(f"{path}: labels must map onto the class numbers 0 to {len(task.classes) - 1}")
+    if not all(str(value).isdigit() and int(value) < 256 for value in (*task.labels, *task.ignore)):
+        raise UserError(f"{path}: labels maps label values, 0 to 255, to class numbers; ignore lists values")
+    if not all(isinstance(region, list) and all(n in numbers for n in region)
+               for region in task.regions.values()):
+        raise UserError(f"{path}: a region is a list of class numbers, as [1, 2]")
+    if task.evaluate not in ("rest", "test"):
+        raise UserError(f"{path}: evaluate {task.evaluate!r}: choose rest or test")
+    return os.path.splitext(os.path.basename(path))[0], task
+
+
+def make_folds(name, task, cases):
+    """Fold f: the subjects permuted by (task, f), the first n_train to train on; the rest, or the test split,
+    to evaluate. Leave-one-out takes every subject, held out or not. The paper's own folds were not released.
+
+    -> [{"train": [case names], "evaluate": [case names]}]."""
+    held = {c.subject for c in cases if c.volumes[0].split == "test"} if task.folds else set()
+    pool = sorted({c.subject for c in cases} - held)
+    n_train = task.n_train if task.folds else len(pool) - 1
+    if not 0 < n_train <= len(pool) - (task.evaluate == "rest"):
+        most = len(pool) - (task.evaluate == "rest")
+        raise UserError(f"task {name} trains on {task.n_train} subjects and needs more, but {task.data} has "
+                        f"{len(pool)} with labels" + (f": --n_train {most} or less" if most > 0 else ""))
+    if task.evaluate == "test" and not held:
+        raise UserError(f"task {name} evaluates the split test, of which {task.data} has no labelled case")
+    folds = []
+    for f in range(task.folds or len(pool)):
+        if task.folds:
+            order = np.random.default_rng(data.derive_seed(name, f)).permutation(len(pool))
+            chosen = {pool[i] for i in order[:n_train]}
+        else:
+            chosen = set(pool) - {pool[f]}
+        rest = held if task.evaluate == "test" else set(pool) - chosen
+        folds.append({"train": [c.name for c in cases if c.subject in chosen],
+                      "evaluate": [c.name for c in cases if c.subject in rest]})
+    return folds
+
+
+def site(case):
+    """Scanner of a WMH case: Amsterdam-GE3T of the subject wmh/Amsterdam-GE3T_100."""
+    return case.subject.split("/")[-1].rpartition("_")[0]
+
+
+def classes_of(truth, task):
+    """A source's label values -> class numbers, IGNORE where the task ignores the value. UserError for a
+    value that it does not name."""
+    values = np.asarray(truth).astype(np.uint8)
+    true = data.class_table(task["labels"], task["ignore"])[values]
+    unknown = np.unique(truth[(values != truth) | (true == data.UNKNOWN)])
+    if len(unknown):
+        raise UserError(f"the true label map holds {unknown[0]:g}, which the task's labels do not name")
+    return true
+
+
+def score_case(classes, truth, task, affine):
+    """Classes and the source's label values on one grid -> {key of SCORES: {class or region: value}}.
+
+    Voxels that the task ignores are taken out of both masks. UserError for a value that it does not name."""
+    true = classes_of(truth, task)
+    regions = {name: (number,) for number, name in enumerate(task["classes"]) if number}
+    regions |= {name: tuple(numbers) for name, numbers in task["regions"].items()}
+    counted, spacing = true != data.IGNORE, nib.affines.voxel_sizes(np.asarray(affine))
+    found = {name: metrics.score(np.isin(classes, numbers) & counted, np.isin(true, numbers), spacing)
+             for name, numbers in regions.items()}
+    return {kind: {name: scores[kind] for name, scores in found.items()} for kind in metrics.SCORES}
 
 
 # ------------------------------------------------------------------ what a run was made of
@@ -36,11 +136,11 @@ def check_inputs(folder, inputs):
     if not os.path.exists(path):  # a run folder of an earlier version: nothing to compare
         return inputs
     try:
-        then = json.loads(common.read_text(path))
+        then = json.loads(checkpoint.read_text(path))
     except ValueError:
         raise UserError(f"{path} is damaged: new --out") from None
 
-    common.check_same_inputs(f"{folder} has folds of other data", then["cases"], inputs["cases"])
+    checkpoint.check_same_inputs(f"{folder} has folds of other data", then["cases"], inputs["cases"])
     if then["ckpt"] != inputs["ckpt"]:
         raise UserError(f"{folder} has folds that started from another --ckpt: the file has "
                         "changed since. New --out, or the old checkpoint")

@@ -30,14 +30,17 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
 import cost  # noqa: E402
 
 import augment  # noqa: E402
-import common  # noqa: E402
+import checkpoint  # noqa: E402
 import data  # noqa: E402
+import forms  # noqa: E402
 import models  # noqa: E402
 import predict  # noqa: E402
 import pretrain  # noqa: E402
+import swin  # noqa: E402
+import training  # noqa: E402
 
-DEFAULTS = {"channels_last": models.CHANNELS_LAST_ON_CUDA, "shifts": models.SHIFTS_ON_CUDA,
-            "sdpa": models.SDPA, "benchmark": common.CUDNN_BENCHMARK}
+DEFAULTS = {"channels_last": forms.CHANNELS_LAST_ON_CUDA, "shifts": models.SHIFTS_ON_CUDA,
+            "sdpa": swin.SDPA, "benchmark": training.CUDNN_BENCHMARK}
 OTHERS = {  # what is measured beside them, the most wanted first
     "unet": ({"channels_last": False}, {"benchmark": False}),
     "mednext": ({"shifts": True}, {"channels_last": False}),
@@ -45,7 +48,7 @@ OTHERS = {  # what is measured beside them, the most wanted first
 }
 # Sizes, and what differs between CUDA and --tiny. `swin`: the task in which networks() takes SwinUNETR.
 GPU = {"precision": "bf16", "batch": 2, "full_batch": 8, "runs": 10, "large": 8192, "channels": 64,
-       "swin": "segment", "compile": {"options": {"layout_optimization": False}},  # as common.compile_or_warn
+       "swin": "segment", "compile": {"options": {"layout_optimization": False}},  # as compile_or_warn
        "self_time": "self_device_time_total"}
 TINY = {"precision": "fp32", "batch": 1, "full_batch": 1, "runs": 1, "large": 256, "channels": 4,
         "swin": "pretrain", "compile": {"backend": "eager"},  # needs no C++ compiler
@@ -56,8 +59,8 @@ count = functools.cache(cost.cost)  # a step is counted in the form that is meas
 def switch(**turned):
     """These switches as given, the others as the scripts have them -> all of them."""
     values = DEFAULTS | turned
-    models.CHANNELS_LAST_ON_CUDA, models.SHIFTS_ON_CUDA = values["channels_last"], values["shifts"]
-    models.SDPA, torch.backends.cudnn.benchmark = values["sdpa"], values["benchmark"]
+    forms.CHANNELS_LAST_ON_CUDA, models.SHIFTS_ON_CUDA = values["channels_last"], values["shifts"]
+    swin.SDPA, torch.backends.cudnn.benchmark = values["sdpa"], values["benchmark"]
     return values
 
 
@@ -65,11 +68,11 @@ def ms(options, function):
     """Milliseconds of one of several runs, between which nobody waits; after one that does not count."""
     if options.runs > 1:
         function()
-    common.synchronize(options.device)
+    training.synchronize(options.device)
     began = time.perf_counter()
     for _ in range(options.runs):
         function()
-    common.synchronize(options.device)
+    training.synchronize(options.device)
     return 1e3 * (time.perf_counter() - began) / options.runs
 
 
@@ -106,7 +109,7 @@ def machine(options):
     """The card, and the most that it does: a large matrix product in bf16, a copy."""
     a, b = torch.randn(2, options.large, options.large, device=options.device).bfloat16()
     copied = a.repeat(16, 1)
-    yield "machine", common.versions() | {
+    yield "machine", checkpoint.versions() | {
         "card": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version(),
         "cores": os.cpu_count(), "dense_tflops": 2 * len(a) ** 3 / ms(options, lambda: a @ b) / 1e9,
         "copy_tb_s": 2 * copied.nbytes / ms(options, copied.clone) / 1e9}
@@ -119,7 +122,7 @@ def waits(options):
         step, _ = make_step(options, row, batch, preset)
         for _ in range(min(2, options.runs)):  # finds memory, chooses kernels
             step()
-        common.synchronize(options.device)
+        training.synchronize(options.device)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda._sleep(int(3.5e9))  # clock cycles
@@ -128,7 +131,7 @@ def waits(options):
             forward = step()
             host = time.perf_counter() - began
             torch.cuda.set_sync_debug_mode("default")
-        common.synchronize(options.device)
+        training.synchronize(options.device)
         whole = time.perf_counter() - began
         caught = [warning for warning in caught if "synchroniz" in str(warning.message)]
         places = sorted({f"{os.path.basename(w.filename)}:{w.lineno}" for w in caught})
@@ -183,7 +186,7 @@ def networks(options):
         torch.manual_seed(0)
         model = models.build_model(row, task)
         x, target = torch.rand(2, options.batch, 1, *[2 * model.size_multiple] * 3)
-        with mock.patch.object(models, "on_cpu", lambda x: False):
+        with mock.patch.object(forms, "on_cpu", lambda x: False):
             expected = outcome(model, x, target, half=False)
         model, x, target = (thing.to(options.device) for thing in (model, x, target))
         for precision, turned in (("fp32", {}), *((options.precision, turned) for turned in ({}, *others))):
@@ -204,7 +207,7 @@ def measure(options, row, batch, preset="none", compiled=False, **turned):
     switches, began = switch(**turned), time.perf_counter()
     step, flops = make_step(options, row, batch, preset, compiled)
     step()  # compiles, chooses kernels
-    common.synchronize(options.device)
+    training.synchronize(options.device)
     first, took = time.perf_counter() - began, ms(options, step)
     gib = [torch.cuda.max_memory_allocated() / 2 ** 30, torch.cuda.max_memory_reserved() / 2 ** 30]
     name = f"{row}, compiled" if compiled else row
@@ -212,7 +215,7 @@ def measure(options, row, batch, preset="none", compiled=False, **turned):
                             "gib": gib, "first_s": first}
     with torch.profiler.profile() as profile:
         step()
-        common.synchronize(options.device)
+        training.synchronize(options.device)
     events = [event for event in profile.key_averages() if not event.is_user_annotation]
     events = [event for event in events if event.device_type.name.lower() == options.device.type]
     spent = {event.key[:90]: getattr(event, options.self_time) / 1e3 for event in events}
@@ -328,8 +331,8 @@ def in_cuda_forms():
         width = 16 if row.family == "swin" else 4
         rows[name] = row._replace(features=width, blocks=(1,) * 5, expansion=(2,) * 5)
     missing = ("_sleep", "set_sync_debug_mode", "get_device_name", "reset_peak_memory_stats")
-    with (mock.patch.dict(models.ROWS, rows), mock.patch.object(models, "WINDOW", 4),
-          mock.patch.object(models, "on_cpu", lambda x: False),
+    with (mock.patch.dict(models.ROWS, rows), mock.patch.object(swin, "WINDOW", 4),
+          mock.patch.object(forms, "on_cpu", lambda x: False),
           mock.patch.multiple(torch.cuda, **dict.fromkeys(missing, lambda *_: None)),
           mock.patch.object(torch.Tensor, "pin_memory", lambda self: self)):
         yield
@@ -350,7 +353,7 @@ def read_options(words):
         parser.error(f"no section {', '.join(unknown)}: choose of {', '.join(SECTIONS)}")
     if not options.tiny and not torch.cuda.is_available():
         parser.exit(2, "bench/gpu.py needs a GPU; --tiny runs it small, on a CPU\n")
-    options.device = common.pick_device("cpu" if options.tiny else "cuda")
+    options.device = training.pick_device("cpu" if options.tiny else "cuda")
     options.out = options.out or (os.devnull if options.tiny else os.path.join(ROOT, "bench", "GPU.jsonl"))
     return options
 

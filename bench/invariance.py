@@ -22,8 +22,9 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import augment  # noqa: E402
-import common  # noqa: E402
+import checkpoint  # noqa: E402
 import data  # noqa: E402
+import metrics  # noqa: E402
 import models  # noqa: E402
 import predict  # noqa: E402
 import pretrain  # noqa: E402
@@ -66,7 +67,7 @@ def similarities(encoder, patches):
 
 def pretrained(paths, folder, count):
     """Rows of the first table: every checkpoint, then random weights."""
-    checkpoints = [common.load_checkpoint(path) for path in paths]
+    checkpoints = [checkpoint.load_checkpoint(path) for path in paths]
     cfg = dataclasses.replace(pretrain.Config(), **checkpoints[0]["config"])
     cfg = dataclasses.replace(cfg, data=folder or cfg.data)
     _, held_out, _ = pretrain.open_data(cfg)
@@ -74,11 +75,11 @@ def pretrained(paths, folder, count):
     batch = data.collate([dataset[i // len(held_out), i % len(held_out)] for i in range(count)])
     patches, _ = augment.spatial(data.to_device(batch, torch.device("cpu"))[0], None, batch.draws)
     table = {}
-    for name, checkpoint in [*zip(paths, checkpoints, strict=True), ("random weights", None)]:
+    for name, saved in [*zip(paths, checkpoints, strict=True), ("random weights", None)]:
         torch.manual_seed(1)
         model = models.build_model(cfg.model, "pretrain", merge=cfg.merge, features=cfg.features).eval()
-        if checkpoint:
-            models.load_weights(model, checkpoint, part="encoder")
+        if saved:
+            checkpoint.load_weights(model, saved, part="encoder")
         table[name] = similarities(model.encoder, patches.float())
     return table
 
@@ -98,10 +99,10 @@ def finetuned(paths, folder, count):
     """{checkpoint: {strength: mean Dice in percent}}."""
     table = {}
     for path in paths:
-        model, checkpoint = predict.load_network(path, torch.device("cpu"))
-        task, trained = checkpoint["task"], checkpoint["config"]
+        model, saved = predict.load_network(path, torch.device("cpu"))
+        task, trained = saved["task"], saved["config"]
         cases = data.labelled_cases(folder or task["data"], task["source"], task["sequences"])
-        cases = [case for case in cases if case.name not in checkpoint["cases"]][:count]
+        cases = [case for case in cases if case.name not in saved["cases"]][:count]
         classes = data.class_table(task["labels"], task["ignore"])
         table[path] = {}
         for strength in range(6):
@@ -111,7 +112,7 @@ def finetuned(paths, folder, count):
                 logits = predict.sliding_window(model, corrupted(volume.float(), strength),
                                                 trained["patch_size"], batch=4)
                 truth = classes[np.load(case.label)]
-                found = predict.dice(logits.argmax(0).numpy(), truth, range(1, len(task["classes"])),
+                found = metrics.dice(logits.argmax(0).numpy(), truth, range(1, len(task["classes"])),
                                      data.IGNORE)
                 scores += [score for score in found.values() if score == score]
             table[path][f"strength {strength}"] = 100 * sum(scores) / max(1, len(scores))
@@ -124,7 +125,7 @@ def main():
     parser.add_argument("--data", help="prepared folder, instead of the checkpoints' own")
     parser.add_argument("--patches", type=int, default=8, help="patches, or cases of a finetuned network")
     arguments = parser.parse_args()
-    kinds = {common.load_checkpoint(path).get("kind") for path in arguments.checkpoints}
+    kinds = {checkpoint.load_checkpoint(path).get("kind") for path in arguments.checkpoints}
     if kinds not in ({"pretrain"}, {"finetune"}):
         sys.exit("error: give last.pt files of pretrain.py, or of finetune.py, not both")
     measure = pretrained if kinds == {"pretrain"} else finetuned

@@ -22,10 +22,11 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import common  # noqa: E402
+import amaes  # noqa: E402
 import data  # noqa: E402
 import models  # noqa: E402
 import pretrain  # noqa: E402
+import training  # noqa: E402
 
 
 def prepared(folder):
@@ -51,7 +52,7 @@ def steps_a_second(folder, side, workers, steps, rounds=5):
         times = []
         mark = time.perf_counter()
         for batch in batches:
-            loss, _ = pretrain.amaes(cfg, model, batch, device, torch.float32, False)
+            loss, _ = amaes.amaes(cfg, model, batch, device, torch.float32, False)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -137,7 +138,7 @@ def main():
     parser.add_argument("--volumes", type=int, default=45_000)
     arguments = parser.parse_args()
     torch.set_num_threads(max(1, os.cpu_count() - arguments.workers))
-    common.keep_freed_memory()
+    training.keep_freed_memory()
     with tempfile.TemporaryDirectory() as temporary:
         folder = prepared(temporary)
         loaded, memory = steps_a_second(folder, arguments.side, arguments.workers, arguments.steps)

@@ -6,8 +6,8 @@ Plain is eager float32 in NCDHW order with torch's own modules and the allocator
 is MONAI's, where that is installed. `recompute` is bf16 with activation checkpointing, as --recompute. Each
 variant runs in a process of its own, one step at a time, turn by turn, so that all of them meet the same
 machine; the table has medians and ratios. Ours keeps freed memory, as the scripts do
-(common.keep_freed_memory), which costs some of it: the peak of what is alive at once is measured in processes
-that give freed memory back at once.
+(training.keep_freed_memory), which costs some of it: the peak of what is alive at once is measured in
+processes that give freed memory back at once.
 """
 
 import argparse
@@ -24,8 +24,9 @@ import torch.nn.functional as F
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from window import GIVES_BACK  # noqa: E402
 
-import common  # noqa: E402
+import forms  # noqa: E402
 import models  # noqa: E402
+import training  # noqa: E402
 
 VARIANTS = ("plain", "ours fp32", "ours bf16", "ours bf16 recompute")
 
@@ -35,14 +36,15 @@ def plain_network(row):
     if models.ROWS[row].family == "swin":
         from monai.networks.nets import SwinUNETR
         return SwinUNETR(in_channels=1, out_channels=2, feature_size=48)
+
     def norm(x, weight=None, bias=None, slope=None):
         y = F.instance_norm(x, weight=weight, bias=bias)
         return y if slope is None else F.leaky_relu(y, slope, inplace=True)
 
     models.MedNeXtBlock.branch_cpu = lambda self, x: self.conv3(F.gelu(self.conv2(self.norm(self.conv1(x)))))
-    models.quick_format = torch.Tensor.contiguous
+    forms.quick_format = torch.Tensor.contiguous
     models.upsample = lambda x, up: up(x)
-    models.instance_norm = norm
+    forms.instance_norm = norm
     return models.build_model(row, "segment", out_channels=2)
 
 
@@ -54,7 +56,7 @@ def serve(row, variant, side, threads, compiled):
         model = plain_network(row)
     else:
         if not variant.endswith("memory"):
-            common.keep_freed_memory()
+            training.keep_freed_memory()
         model = models.build_model(row, "segment", out_channels=2)
         if "recompute" in variant:
             models.recompute(model)

@@ -30,6 +30,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import phantom  # noqa: E402
 import prepare_data  # noqa: E402
+import preprocess  # noqa: E402
+import resample  # noqa: E402
 import sources  # noqa: E402
 
 # yucca imports fvcore for a FLOP counter, which is not used here.
@@ -61,7 +63,7 @@ def write_phantom(path, shape, spacing, stripped):
 
 def ours(path, out):
     scan = sources.Scan(os.path.basename(path), "s", "1", "FLAIR", "", "pretrain")
-    image = prepare_data.load_scan(path)
+    image = preprocess.load_scan(path)
     prepare_data.prepare_volume(os.path.dirname(path), out, "bench", scan, image, None, False)
 
 
@@ -75,7 +77,7 @@ def yucca(path, out):
 def scipy_zoom(path, out):
     image = nib.as_closest_canonical(nib.load(path))
     voxels = np.maximum(image.get_fdata(dtype=np.float32), 0)
-    crop = voxels[tuple(slice(*pair) for pair in prepare_data.tight_box(voxels))]
+    crop = voxels[tuple(slice(*pair) for pair in preprocess.tight_box(voxels))]
     high = np.quantile(crop[crop > crop.min()], 0.99)
     volume = (np.minimum(crop, high) - crop.min()) / (high - crop.min())
     factors = [round(n * s) / n for n, s in zip(crop.shape, image.header.get_zooms()[:3], strict=True)]
@@ -112,7 +114,7 @@ def agreement(path):
         [nib.load(path)], ["volume_wise_znorm"], target_spacing=np.ones(3), intensities=None,
         image_properties={})
     box = np.reshape(found["crop_to_nonzero"], (3, 2)) + [0, 1]
-    volume, _ = prepare_data.preprocess(path, np.minimum(box, np.array(nib.load(path).shape)[:, None]))
+    volume, _ = preprocess.preprocess(path, np.minimum(box, np.array(nib.load(path).shape)[:, None]))
     return np.abs(volume.astype(np.float16).astype(np.float32) - theirs[0]).max()
 
 
@@ -121,8 +123,8 @@ def resampling(path):
     image = nib.as_closest_canonical(nib.load(path))
     voxels = image.get_fdata(dtype=np.float32) / 1000
     shape = [round(n * float(s)) for n, s in zip(voxels.shape, image.header.get_zooms()[:3], strict=True)]
-    prepare_data.resampling_matrix.cache_clear()
-    return [seconds(prepare_data.resample, voxels, shape), seconds(resize, voxels, shape, 3)]
+    resample.resampling_matrix.cache_clear()
+    return [seconds(resample.resample, voxels, shape), seconds(resize, voxels, shape, 3)]
 
 
 def main():

@@ -23,9 +23,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import common  # noqa: E402
+import amaes  # noqa: E402
 import models  # noqa: E402
-import pretrain  # noqa: E402
+import training  # noqa: E402
 
 
 def dense(dtype):
@@ -50,12 +50,12 @@ def training_step(row, side, dtype, compiled):
     run = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=3e-5, amsgrad=True, fused=True)
     target = torch.rand(1, 1, side, side, side)
-    mask = pretrain.random_mask([0], target.shape[2:], 4, 0.6, target.device)
+    mask = amaes.random_mask([0], target.shape[2:], 4, 0.6, target.device)
 
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             output = run(target.masked_fill(mask, 0))
-        pretrain.reconstruction_loss(output, target, mask, "all").backward()
+        amaes.reconstruction_loss(output, target, mask, "all").backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return step
@@ -101,7 +101,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.alone:
         torch.set_num_threads(arguments.threads)
-        common.keep_freed_memory()
+        training.keep_freed_memory()
         return measure(arguments.rows, int(arguments.sides), getattr(torch, arguments.precisions),
                        arguments.modes, arguments.rounds)
     print(f"{arguments.threads} threads, torch {torch.__version__}\n\n| row | side | precision | mode | "

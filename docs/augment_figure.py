@@ -14,7 +14,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import augment  # noqa: E402
 import data  # noqa: E402
 import phantom  # noqa: E402
-import prepare_data  # noqa: E402
+import preprocess  # noqa: E402
 
 SIDE, COLUMNS = 128, 6
 STRONGEST = {  # title: a draw's fields
@@ -40,7 +40,7 @@ def head():
     """A prepared phantom: (D, H, W) in [0, 1]."""
     rng = np.random.default_rng(2)
     scan, _ = phantom.scan(phantom.anatomy(rng, SIDE), rng, "T1", SIDE)
-    return prepare_data.preprocess(scan)[0]
+    return preprocess.preprocess(scan)[0]
 
 
 def views(volume, draw):

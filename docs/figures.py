@@ -17,9 +17,9 @@ import nibabel as nib
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import common  # noqa: E402
-from common import UserError  # noqa: E402
-from finetune import mean_dice  # noqa: E402
+import checkpoint  # noqa: E402
+import metrics  # noqa: E402
+from config import UserError  # noqa: E402
 
 
 def load(path):
@@ -80,7 +80,7 @@ def dice(plt, first, second):
     runs = [read_json(f"{folder}/dice.json") for folder in (first, second)]
     figure, axis = plt.subplots(figsize=(4.5, 4.5))
     for fold in sorted(set(runs[0]["folds"]) & set(runs[1]["folds"]), key=int):
-        means = [{r["case"]: 100 * mean_dice([r], run["classes"])[0] for r in run["folds"][fold]}
+        means = [{r["case"]: 100 * metrics.mean_dice([r], run["classes"])[0] for r in run["folds"][fold]}
                  for run in runs]
         points = [(means[0][case], means[1][case]) for case in set(means[0]) & set(means[1])]
         if points:
@@ -135,7 +135,7 @@ def main():
     try:
         figure = KINDS[arguments.kind](plt, *arguments.files)
         figure.tight_layout()
-        with common.atomic(out) as temporary:
+        with checkpoint.atomic(out) as temporary:
             figure.savefig(temporary, dpi=110)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import common
+import config
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -40,7 +40,7 @@ def mistake(name, *words, **settings):
     argv, sys.argv = sys.argv, [name, *map(str, words), *options]
     try:
         with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as end:
-            common.run(module.main, module.Config)
+            config.run(module.main, module.Config)
     finally:
         sys.argv = argv
         for number, handler in handlers.items():

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 
 import data
-import prepare_data
+import preprocess
 
 TASK = {"data": "set by --data", "sequences": ["FLAIR"], "classes": ["background", "lesion"],
         "labels": {0: 0, 1: 1}, "n_train": 2, "folds": 2}
@@ -58,8 +58,8 @@ def prepare(folder, labels, columns=data.Volume._fields):
     volumes = []
     for number, (subject, label) in enumerate(sorted(labels.items())):
         row = volume_of(subject, label="")
-        voxels, geometry = prepare_data.preprocess(nib.Nifti1Image(head(number), np.eye(4)))
-        truth = prepare_data.preprocess_label(nib.Nifti1Image(label, np.eye(4)), geometry)
+        voxels, geometry = preprocess.preprocess(nib.Nifti1Image(head(number), np.eye(4)))
+        truth = preprocess.preprocess_label(nib.Nifti1Image(label, np.eye(4)), geometry)
         stem = os.path.splitext(row.label)[0]
         for path, array in ((row.path, voxels.astype(np.float16)), (row.label, truth)):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)

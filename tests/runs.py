@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-import common
+import config
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
@@ -33,7 +33,7 @@ def child(name, words, environment, output, patch):
     if patch:
         patch()
     sys.argv = [name, *words]
-    common.run(module.main, module.Config)
+    config.run(module.main, module.Config)
 
 
 class Run:

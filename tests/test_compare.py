@@ -11,8 +11,8 @@ import pytest
 import scipy.stats
 from conftest import ROOT, mistake, script
 
-import common
 import compare
+import config
 
 spec = importlib.util.spec_from_file_location("bench_compare", ROOT / "bench" / "compare.py")
 simulation = importlib.util.module_from_spec(spec)
@@ -213,7 +213,7 @@ def test_a_mistake_ends_in_one_line(tmp_path):
 # ----------------------------------------------------------------------------------------------------- tables
 def compared(capsys, *words):
     """What compare.py prints, in this process."""
-    compare.main(common.parse_config(compare.Config, [str(word) for word in words]))
+    compare.main(config.parse_config(compare.Config, [str(word) for word in words]))
     return capsys.readouterr().out
 
 

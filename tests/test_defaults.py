@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import log_of, script
 
-import common
+import config
 import finetune
 import models
 import phantom
@@ -35,7 +35,7 @@ def cohort(tmp_path_factory):
 
 def call(module, *words):
     """A script as it is typed, in this process, which is quicker."""
-    module.main(common.parse_config(module.Config, list(map(str, words))))
+    module.main(config.parse_config(module.Config, list(map(str, words))))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

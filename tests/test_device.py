@@ -19,14 +19,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data._utils import pin_memory
 
 import augment
-import common
+import config
 import data
 import finetune
+import forms
 import models
 import pretrain
+import resample
+import swin
+import training
 
 META = torch.device("meta")
-HERE = os.path.dirname(os.path.abspath(common.__file__))
+HERE = os.path.dirname(os.path.abspath(augment.__file__))
 TESTS = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -118,7 +122,7 @@ def test_a_step_of_pretraining_waits_for_nothing(on_meta, objective, row):
         for batch in batches(cfg.patch_size, 0, seeds):
             loss, _ = pretrain.OBJECTIVES[objective](cfg, model, batch, META, torch.float32, False)
             loss.backward()
-            common.to_host(0, batch.names, loss)
+            training.to_host(0, batch.names, loss)
             optimizer.step()
             optimizer.zero_grad()
     assert not waits.found
@@ -132,7 +136,7 @@ def test_a_step_of_finetuning_waits_for_nothing(on_meta):
     with Waits() as waits:
         for step, batch in enumerate(batches(cfg.patch_size, 4)):
             loss = finetune.take_step(cfg, model, optimizer, batch, step, META)
-            common.to_host(step, batch.names, loss)
+            training.to_host(step, batch.names, loss)
     assert not waits.found
 
 
@@ -145,18 +149,19 @@ def test_what_would_wait_is_seen(on_meta):
         torch.tensor([1, 2], device=META)
         large.to(META, non_blocking=True)
         x.cpu()
-        augment.upload(large.clone(), META)  # pinned: not noted
+        resample.upload(large.clone(), META)  # pinned: not noted
     assert sorted(waits.found.values()) == [1, 1, 1, 1, 1]
 
 
 def test_upload_is_the_tensor():
     x = torch.rand(3)
-    assert augment.upload(x, "cpu") is x and augment.upload(x, torch.device("cpu")) is x
+    assert resample.upload(x, "cpu") is x and resample.upload(x, torch.device("cpu")) is x
 
 
 # ---------------------------------------------------------------------------- the forms of CUDA, run on a CPU
 CONTIGUOUS, SHIFTS, MATRICES = {"CHANNELS_LAST_ON_CUDA": False}, {"SHIFTS_ON_CUDA": True}, {"SDPA": False}
 NOTHING = {}  # the switches as they are
+HOMES = {"CHANNELS_LAST_ON_CUDA": forms, "SHIFTS_ON_CUDA": models, "SDPA": swin}
 
 
 def passes(model, x, *more):
@@ -180,9 +185,9 @@ def passes(model, x, *more):
 
 
 def as_on_cuda(monkeypatch, switches):
-    monkeypatch.setattr(models, "on_cpu", lambda x: False)
+    monkeypatch.setattr(forms, "on_cpu", lambda x: False)
     for name, value in switches.items():
-        monkeypatch.setattr(models, name, value)
+        monkeypatch.setattr(HOMES[name], name, value)
 
 
 def apart(a, b, floor=1e-30):
@@ -197,8 +202,8 @@ def test_a_block_in_the_form_of_cuda_is_the_cpus(monkeypatch, kind, switches):
     block = {"unet": lambda: models.Block(8, 12), "mednext": lambda: models.MedNeXtBlock(8, 8, 3),
              "mednext down": lambda: models.MedNeXtBlock(8, 16, 3, stride=2),
              "mednext up": lambda: models.MedNeXtBlock(8, 4, 3, stride=2, up=True),
-             "swin": lambda: models.ResidualBlock(8, 12),
-             "attention": lambda: models.SwinBlock(32, 2, shifted=True)}[kind]()
+             "swin": lambda: swin.ResidualBlock(8, 12),
+             "attention": lambda: swin.SwinBlock(32, 2, shifted=True)}[kind]()
     x = torch.rand(2, 8, 12, 13, 10).contiguous(memory_format=torch.channels_last_3d)
     x = torch.randn(2, 8, 9, 14, 32) if kind == "attention" else x
     cpu, _ = passes(copy.deepcopy(block).double(), x.double())
@@ -264,7 +269,7 @@ def aot(monkeypatch):
     compiled = CompileCounterWithBackend("aot_eager")
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend=compiled))
-    monkeypatch.setattr(common, "catch_signals", threading.Event)
+    monkeypatch.setattr(training, "catch_signals", threading.Event)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert torch._dynamo.config.optimize_ddp, "the default, that users have"
@@ -300,23 +305,23 @@ def test_no_recompiles_over_six_folds(prepared, tmp_path, aot):
 # ------------------------------------------------------------------------------------ small things
 def test_compile_is_for_cuda():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [common.choose_compile(None, "unet_xl", d) for d in (cpu, cuda)] == [False, True]
-    assert not common.choose_compile(None, "swinunetr", cuda)
+    assert [training.choose_compile(None, "unet_xl", d) for d in (cpu, cuda)] == [False, True]
+    assert not training.choose_compile(None, "swinunetr", cuda)
     for wanted in (True, False):  # an explicit value wins
-        assert [common.choose_compile(wanted, row, d) for row in ("unet_b", "swinunetr")
+        assert [training.choose_compile(wanted, row, d) for row in ("unet_b", "swinunetr")
                 for d in (cpu, cuda)] == [wanted] * 4
     for words in ([], ["--compile", "auto"], ["--compile", "none"]):
-        assert common.parse_config(pretrain.Config, words).compile is None
-    assert "off (auto: no quicker on a CPU" in common.say_compile(None, "unet_b", cpu)
+        assert config.parse_config(pretrain.Config, words).compile is None
+    assert "off (auto: no quicker on a CPU" in training.say_compile(None, "unet_b", cpu)
 
 
 def test_the_compiler_leaves_the_layout_on_cuda(monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "compile", lambda model, **settings: seen.append(settings) or model)
-    monkeypatch.setattr(common, "agree", lambda *flags: [bool(flag) for flag in flags])
+    monkeypatch.setattr(training, "agree", lambda *flags: [bool(flag) for flag in flags])
     monkeypatch.setattr(torch, "ones", lambda n, device: torch.zeros(n))
     for kind in ("cpu", "cuda"):
-        common.compile_or_warn(torch.nn.Identity(), True, torch.device(kind))
+        training.compile_or_warn(torch.nn.Identity(), True, torch.device(kind))
     assert seen[1] == {} and seen[3] == {"options": {"layout_optimization": False}}
 
 
@@ -325,8 +330,8 @@ def test_the_compiler_leaves_the_layout_on_cuda(monkeypatch):
     (90701, "bf16", True, False), (91002, "fp32", True, False), (91002, "bf16", False, False)])
 def test_a_slow_cudnn_is_named(monkeypatch, capsys, version, precision, contiguous, warned):
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
-    common.warn_of_cudnn(torch.device("cuda"), precision, contiguous)
-    common.warn_of_cudnn(torch.device("cpu"), precision, contiguous)
+    training.warn_of_cudnn(torch.device("cuda"), precision, contiguous)
+    training.warn_of_cudnn(torch.device("cpu"), precision, contiguous)
     assert capsys.readouterr().err.count("Install cuDNN 9.15 or later") == warned
 
 
@@ -342,7 +347,7 @@ def test_memory_that_runs_out_ends_in_one_line(monkeypatch, capsys, error):
 
     monkeypatch.setattr(sys, "argv", ["pretrain.py"])
     with pytest.raises(SystemExit) as end:
-        common.run(fail, pretrain.Config)
+        config.run(fail, pretrain.Config)
     said = capsys.readouterr().err
     assert end.value.code == 1 and said.count("\n") == 1
     assert said.startswith("error: out of memory; what helps")
@@ -354,7 +359,7 @@ def test_a_lost_peer_is_no_traceback(monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["pretrain.py"])
     with pytest.raises(SystemExit) as end:
-        common.run(fail, pretrain.Config)
+        config.run(fail, pretrain.Config)
     assert end.value.code == 1 and capsys.readouterr().err.startswith("error: stopped: another process ended")
 
 
@@ -365,7 +370,7 @@ def test_a_lost_peer_is_no_traceback(monkeypatch, capsys):
 def test_no_tensor_has_2_to_the_31_elements(capsys, settings, micro):
     """16 samples of U-Net XL at 128^3 are 2^31 elements exactly."""
     cfg = pretrain.Config(**settings)
-    processes = common.Processes(0, 1, torch.device("cpu"))
+    processes = training.Processes(0, 1, torch.device("cpu"))
     assert pretrain.plan(cfg, 1000, processes)[2] == micro
     capped = micro < cfg.batch_size and not cfg.micro_batch
     said = f"x {micro} (micro_batch {micro}, so that no tensor has 2^31 elements)"

@@ -24,7 +24,8 @@ import torch
 from conftest import ROOT, log_of, mistake
 from runs import Run
 
-import common
+import checkpoint
+import config
 import data
 import pretrain
 
@@ -51,7 +52,7 @@ def steps_logged(folder):
 
 def assert_same_run(one, two):
     """Weights and optimizer bitwise, the log but for its times."""
-    first, second = (common.load_checkpoint(folder / "last.pt") for folder in (one, two))
+    first, second = (checkpoint.load_checkpoint(folder / "last.pt") for folder in (one, two))
     assert first["step"] == second["step"]
     for name, tensor in first["model"].items():
         assert torch.equal(tensor, second["model"][name]), name
@@ -79,7 +80,7 @@ def kill_again_and_again(name, folder, output, kills, settings):
             time.sleep(rng.random() * 0.1)
         run.kill()
         if (folder / "last.pt").exists():
-            kept = common.load_checkpoint(folder / "last.pt")["step"]
+            kept = checkpoint.load_checkpoint(folder / "last.pt")["step"]
             assert steps_logged(folder) <= kept + settings["save_every"], "what came before a save is kept"
 
 
@@ -91,7 +92,7 @@ def test_pretraining_killed_at_random_moments_ends_bitwise_equal(prepared, tmp_p
     kill_again_and_again("pretrain", tmp_path / "cut", tmp_path / "output", kills, settings)
     Run("pretrain", tmp_path / "output", **settings).finish(seconds=300)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
-    hours = [common.load_checkpoint(tmp_path / name / "last.pt")["hours"] for name in ("whole", "cut")]
+    hours = [checkpoint.load_checkpoint(tmp_path / name / "last.pt")["hours"] for name in ("whole", "cut")]
     assert all(0 < h < 0.1 for h in hours)
 
 
@@ -137,7 +138,7 @@ def test_preempted_run_saves_and_exits_0(prepared, tmp_path, number, to_all):
     session = run.parts[0].pid
     (os.killpg if to_all else os.kill)(session, number)
     output = run.finish(seconds=10)
-    step = common.load_checkpoint(tmp_path / "last.pt")["step"]
+    step = checkpoint.load_checkpoint(tmp_path / "last.pt")["step"]
     assert step >= 1 and f"holds step {step}" in output
     assert log_of(tmp_path)[-1]["step"] <= step
     deadline = time.time() + 10
@@ -182,16 +183,16 @@ def raising(target, rank, number, kind):
 PHASES = {  # the function that raises, in which process, in which of its calls
     "before the loop": ("data.make_loader", 1, 1),
     "set-up": ("pretrain.open_data", 1, 1),
-    "step": ("pretrain.make_views", 1, 2),
-    "validation": ("pretrain.make_views", 1, 4),
-    "saving": ("common.save_checkpoint", 0, 2),
-    "log": ("common.append_log", 0, 3),
-    "last step": ("common.learning_rate", 1, 6),
+    "step": ("amaes.make_views", 1, 2),
+    "validation": ("amaes.make_views", 1, 4),
+    "saving": ("checkpoint.save_checkpoint", 0, 2),
+    "log": ("checkpoint.append_log", 0, 3),
+    "last step": ("training.learning_rate", 1, 6),
     "evaluation": ("predict.segment", 1, 1),
 }
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, common.UserError])
+@pytest.mark.parametrize("kind", [RuntimeError, config.UserError])
 @pytest.mark.parametrize("phase", PHASES)
 def test_an_exception_on_one_process_ends_all(prepared, task, tmp_path, phase, kind):
     name, settings = "pretrain", PRETRAIN | {"steps": 6}
@@ -229,7 +230,7 @@ def test_processes_without_a_case_to_evaluate(prepared, task, tmp_path):
 DRIVER = """
 import os, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import common, pretrain
+import config, pretrain
 
 def note(kind, text):
     name = kind + ".{{RANK}}.{{TORCHELASTIC_RESTART_COUNT}}".format(**os.environ)
@@ -239,7 +240,7 @@ leave = os._exit
 os._exit = lambda code: (note("exit", code), leave(code))
 note("pid", os.getpid())
 {patch}
-common.run(pretrain.main, pretrain.Config)
+config.run(pretrain.main, pretrain.Config)
 """
 
 
@@ -292,7 +293,7 @@ def test_signal_to_torchrun_stops_its_processes_with_0(prepared, tmp_path, numbe
         wait_until(lambda: len(list(tmp_path.glob("exit.*"))) == 2, 15)
         node.wait(60)
     assert [(tmp_path / f"exit.{rank}.0").read_text() for rank in (0, 1)] == ["0", "0"]
-    assert common.load_checkpoint(tmp_path / "run" / "last.pt")["step"] >= 1
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")["step"] >= 1
 
 
 @pytest.mark.soak
@@ -376,16 +377,16 @@ def test_a_loss_that_is_not_finite_stops_all_and_keeps_the_checkpoint(prepared, 
     np.save(victim.images[0], np.full_like(volume, np.nan))
     output = run.finish(2, 2)
     assert output.count("error: ") == 1 and "loss nan at step" in output and victim.name in output
-    checkpoint = common.load_checkpoint(tmp_path / "run" / "last.pt")
-    assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
+    saved = checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
 # ---------------------------------------------------------------------------------------- several processes
 def another_folder():
     """Patch: process 1 is on a node whose run folder is another."""
-    resume = common.resume
+    resume = checkpoint.resume
     if os.environ["RANK"] == "1":
-        common.resume = lambda *arguments: (resume(*arguments)[0] + 1, 0.0)
+        checkpoint.resume = lambda *arguments: (resume(*arguments)[0] + 1, 0.0)
 
 
 @pytest.mark.parametrize("name", ["pretrain", "finetune"])
@@ -447,22 +448,23 @@ def limiting(target, number, size):
 
 
 @pytest.mark.parametrize(("target", "size", "file"), [
-    ("common.save_checkpoint", 100, "last.pt"), ("common.save_checkpoint", 1000000, "last.pt"),
-    ("common.append_log", 500, "log.jsonl")])
+    ("checkpoint.save_checkpoint", 100, "last.pt"), ("checkpoint.save_checkpoint", 1000000, "last.pt"),
+    ("checkpoint.append_log", 500, "log.jsonl")])
 def test_a_full_disk_leaves_the_checkpoint_whole(prepared, tmp_path, target, size, file):
     settings = PRETRAIN | {"data": prepared, "out": tmp_path / "cut", "steps": 7, "workers": 0}
     run = Run("pretrain", tmp_path / "output", 2, functools.partial(limiting, target, 3, size), **settings)
     output = run.finish(2, 2)
     assert output.count(f"error: cannot write {tmp_path}/cut/{file}: File too large") == 1, output
     assert "Traceback" not in output
-    assert common.load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == (2 if file == "log.jsonl" else 4)
+    step = checkpoint.load_checkpoint(tmp_path / "cut" / "last.pt")["step"]
+    assert step == (2 if file == "log.jsonl" else 4)
     assert not list((tmp_path / "cut").glob(".part*"))
 
 
 def test_a_half_written_line_is_cut_from_the_log(tmp_path):
     lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
     (tmp_path / "log.jsonl").write_text("".join(lines) + lines[0][:5])
-    common.cut_log(tmp_path, 2)
+    checkpoint.cut_log(tmp_path, 2)
     assert (tmp_path / "log.jsonl").read_text() == "".join(lines[:2])
 
 
@@ -487,16 +489,16 @@ def network():
 
 
 def refusal(path):
-    with pytest.raises(common.UserError) as error:
-        common.load_checkpoint(path)
+    with pytest.raises(config.UserError) as error:
+        checkpoint.load_checkpoint(path)
     return str(error.value)
 
 
 def test_every_truncation_and_bit_flip_is_refused(tmp_path):
     path, bad, rng = tmp_path / "last.pt", tmp_path / "bad.pt", random.Random(0)
-    common.save_checkpoint(path, network())
+    checkpoint.save_checkpoint(path, network())
     whole = path.read_bytes()
-    assert common.load_checkpoint(path)["step"] == 3
+    assert checkpoint.load_checkpoint(path)["step"] == 3
     assert torch.load(path, weights_only=True)["step"] == 3, "others read it with torch alone"
     for _ in range(100):
         bad.write_bytes(whole[:rng.randrange(len(whole))])
@@ -515,15 +517,15 @@ def test_damaged_files_of_others_never_crash(tmp_path):
     path, rng, refused = tmp_path / "bad.pt", random.Random(0), 0
     for legacy in (False, True):
         torch.save(network(), tmp_path / "other.pt", _use_new_zipfile_serialization=not legacy)
-        assert common.load_checkpoint(tmp_path / "other.pt")["step"] == 3
+        assert checkpoint.load_checkpoint(tmp_path / "other.pt")["step"] == 3
         whole = (tmp_path / "other.pt").read_bytes()
         for _ in range(150):
             flipped = bytearray(whole)
             flipped[rng.randrange(2000)] ^= 1 << rng.randrange(8)
             path.write_bytes(flipped)
             try:
-                common.load_checkpoint(path)
-            except common.UserError:
+                checkpoint.load_checkpoint(path)
+            except config.UserError:
                 refused += 1
     assert refused > 100
 
@@ -565,7 +567,7 @@ def test_hostile_checkpoints_are_refused_and_nothing_runs(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"format": common.FORMAT + 1}, "newer than"), ({"format": "1"}, "its format is a str"),
+    ({"format": checkpoint.FORMAT + 1}, "newer than"), ({"format": "1"}, "its format is a str"),
     ({"row": ["unet_demo"]}, "its row is a list"), ({"config": 3}, "its config is a int")])
 def test_checkpoints_of_later_formats_and_odd_contents_are_refused(tmp_path, change, message):
     torch.save(network() | {"format": 1} | change, tmp_path / "odd.pt")
@@ -574,10 +576,10 @@ def test_checkpoints_of_later_formats_and_odd_contents_are_refused(tmp_path, cha
 
 def test_a_checkpoint_of_another_network_is_not_continued(tmp_path):
     cfg = pretrain.Config()
-    common.save_checkpoint(tmp_path / "last.pt", network() | {"config": dataclasses.asdict(cfg)})
+    checkpoint.save_checkpoint(tmp_path / "last.pt", network() | {"config": dataclasses.asdict(cfg)})
     model = torch.nn.Linear(3, 3)
-    with pytest.raises(common.UserError, match="does not fit this network"):
-        common.resume(tmp_path / "last.pt", cfg, (), model, torch.optim.AdamW(model.parameters()))
+    with pytest.raises(config.UserError, match="does not fit this network"):
+        checkpoint.resume(tmp_path / "last.pt", cfg, (), model, torch.optim.AdamW(model.parameters()))
 
 
 NINE = "\n".join(["a0: &a0 [x]"] + [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 20)])
@@ -614,7 +616,7 @@ def test_odd_names_stay_inside_the_prepared_folder_and_train(raw, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"table.csv", "output", "deep"}
     assert sorted(v.subject for v in data.read_index(str(out))) == sorted(NAMES)
     Run("pretrain", tmp_path / "output", data=out, out=tmp_path / "run", **PRETRAIN | {"steps": 4}).finish()
-    subjects = common.load_checkpoint(tmp_path / "run" / "last.pt")["subjects"]
+    subjects = checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")["subjects"]
     assert set(subjects) < {f"manifest/{name}" for name in NAMES}
 
 
@@ -624,7 +626,7 @@ def test_an_index_that_points_outside_its_folder_is_refused(tmp_path, path, labe
     (tmp_path / "index").mkdir()
     row = data.Volume(path, "s", "1", "", "T1", "pretrain", label, "1x1x1", "1x1x1", "")
     (tmp_path / "index" / "part.csv").write_text(f"{','.join(data.Volume._fields)}\n{','.join(row)}\n")
-    with pytest.raises(common.UserError, match="outside"):
+    with pytest.raises(config.UserError, match="outside"):
         data.read_index(str(tmp_path))
 
 
@@ -632,7 +634,7 @@ def test_an_index_that_points_outside_its_folder_is_refused(tmp_path, path, labe
 def test_a_damaged_index_is_named(tmp_path, content):
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "part.csv").write_bytes(content)
-    with pytest.raises(common.UserError, match="part.csv"):
+    with pytest.raises(config.UserError, match="part.csv"):
         data.read_index(str(tmp_path))
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, mistake, script
 
-import common
+import checkpoint
 import predict
+import preprocess
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +67,9 @@ def test_features_of_a_scan(run, raw, tmp_path, capsys):
     scan = sorted(raw.rglob("*T1w.nii.gz"))[0]
     predict.main(predict.Config(str(run / "last.pt"), (str(scan),), features=str(tmp_path / "x.npy")))
     pooled, voxels = np.load(tmp_path / "x.npy"), np.load(tmp_path / "x_voxels.npy")
-    volume, _, _ = predict.prepare_scan([str(scan)])
+    volume, _, _ = preprocess.prepare_scan([str(scan)])
     assert pooled.shape == (31 * 4,) and voxels.shape == (4, *volume.shape[1:]) and voxels.dtype == np.float16
-    model, _ = predict.load_encoder(common.load_checkpoint(str(run / "last.pt")))
+    model, _ = predict.load_encoder(checkpoint.load_checkpoint(str(run / "last.pt")))
     with torch.no_grad():
         corner = model.encoder(volume[None, :, :32, :32, :32].float())[0][0]
     alone = predict.window_starts(volume.shape[1], 32, 0.5)[1]  # the first window alone covers these voxels

@@ -23,11 +23,16 @@ import torch.nn.functional as F
 from conftest import log_of, mistake, script
 from runs import Run
 
-import common
+import checkpoint
+import config
 import data
 import finetune
+import metrics
 import predict
+import preprocess
 import pretrain
+import tasks
+import training
 
 TASK = {"data": "set by --data", "sequences": ["FLAIR"], "classes": ["background", "lesion"],
         "labels": {0: 0, 1: 1}, "n_train": 3, "folds": 2}
@@ -43,7 +48,7 @@ def run(name, *words, **settings):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with contextlib.redirect_stdout(output):
-            module.main(common.parse_config(module.Config, words))
+            module.main(config.parse_config(module.Config, words))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -134,53 +139,53 @@ def test_split_arithmetic_of_the_paper(n, quarter, evaluate, counts):
     cases = [c._replace(volumes=(c.volumes[0]._replace(split=quarter if c.subject in held else "train"),))
              for c in cases]
     usable = [c for c in cases if c.volumes[0].split != "pretrain"]  # as data.labelled_cases
-    task = finetune.Task("d", ("b", "l"), {0: 0, 1: 1}, ("FLAIR",), evaluate=evaluate)
-    folds = finetune.make_folds("task", task, usable)
+    task = tasks.Task("d", ("b", "l"), {0: 0, 1: 1}, ("FLAIR",), evaluate=evaluate)
+    folds = tasks.make_folds("task", task, usable)
     subjects = {c.name: c.subject for c in cases}
     assert len(folds) == 6 and len({tuple(f["train"]) for f in folds}) == 6
     for fold in folds:
         train, rest = ({subjects[name] for name in fold[part]} for part in ("train", "evaluate"))
         assert (len(train), len(rest)) == (20, counts[2]) and not train & rest
         assert not train & set(held) and (rest == set(held)) == (evaluate == "test")
-    assert folds[0]["train"] != finetune.make_folds("other", task, usable)[0]["train"]
+    assert folds[0]["train"] != tasks.make_folds("other", task, usable)[0]["train"]
 
 
 def test_sessions_of_a_subject_stay_together():
     cases = [c._replace(name=f"{c.name}_{session}") for c in cases_of(30) for session in "ab"]
-    task = finetune.Task("d", ("b", "l"), {0: 0, 1: 1}, ("FLAIR",))
-    for fold in finetune.make_folds("task", task, cases):
+    task = tasks.Task("d", ("b", "l"), {0: 0, 1: 1}, ("FLAIR",))
+    for fold in tasks.make_folds("task", task, cases):
         assert (len(fold["train"]), len(fold["evaluate"])) == (40, 20)
         assert not {name[:-2] for name in fold["train"]} & {name[:-2] for name in fold["evaluate"]}
 
 
 def test_folds_are_the_same_on_every_machine():
-    task = finetune.Task("d", ("b", "l"), {0: 0, 1: 1}, ("FLAIR",))
-    folds = finetune.make_folds("wmh", task, cases_of(60))
+    task = tasks.Task("d", ("b", "l"), {0: 0, 1: 1}, ("FLAIR",))
+    folds = tasks.make_folds("wmh", task, cases_of(60))
     assert folds[0]["train"][:4] == ["c0002", "c0003", "c0007", "c0008"]
     assert hashlib.sha256(json.dumps(folds).encode()).hexdigest()[:16] == "f71f6d6c34dfb579"
 
 
 def test_more_training_subjects_are_the_same_ones_and_more():
-    task = finetune.Task("d", ("b", "l"), {0: 0, 1: 1}, ("FLAIR",))
-    trained = [set(finetune.make_folds("wmh", dataclasses.replace(task, n_train=n), cases_of(60))[0]["train"])
+    task = tasks.Task("d", ("b", "l"), {0: 0, 1: 1}, ("FLAIR",))
+    trained = [set(tasks.make_folds("wmh", dataclasses.replace(task, n_train=n), cases_of(60))[0]["train"])
                for n in (5, 10, 20, 40)]
     assert [len(names) for names in trained] == [5, 10, 20, 40]
     assert all(few < many for few, many in zip(trained, trained[1:], strict=False))
 
 
 def test_leave_one_out():
-    task = finetune.Task("d", ("b", "l"), {0: 0, 1: 1}, ("FLAIR",), folds=0)
-    folds = finetune.make_folds("task", task, cases_of(4, test=1))  # the hold-out does not matter here
+    task = tasks.Task("d", ("b", "l"), {0: 0, 1: 1}, ("FLAIR",), folds=0)
+    folds = tasks.make_folds("task", task, cases_of(4, test=1))  # the hold-out does not matter here
     assert [fold["evaluate"] for fold in folds] == [["c0000"], ["c0001"], ["c0002"], ["c0003"]]
     assert all(len(fold["train"]) == 3 for fold in folds)
 
 
 def test_a_task_that_needs_more_subjects_is_refused():
-    task = finetune.Task("d", ("b", "l"), {0: 0, 1: 1}, ("FLAIR",))
-    with pytest.raises(common.UserError, match="trains on 20 subjects"):
-        finetune.make_folds("task", task, cases_of(20))
-    with pytest.raises(common.UserError, match="split test, of which d has no"):
-        finetune.make_folds("task", dataclasses.replace(task, evaluate="test"), cases_of(30))
+    task = tasks.Task("d", ("b", "l"), {0: 0, 1: 1}, ("FLAIR",))
+    with pytest.raises(config.UserError, match="trains on 20 subjects"):
+        tasks.make_folds("task", task, cases_of(20))
+    with pytest.raises(config.UserError, match="split test, of which d has no"):
+        tasks.make_folds("task", dataclasses.replace(task, evaluate="test"), cases_of(30))
 
 
 # ------------------------------------------------------------------------------------------- foreground crops
@@ -240,12 +245,12 @@ def test_window_starts_as_the_official_code():
 def test_dice_rules():
     truth = np.array([1, 1, 0, 2, 0, 0])
     found = np.array([1, 0, 0, 1, 0, 0])
-    scores = predict.dice(found, truth, [1, 2, 3, (1, 2)])
+    scores = metrics.dice(found, truth, [1, 2, 3, (1, 2)])
     assert scores[1] == 0.5 and scores[2] == 0 and math.isnan(scores[3]) and scores[1, 2] == 0.8
-    assert predict.dice(found, truth, [1], ignore=2)[1] == pytest.approx(2 / 3)
-    assert predict.dice(np.array([3]), np.array([0]), [3])[3] == 0
+    assert metrics.dice(found, truth, [1], ignore=2)[1] == pytest.approx(2 / 3)
+    assert metrics.dice(np.array([3]), np.array([0]), [3])[3] == 0
     with pytest.raises(ValueError, match="shape"):
-        predict.dice(found, truth[:3], [1])
+        metrics.dice(found, truth[:3], [1])
 
 
 # ------------------------------------------------------------------------------------------------------- runs
@@ -262,15 +267,15 @@ def test_finetuning_takes_the_whole_encoder_and_scores_every_case(finetuned, pre
 
 
 def test_encoder_weights_arrive(prepared, pretrained, task):
-    checkpoint, (_, read) = common.load_checkpoint(pretrained), finetune.read_task(str(task))
-    cfg, origin = finetune.resolve(finetune.Config(task=str(task), ckpt=str(pretrained)), read, checkpoint)
+    saved, (_, read) = checkpoint.load_checkpoint(pretrained), tasks.read_task(str(task))
+    cfg, origin = finetune.resolve(finetune.Config(task=str(task), ckpt=str(pretrained)), read, saved)
     assert origin == "amaes"
-    model, report = finetune.build(cfg, read, checkpoint)
-    saved = checkpoint["model"]
-    assert sorted(report.taken) == sorted(n for n in saved if n.startswith("encoder."))
+    model, report = finetune.build(cfg, read, saved)
+    weights = saved["model"]
+    assert sorted(report.taken) == sorted(n for n in weights if n.startswith("encoder."))
     encoder = {k: v for k, v in model.state_dict().items() if k.startswith("encoder.")}
     assert len(encoder) == 40
-    assert all(torch.equal(v, saved[k]) for k, v in encoder.items())
+    assert all(torch.equal(v, weights[k]) for k, v in encoder.items())
 
 
 def test_finished_folds_are_kept_and_a_cut_fold_goes_on(finetuned, prepared, pretrained, task):
@@ -332,9 +337,9 @@ def test_compare_pairs_runs_and_refuses_other_folds(finetuned, prepared, task, t
 def test_a_checkpoint_of_another_model_is_refused(prepared, pretrained, task, tmp_path):
     settings = TINY | {"task": task, "data": prepared, "out": tmp_path, "model": "unet_b"}
     assert "holds a unet_demo, not a unet_b" in mistake("finetune", ckpt=pretrained, **settings)
-    checkpoint = common.load_checkpoint(pretrained)
-    del checkpoint["row"], checkpoint["format"]  # as if another program had written it
-    torch.save(checkpoint, tmp_path / "anonymous.pt")
+    saved = checkpoint.load_checkpoint(pretrained)
+    del saved["row"], saved["format"]  # as if another program had written it
+    torch.save(saved, tmp_path / "anonymous.pt")
     line = mistake("finetune", ckpt=tmp_path / "anonymous.pt", **settings)
     assert "of 40 encoder tensors 40 are missing or of another shape" in line
 
@@ -409,30 +414,30 @@ def test_prediction_takes_what_preparation_takes(finetuned, raw, tmp_path):
     assert np.array_equal(*(np.asarray(result.dataobj) for result in results))
     images = [tmp_path / "scan.nii.gz", tmp_path / "plain.nii.gz"]
     nib.Nifti1Image(voxels, source.affine).to_filename(images[1])
-    assert predict.prepare_scan(images)[0].shape[0] == 2
+    assert preprocess.prepare_scan(images)[0].shape[0] == 2
 
 
 # ----------------------------------------------------------------------------------------------- the protocol
 def test_augmentations_by_default_and_crossed():
     def preset(ckpt, *words):
-        cfg = common.parse_config(finetune.Config, ["--task", "wmh", "--model", "unet_b", *words])
+        cfg = config.parse_config(finetune.Config, ["--task", "wmh", "--model", "unet_b", *words])
         cfg, saved = dataclasses.replace(cfg, ckpt=ckpt), {"row": "unet_b"} if ckpt else {}
-        return finetune.resolve(cfg, finetune.read_task("wmh")[1], saved)[0].augment
+        return finetune.resolve(cfg, tasks.read_task("wmh")[1], saved)[0].augment
     assert (preset(None), preset("x.pt")) == ("all", "spatial"), "section 4.3, section 3.2"
     for word in ("none", "spatial", "all"):
         assert preset(None, "--augment", word) == preset("x.pt", "--augment", word) == word
 
 
-@pytest.mark.parametrize(("checkpoint", "model", "origin"), [
+@pytest.mark.parametrize(("saved", "model", "origin"), [
     ({}, "unet_b", "scratch"),
     ({"row": "unet_b", "kind": "pretrain", "config": {"objective": "amaes"}}, None, "amaes"),
     ({"row": "swinunetr", "config": {"objective": "swin"}}, None, "swin"),
     ({"row": "swinunetr", "config": {"objective": "amaes"}}, None, "amaes"),
     ({"state_dict": {}}, "unet_xl", "amaes"), ({"state_dict": {}}, "swinunetr", "swin"),
     ({"row": "unet_b", "kind": "finetune"}, None, "finetune")])
-def test_origin_names_the_run(checkpoint, model, origin):
-    cfg = finetune.Config(task="wmh", ckpt="x.pt" if checkpoint else None, model=model)
-    cfg, found = finetune.resolve(cfg, finetune.read_task("wmh")[1], checkpoint)
+def test_origin_names_the_run(saved, model, origin):
+    cfg = finetune.Config(task="wmh", ckpt="x.pt" if saved else None, model=model)
+    cfg, found = finetune.resolve(cfg, tasks.read_task("wmh")[1], saved)
     assert found == origin and cfg.out == f"runs/wmh-{cfg.model}-{origin}"
     assert cfg.lr == 1e-4 and cfg.steps == 2500 and cfg.batch_size == 4 and cfg.patch_size == 128
 
@@ -496,7 +501,7 @@ def test_a_damaged_truth_stops_the_evaluation_in_one_line(finetuned, prepared, t
     shutil.copytree(out, tmp_path / "run")
     for path in (tmp_path / "run").glob("fold_*/dice.json"):
         path.unlink()
-    words = {key: value for key, value in common.read_yaml(finetune.Config, out / "config.yaml").items()
+    words = {key: value for key, value in config.read_yaml(finetune.Config, out / "config.yaml").items()
              if value is not None} | {"data": tmp_path / "data", "out": tmp_path / "run"}
     output = Run("finetune", tmp_path / "output", **words).finish(2)
     assert "error: cannot evaluate sub-" in output and "Traceback" not in output
@@ -504,7 +509,7 @@ def test_a_damaged_truth_stops_the_evaluation_in_one_line(finetuned, prepared, t
 
 def test_leakage_is_visible(finetuned, pretrained, prepared):
     out, _ = finetuned
-    saw = common.load_checkpoint(pretrained)
+    saw = checkpoint.load_checkpoint(pretrained)
     result, summary = json.loads((out / "dice.json").read_text()), (out / "summary.md").read_text()
     records = [record for fold in result["folds"].values() for record in fold]
     for record in records:
@@ -513,7 +518,7 @@ def test_leakage_is_visible(finetuned, pretrained, prepared):
     clean = {r["case"] for r in records} - seen
     assert f"Of {len(seen | clean)} evaluated scans {len(seen)} were seen, unlabelled" in summary
     assert ("| not seen |" in summary) == bool(seen and clean)
-    tuned = common.load_checkpoint(out / "fold_0" / "last.pt")
+    tuned = checkpoint.load_checkpoint(out / "fold_0" / "last.pt")
     for key in ("subjects", "sha256"):
         assert set(saw[key]) <= set(tuned[key])
     assert tuned["pretraining"]["mask_ratio"] == result["pretraining"]["mask_ratio"] == 0.6
@@ -536,7 +541,7 @@ def test_history():
 
 def test_summary_of_groups_and_dropped_cases():
     def record(case, dice, seen, site, hd95):
-        scores = {kind: {"a": 0.5, "b": None} for kind in predict.SCORES}
+        scores = {kind: {"a": 0.5, "b": None} for kind in metrics.SCORES}
         return {"case": case, "subject": case, "seen": seen, "same_scan": seen, "site": site} | scores | {
             "dice": {"a": dice, "b": None}, "hd95": {"a": hd95, "b": None}}
     done = {f: [record("x", 0.5 + f / 10, True, "Utrecht", 3.0), record("y", 0.1, False, "GE1T5", None),
@@ -544,7 +549,7 @@ def test_summary_of_groups_and_dropped_cases():
     result = {"task": "t", "model": "unet_b", "ckpt": "c.pt", "augment": "all", "classes": ["a"],
               "regions": ["b"], "sites": ["Utrecht"], "folds": done,
               "config": dataclasses.asdict(finetune.Config("t", lr=1e-4))}
-    lines = finetune.summarise(result, [{"train": ["u"] * 20}] * 2).splitlines()
+    lines = metrics.summarise(result, [{"train": ["u"] * 20}] * 2).splitlines()
     for line in ("| 0 | 20 | 3 | 30.00 | nan | 3 |", "| mean ± SD |  |  | 32.50 ± 3.54 | - |  |",
                  "| seen in pretraining | 1 | 55.00 ± 7.07 | - |", "| not seen | 2 | 10.00 ± 0.00 | - |",
                  "| sites of the training set | 1 | 55.00 ± 7.07 | - |",
@@ -555,7 +560,7 @@ def test_summary_of_groups_and_dropped_cases():
         assert line in lines, "\n".join(lines)
     for records in done.values():
         records[0]["seen"] = None
-    assert "does not say which scans" in finetune.summarise(result, [{"train": []}] * 2)
+    assert "does not say which scans" in metrics.summarise(result, [{"train": []}] * 2)
 
 
 @pytest.fixture(scope="module")
@@ -597,12 +602,12 @@ def test_a_task_evaluates_the_networks_of_another(sites):
     assert second["params"] == first["params"] > 0
     assert "| other sites | 1 |" in printed and "| sites of the training set | 1 |" in printed
     assert not list(sites.glob("ood/**/*.pt")), "nothing was trained"
-    network, checkpoint = predict.load_network(sites / "few" / "fold_1" / "last.pt", "cpu")
+    network, saved = predict.load_network(sites / "few" / "fold_1" / "last.pt", "cpu")
     cases = data.labelled_cases(str(sites / "prepared"), None, ("FLAIR",))
     case = next(case for case in cases if case.name == "Utrecht_3")
     volume, geometry, truth = data.read_case(case)
     found = predict.segment(network, volume, geometry, 32, overlap=0)
-    scores = predict.score_case(found, truth, checkpoint["task"], geometry["affine"])
+    scores = tasks.score_case(found, truth, saved["task"], geometry["affine"])
     expected = {kind: scores[kind]["lesion"] for kind in scores}
     record = {kind: second["folds"]["1"][1][kind]["lesion"] for kind in scores}
     assert record == {k: None if math.isnan(v) else pytest.approx(v, abs=1e-6) for k, v in expected.items()}
@@ -646,10 +651,10 @@ def test_a_signal_in_evaluation_leaves_no_scores(sites):
     cfg = finetune.Config(task="few", patch_size=32, precision="fp32")
     model, _ = predict.load_network(sites / "few" / "fold_0" / "last.pt", "cpu")
     cases = data.labelled_cases(str(sites / "prepared"), None, ("FLAIR",))[:1]
-    stop, processes = threading.Event(), common.init_processes("cpu")
+    stop, processes = threading.Event(), training.init_processes("cpu")
     stop.set()
     try:
-        task, seen = finetune.read_task(str(sites / "few.yaml"))[1], finetune.history({})
+        task, seen = tasks.read_task(str(sites / "few.yaml"))[1], finetune.history({})
         assert finetune.evaluate_fold(cfg, task, model, seen, cases, "", processes, stop) is None
     finally:
         dist.destroy_process_group()
@@ -661,9 +666,9 @@ def test_every_ablation_is_a_config_of_its_script():
     for path in files:
         script = finetune if os.path.basename(path).startswith("finetune_") else pretrain
         words = ["--task", "brats21"] if script is finetune else [f"{folder}/unet_xl.yaml"]
-        plain = common.parse_config(script.Config, words)
-        cfg = common.parse_config(script.Config, [*words, path])
-        listed = common.read_yaml(script.Config, path)
+        plain = config.parse_config(script.Config, words)
+        cfg = config.parse_config(script.Config, [*words, path])
+        listed = config.read_yaml(script.Config, path)
         assert all(getattr(plain, key) != value for key, value in listed.items()), "only what differs"
         assert f"{script.__name__}.py" in open(path).read()
         runs[os.path.basename(path)] = cfg
@@ -677,5 +682,5 @@ def test_every_ablation_is_a_config_of_its_script():
 def test_tasks_shipped_are_valid():
     folder = os.path.join(os.path.dirname(finetune.__file__), "configs", "tasks")
     for file in sorted(os.listdir(folder)):
-        name, task = finetune.read_task(os.path.join(folder, file))
+        name, task = tasks.read_task(os.path.join(folder, file))
         assert task.classes[0] == "background" and dataclasses.asdict(task)["sequences"]

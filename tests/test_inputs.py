@@ -13,9 +13,9 @@ from inputs import array_of, one_scan, record_of, rows_of, save, write_manifest
 from test_prepare import head, image_of, prepare, session_of_two, tables
 
 import data
-import predict
 import prepare_data
-from prepare_data import Rejected
+import preprocess
+import resample
 
 
 # ------------------------------------------------------------------------------ readers and headers
@@ -40,7 +40,7 @@ FORMS = {
 def test_a_file_is_told_by_its_first_bytes(form, layout, tmp_path, capsys):
     image, label = head((1, 1.5, 2), "PSR", degrees=9, size=40)
     ending, other = FORMS[form]
-    expected, geometry = prepare_data.preprocess(image)
+    expected, geometry = preprocess.preprocess(image)
     if layout == "manifest":
         code, row = one_scan(tmp_path, other(image), other(label), ending)
     else:
@@ -55,7 +55,7 @@ def test_a_file_is_told_by_its_first_bytes(form, layout, tmp_path, capsys):
         (row,) = data.read_index(str(tmp_path / "out"))
     assert code == 0, capsys.readouterr().out
     assert np.abs(np.load(tmp_path / "out" / row.path) - expected).max() < 1e-3
-    truth = prepare_data.preprocess_label(label, geometry)
+    truth = preprocess.preprocess_label(label, geometry)
     assert np.array_equal(np.load(tmp_path / "out" / row.label), truth)
     assert len(row.sha256) == len(row.label_sha256) == 64
 
@@ -96,16 +96,16 @@ def without_scale(image, code=1):
 
 def test_an_sform_without_voxel_size_gives_way_to_the_qform(tmp_path, capsys):
     image, label = head((2, 2, 2), size=60)
-    expected, geometry = prepare_data.preprocess(image)
+    expected, geometry = preprocess.preprocess(image)
     code, row = one_scan(tmp_path, without_scale(image), without_scale(label))
     assert code == 0 and "qform used" in capsys.readouterr().out
     assert row.spacing == "2x2x2" and row.shape == "x".join(map(str, expected.shape))
     assert (
         np.load(tmp_path / "out" / row.label).sum()
-        == prepare_data.preprocess_label(label, geometry).sum()
+        == preprocess.preprocess_label(label, geometry).sum()
     )
 
-    volume, geometry, _ = predict.prepare_scan([str(tmp_path / "scan.nii.gz")])
+    volume, geometry, _ = preprocess.prepare_scan([str(tmp_path / "scan.nii.gz")])
     assert volume.shape[1:] == expected.shape and np.allclose(geometry["affine"], image.affine)
 
 
@@ -163,7 +163,7 @@ def test_a_label_value_near_an_integer_is_that_integer(noise, tmp_path):
     assert set(np.unique(np.load(tmp_path / "out" / row.label))) == {0, 1}
     (case,) = data.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
     assert np.array_equal(data.read_case(case)[2], mask)
-    assert np.array_equal(predict.read_label(tmp_path / "label.nii.gz", image), mask)
+    assert np.array_equal(preprocess.read_label(tmp_path / "label.nii.gz", image), mask)
 
 
 def test_a_label_that_nibabel_scales(tmp_path):
@@ -205,13 +205,13 @@ def test_nan_outside_the_field_of_view_is_0_and_counted(tmp_path, capsys):
         and f"scans with NaN, set to 0: 1, first scan.nii.gz; {zeros[:9].size:,} voxels" in printed
     )
     assert "label maps with NaN, set to 0: 1, first label.nii.gz" in printed
-    expected, _ = prepare_data.preprocess(image_of(zeros, image.affine))
+    expected, _ = preprocess.preprocess(image_of(zeros, image.affine))
     assert np.array_equal(np.load(tmp_path / "out" / row.path), expected.astype(np.float16))
     assert np.load(tmp_path / "out" / row.label).sum() == np.nansum(mask)
     assert record_of(tmp_path / "out", row)["nan"] == zeros[:9].size
     (case,) = data.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
     assert (
-        data.read_case(case)[2].sum() == predict.read_label(tmp_path / "label.nii.gz", image).sum()
+        data.read_case(case)[2].sum() == preprocess.read_label(tmp_path / "label.nii.gz", image).sum()
     )
 
 
@@ -253,8 +253,8 @@ def test_a_normalised_scan_is_refused(kind, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "% of the voxels that are not 0 are negative: is it normalised already?" in printed
     assert "Give the scan as the scanner wrote it" in printed
-    with pytest.raises(Rejected, match="scan.nii.gz: .* is it normalised already"):
-        predict.prepare_scan([str(tmp_path / "scan.nii.gz")])
+    with pytest.raises(preprocess.Rejected, match="scan.nii.gz: .* is it normalised already"):
+        preprocess.prepare_scan([str(tmp_path / "scan.nii.gz")])
 
 
 @pytest.mark.parametrize("kind", ["ringing", "noise of the air"])
@@ -283,8 +283,8 @@ def test_a_lesion_that_vanishes_and_one_outside_the_box_are_said(tmp_path, capsy
     label[20, 20, 20] = 2  # one voxel, between the centres of the prepared ones
     label[10:14, 10:14, 10:14] = 1
     label[:2, :3, :4] = 1
-    geometry = prepare_data.preprocess(image_of(scan, image.affine))[1]
-    if prepare_data.preprocess_label(image_of(label, image.affine), geometry).max() == 2:
+    geometry = preprocess.preprocess(image_of(scan, image.affine))[1]
+    if preprocess.preprocess_label(image_of(label, image.affine), geometry).max() == 2:
         label[20, 20, 20], label[21, 21, 21] = 0, 2
     _, row = one_scan(tmp_path, image_of(scan, image.affine), image_of(label, image.affine))
     printed = capsys.readouterr().out
@@ -318,18 +318,23 @@ ERRORS = [
     StopIteration(),
     ZeroDivisionError("0"),
 ]
-PLACES = [
-    "load_scan",
-    "read_header",
-    "stored_voxels",
-    "settle_affine",
-    "preprocess",
-    "resample",
-    "label_map",
-    "tight_box",
-    "findings_of",
-    "same_grid",
-]
+PLACES = {
+    "resample": resample,
+    "findings_of": prepare_data,
+    **dict.fromkeys(
+        (
+            "load_scan",
+            "read_header",
+            "stored_voxels",
+            "settle_affine",
+            "preprocess",
+            "label_map",
+            "tight_box",
+            "same_grid",
+        ),
+        preprocess,
+    ),
+}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -338,7 +343,7 @@ def test_whatever_one_scan_raises_the_others_go_on(place, tmp_path, monkeypatch,
     shutil.copytree(tmp_path / "raw" / "sub-1", tmp_path / "raw" / "sub-2")
     for path in sorted((tmp_path / "raw" / "sub-2" / "anat").iterdir()):
         path.rename(path.with_name(path.name.replace("sub-1", "sub-2")))
-    good = getattr(prepare_data, place)
+    good = getattr(PLACES[place], place)
 
     for number, error in enumerate(ERRORS):
         count = iter(range(10**6))
@@ -348,7 +353,7 @@ def test_whatever_one_scan_raises_the_others_go_on(place, tmp_path, monkeypatch,
                 raise error
             return good(*args, **more)
 
-        monkeypatch.setattr(prepare_data, place, sometimes)
+        monkeypatch.setattr(PLACES[place], place, sometimes)
         code = prepare("bids", tmp_path / "raw", tmp_path / str(number))
         printed = capsys.readouterr().out
         rows = data.read_index(str(tmp_path / str(number)))
@@ -363,7 +368,7 @@ def test_the_type_and_the_message_are_in_the_reason(tmp_path, monkeypatch, capsy
     def broken(*_):
         raise KeyError("dim")
 
-    monkeypatch.setattr(prepare_data, "stored_voxels", broken)
+    monkeypatch.setattr(preprocess, "stored_voxels", broken)
     assert one_scan(tmp_path, head(size=24)[0]) == (1, None)
     assert "rejected scan.nii.gz: KeyError: 'dim'\n" in capsys.readouterr().out
 
@@ -373,7 +378,7 @@ def test_an_interrupt_is_no_fault_of_a_scan(error, tmp_path, monkeypatch):
     def stopped(*_):
         raise error
 
-    monkeypatch.setattr(prepare_data, "stored_voxels", stopped)
+    monkeypatch.setattr(preprocess, "stored_voxels", stopped)
     with pytest.raises(error):
         one_scan(tmp_path, head(size=24)[0])
 

@@ -11,10 +11,12 @@ import torch
 from conftest import ROOT, script
 from torch import nn
 
-import common
+import amaes
+import checkpoint
+import config
 import finetune
 import models
-import pretrain
+import swin
 
 GOLDEN = ROOT / "tests" / "golden"
 OFFICIAL = {  # official name -> our row, task
@@ -247,19 +249,19 @@ def test_every_row_learns_to_segment(row):
 def test_every_encoder_learns_to_reconstruct(row, decoder, skips):
     features, shape = SMALL[row]
     target, _ = sample(shape)
-    mask = pretrain.random_mask([0], target.shape[2:], 4, 0.6, "cpu")
+    mask = amaes.random_mask([0], target.shape[2:], 4, 0.6, "cpu")
     torch.manual_seed(0)
     model = models.build_model(row, "pretrain", decoder=decoder, skips=skips, features=features)
-    losses = train(model, lambda m: pretrain.reconstruction_loss(m(target * ~mask), target, mask, "all"))
+    losses = train(model, lambda m: amaes.reconstruction_loss(m(target * ~mask), target, mask, "all"))
     assert losses[-1] < 0.3 * losses[0], losses
 
 
 @pytest.mark.parametrize("task", ["segment", "swin", "pretrain"])
 def test_swin_needs_its_own_sizes(task):
     model = models.build_model("swinunetr", task, features=16)
-    with pytest.raises(common.UserError, match="multiples of 32"):
+    with pytest.raises(config.UserError, match="multiples of 32"):
         model(torch.zeros(1, 1, 48, 32, 32))
-    with pytest.raises(common.UserError, match="at least 2 times that"):
+    with pytest.raises(config.UserError, match="at least 2 times that"):
         models.check_patch(model, 32, torch.device("cpu"), "fp32")
 
 
@@ -268,7 +270,7 @@ def test_cut_boxes_hide_what_the_original_hides():
     covered = []
     for seed in range(200):
         volume = np.zeros((128,) * 3, bool)
-        for box in pretrain.cut_boxes(np.random.default_rng(seed), volume.shape, 0.3):
+        for box in swin.cut_boxes(np.random.default_rng(seed), volume.shape, 0.3):
             volume[box] = True
             assert all(6 <= part.stop - part.start <= 31 or part.stop == 128 for part in box)
         covered.append(volume.mean())
@@ -278,16 +280,16 @@ def test_cut_boxes_hide_what_the_original_hides():
 def test_views_rotate_cut_and_paste():
     target = torch.stack([torch.full((1, 32, 32, 32), value) for value in (2.0, 3.0)])
     target[:, :, :, 0] += 2  # an edge that tells the turn
-    rotated, cut, turns = pretrain.swin_view(target, [5, 6], 0.3)
+    rotated, cut, turns = swin.swin_view(target, [5, 6], 0.3)
     for x, y, k in zip(target, rotated, turns, strict=True):
         assert torch.equal(torch.rot90(x, int(k), (2, 3)), y)
     changed = cut != rotated
     assert changed.any((1, 2, 3, 4)).all()
     noise = changed & (cut <= 1)
     assert noise.any() and cut[noise].min() >= 0
-    again = pretrain.swin_view(target, [5, 6], 0.3)
+    again = swin.swin_view(target, [5, 6], 0.3)
     assert torch.equal(again[1], cut), "a view is a function of its seeds"
-    pasted = [pretrain.swin_view(target, [seed, seed + 1], 0.3) for seed in range(0, 40, 2)]
+    pasted = [swin.swin_view(target, [seed, seed + 1], 0.3) for seed in range(0, 40, 2)]
     share = np.mean([((c != r) & (c > 1)).any().item() for r, c, _ in pasted])
     assert share > 0.4, "half of the samples get a paste from the other"
     assert {int(k) for _, _, turns in pasted for k in turns} == {0, 1, 2, 3}
@@ -300,21 +302,21 @@ def test_contrastive_loss_is_nt_xent():
     similarity = np.exp(unit @ unit.T / 0.5)
     positive = similarity[np.arange(6), (np.arange(6) + 3) % 6]
     losses = -np.log(positive / (similarity.sum(1) - np.diag(similarity)))
-    assert pretrain.contrastive_loss(vectors).item() == pytest.approx(np.mean(losses), abs=1e-12)
-    assert pretrain.contrastive_loss(torch.ones(4, 8)).item() == pytest.approx(np.log(3), abs=1e-6)
-    assert pretrain.contrastive_loss(torch.randn(2, 8)).item() == 0
+    assert swin.contrastive_loss(vectors).item() == pytest.approx(np.mean(losses), abs=1e-12)
+    assert swin.contrastive_loss(torch.ones(4, 8)).item() == pytest.approx(np.log(3), abs=1e-6)
+    assert swin.contrastive_loss(torch.randn(2, 8)).item() == 0
 
 
 def test_swin_objective_learns():
     x, _ = sample(SMALL["swinunetr"][1], count=2)
     rotated, cut, turns = (torch.cat(part) for part in zip(
-        *(pretrain.swin_view(x, [seed, seed + 10], 0.3) for seed in (1, 2)), strict=True))
+        *(swin.swin_view(x, [seed, seed + 10], 0.3) for seed in (1, 2)), strict=True))
     torch.manual_seed(0)
     model = models.build_model("swinunetr", "swin", features=16)
 
     def loss_of(model):
         rotation, vectors, output = model(cut)
-        return (nn.functional.cross_entropy(rotation, turns) + pretrain.contrastive_loss(vectors)
+        return (nn.functional.cross_entropy(rotation, turns) + swin.contrastive_loss(vectors)
                 + (output - rotated).abs().mean())
 
     losses = train(model, loss_of, lr=3e-4)
@@ -344,10 +346,10 @@ def test_everyones_checkpoints_arrive_whole(row, task, tensors, tmp_path):
     source = models.build_model(row, task, features=16)
     model = models.build_model(row, "segment", out_channels=2, features=16)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    for kind, checkpoint in files(source).items():
-        torch.save(checkpoint, tmp_path / "file.pt")
+    for kind, saved in files(source).items():
+        torch.save(saved, tmp_path / "file.pt")
         model.load_state_dict(before)
-        report = models.load_weights(model, tmp_path / "file.pt")
+        report = checkpoint.load_weights(model, tmp_path / "file.pt")
         assert len(report.taken) == tensors and not report.reshaped, kind
         assert f"encoder: all {tensors} tensors taken (100 %)" in str(report)
         prefix = model.encoder_prefix
@@ -363,11 +365,11 @@ def test_a_gap_is_never_filled_silently(row):
     state = source.state_dict()
     name = [k for k in state if k.startswith(model.encoder_prefix)][5]
     removed = state.pop(name)
-    with pytest.raises(common.UserError, match=f"1 are missing or of another shape; {name} is missing"):
-        models.load_weights(model, {"model": state})
+    with pytest.raises(config.UserError, match=f"1 are missing or of another shape; {name} is missing"):
+        checkpoint.load_weights(model, {"model": state})
     state[name] = removed[:1]
-    with pytest.raises(common.UserError, match="of another shape"):
-        models.load_weights(model, {"model": state})
+    with pytest.raises(config.UserError, match="of another shape"):
+        checkpoint.load_weights(model, {"model": state})
 
 
 @pytest.mark.parametrize("row", ["unet_demo", "mednext_m", "swinunetr"])
@@ -375,7 +377,7 @@ def test_more_sequences_than_the_checkpoint_had(row):
     """The stem is repeated and divided by their number: repeated input gives the same features."""
     source = models.build_model(row, "pretrain", features=16).eval()
     model = models.build_model(row, "segment", in_channels=3, features=16).eval()
-    report = models.load_weights(model, source.state_dict())
+    report = checkpoint.load_weights(model, source.state_dict())
     assert len(report.reshaped) == 1 and "reshaped" in str(report)
     x = torch.rand(1, 1, 64, 32, 32)
     encoders = [net.swinViT if row == "swinunetr" else net.encoder for net in (source, model)]
@@ -387,7 +389,7 @@ def test_more_sequences_than_the_checkpoint_had(row):
 def test_the_other_mednext_decoder_takes_the_same_encoder():
     source = models.build_model("mednext_l", "pretrain", features=8)
     model = models.build_model("mednext_l_mednextdec", "segment", features=8)
-    assert len(models.load_weights(model, source.state_dict()).taken) == 290
+    assert len(checkpoint.load_weights(model, source.state_dict()).taken) == 290
 
 
 # ------------------------------------------------------------------------------------------------------- runs

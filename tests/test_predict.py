@@ -8,15 +8,18 @@ import pytest
 import torch
 from scipy import ndimage
 
-import common
+import config
+import metrics
 import predict
+import preprocess
+import tasks
 
 NAN = float("nan")
 
 
 # ----------------------------------------------------------------------------------------------------- scores
 def brute_force(p, t, spacing):
-    """predict.score from scipy's distance transform, erosion and labelling."""
+    """metrics.score from scipy's distance transform, erosion and labelling."""
     voxel = np.prod(spacing) / 1000
     found = {"dice": NAN, "hd95": NAN, "asd": NAN, "nsd": NAN, "f1": NAN, "ml": p.sum() * voxel,
              "ml_error": (p.sum() - t.sum()) * voxel}
@@ -56,8 +59,8 @@ def test_scores_equal_brute_force_on_200_pairs():
         p, t = random_mask(rng, shape), random_mask(rng, shape)
         if rng.random() < 0.3:
             p = ndimage.binary_dilation(t)
-        found, expected = predict.score(p, t, spacing), brute_force(p, t, spacing)
-        assert list(found) == list(predict.SCORES)
+        found, expected = metrics.score(p, t, spacing), brute_force(p, t, spacing)
+        assert list(found) == list(metrics.SCORES)
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-6, nan_ok=True), (shape, spacing)
         kinds.add((bool(p.any()), bool(t.any())))
     assert len(kinds) == 4, "both, one and no mask empty"
@@ -66,22 +69,22 @@ def test_scores_equal_brute_force_on_200_pairs():
 def test_scores_of_a_shifted_cube():
     truth, found = np.zeros((2, 30, 30, 30), bool)
     truth[10:20, 10:20, 10:20] = found[12:22, 10:20, 10:20] = True
-    scores = predict.score(found, truth, (3, 1, 1))
+    scores = metrics.score(found, truth, (3, 1, 1))
     assert scores["dice"] == 0.8 and scores["f1"] == 1 and scores["hd95"] == 6
     assert scores["ml"] == pytest.approx(3) and scores["ml_error"] == 0
     # Of the 488 surface voxels of each, the end face lies 6 mm outside the other, the rim before it 3 mm, and
     # the middle of the far face over 2 mm inside.
     assert scores["nsd"] == pytest.approx(1 - (100 + 36 + 16) / 488)
-    assert predict.score(found, truth, (1, 1, 1))["nsd"] == 1, "2 mm are within the tolerance"
-    scores = predict.score(truth, truth, (3, 1, 1))
+    assert metrics.score(found, truth, (1, 1, 1))["nsd"] == 1, "2 mm are within the tolerance"
+    scores = metrics.score(truth, truth, (3, 1, 1))
     assert [scores[k] for k in ("dice", "hd95", "asd", "nsd", "f1", "ml_error")] == [1, 0, 0, 1, 1, 0]
 
 
 def test_distance_respects_the_spacing():
     one, other = np.zeros((2, 9, 9, 9), bool)
     one[1, 1, 1] = other[4, 5, 1] = True
-    assert predict.score(one, other, (1, 1, 1))["asd"] == 5
-    assert predict.score(one, other, (2, 0.5, 1))["hd95"] == pytest.approx(math.hypot(6, 2))
+    assert metrics.score(one, other, (1, 1, 1))["asd"] == 5
+    assert metrics.score(one, other, (2, 0.5, 1))["hd95"] == pytest.approx(math.hypot(6, 2))
 
 
 def test_lesions_are_connected_over_corners_and_found_by_one_voxel():
@@ -89,23 +92,23 @@ def test_lesions_are_connected_over_corners_and_found_by_one_voxel():
     truth[1, 1, 1] = truth[2, 2, 2] = True  # one lesion
     truth[6:9, 6:9, 6:9] = truth[11, 11, 11] = True  # two more
     found[2, 2, 2] = found[8, 8, 8] = found[0, 11, 0] = found[11, 0, 0] = True
-    assert len(np.unique(predict.components(truth))) == 3
+    assert len(np.unique(metrics.components(truth))) == 3
     mask = np.random.default_rng(0).random((9, 10, 11)) < 0.05
-    fortran = predict.components(np.asfortranarray(mask))  # as nibabel returns it
-    assert np.array_equal(fortran, predict.components(mask))
-    assert predict.lesion_f1(found, truth) == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+    fortran = metrics.components(np.asfortranarray(mask))  # as nibabel returns it
+    assert np.array_equal(fortran, metrics.components(mask))
+    assert metrics.lesion_f1(found, truth) == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
     snake = np.zeros((1, 41, 41), bool)
     snake[0, ::2] = snake[0, 1::4, -1] = snake[0, 3::4, 0] = True
-    assert len(np.unique(predict.components(snake))) == 1, "however long the way"
+    assert len(np.unique(metrics.components(snake))) == 1, "however long the way"
 
 
 def test_empty_masks():
     empty, full = np.zeros((4, 4, 4), bool), np.ones((4, 4, 4), bool)
-    nothing = predict.score(empty, empty, (1, 1, 1))
+    nothing = metrics.score(empty, empty, (1, 1, 1))
     assert all(math.isnan(nothing[k]) for k in ("dice", "hd95", "asd", "nsd", "f1"))
     assert nothing["ml"] == nothing["ml_error"] == 0
     for p, t in ((empty, full), (full, empty)):
-        scores = predict.score(p, t, (1, 1, 1))
+        scores = metrics.score(p, t, (1, 1, 1))
         assert scores["dice"] == scores["nsd"] == scores["f1"] == 0
         assert math.isnan(scores["hd95"]) and math.isnan(scores["asd"])
         assert scores["ml_error"] == pytest.approx(0.064 if p.any() else -0.064)
@@ -120,15 +123,15 @@ def test_ignored_voxels_are_in_no_score():
     truth[2, 2, 2] = found[2, 2, 2] = 4
     found[2, 2, 2] = 2
     found[2:5, 2:5, 3:5] = 1
-    scores = predict.score_case(found, truth, task, np.eye(4))
-    assert list(scores) == list(predict.SCORES) and list(scores["dice"]) == ["core", "rim", "all"]
+    scores = tasks.score_case(found, truth, task, np.eye(4))
+    assert list(scores) == list(metrics.SCORES) and list(scores["dice"]) == ["core", "rim", "all"]
     found[8:, :, 7:] = 1  # in the ignored half
-    assert predict.score_case(found, truth, task, np.eye(4)) == scores
+    assert tasks.score_case(found, truth, task, np.eye(4)) == scores
     assert scores["dice"]["rim"] == scores["f1"]["all"] == 1 and scores["ml"]["all"] == pytest.approx(0.019)
-    assert scores["dice"]["core"] == pytest.approx(predict.dice(found, truth, [1], ignore=2)[1])
+    assert scores["dice"]["core"] == pytest.approx(metrics.dice(found, truth, [1], ignore=2)[1])
     for value in (3, 0.5, 260):
-        with pytest.raises(common.UserError, match=f"holds {value}, which"):
-            predict.score_case(found, np.where(truth == 1, float(value), truth), task, np.eye(4))
+        with pytest.raises(config.UserError, match=f"holds {value}, which"):
+            tasks.score_case(found, np.where(truth == 1, float(value), truth), task, np.eye(4))
 
 
 def test_a_label_map_is_read_on_the_axes_of_the_scan(tmp_path):
@@ -137,11 +140,11 @@ def test_a_label_map_is_read_on_the_axes_of_the_scan(tmp_path):
     scan = nib.Nifti1Image(values, affine)
     turn = nib.orientations.axcodes2ornt("PSL")
     scan.as_reoriented(turn).to_filename(tmp_path / "label.nii.gz")
-    assert np.array_equal(predict.read_label(tmp_path / "label.nii.gz", scan), values)
+    assert np.array_equal(preprocess.read_label(tmp_path / "label.nii.gz", scan), values)
     affine[0, 3] = 1
     nib.Nifti1Image(values, affine).to_filename(tmp_path / "moved.nii.gz")
-    with pytest.raises(common.UserError, match="grid"):
-        predict.read_label(tmp_path / "moved.nii.gz", scan)
+    with pytest.raises(config.UserError, match="grid"):
+        preprocess.read_label(tmp_path / "moved.nii.gz", scan)
 
 
 # ----------------------------------------------------------------------------------------------------- window

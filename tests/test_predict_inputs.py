@@ -14,21 +14,24 @@ import pytest
 import torch
 from conftest import ROOT, mistake
 
-import common
+import checkpoint
+import config
 import finetune
 import models
 import predict
+import tasks
 
 
 def network(path, sequences=("FLAIR",)):
     """A finetuned checkpoint with weights as they were drawn, which segment something of most scans."""
     torch.manual_seed(0)
     model = models.build_model("unet_demo", "segment", len(sequences), 2, features=4)
-    task = finetune.Task("d", ("background", "lesion"), {0: 0, 1: 1}, sequences)
+    task = tasks.Task("d", ("background", "lesion"), {0: 0, 1: 1}, sequences)
     cfg = finetune.Config("t", patch_size=32, precision="fp32", features=4,
                           merge="legacy")
-    common.save_checkpoint(path, {"kind": "finetune", "row": "unet_demo", "config": dataclasses.asdict(cfg),
-                                  "task": dataclasses.asdict(task), "model": model.state_dict()})
+    checkpoint.save_checkpoint(path, {
+        "kind": "finetune", "row": "unet_demo", "config": dataclasses.asdict(cfg),
+        "task": dataclasses.asdict(task), "model": model.state_dict()})
     return path
 
 
@@ -46,7 +49,7 @@ def segment(folder, capsys, *scans, out="seg.nii.gz", **settings):
         network(folder / "net.pt", ("FLAIR", "T1")[:len(scans)])
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     words += ["--ckpt", str(folder / "net.pt"), "--out", str(folder / out), "--overlap", "0"]
-    predict.main(common.parse_config(predict.Config, [*map(str, scans), *words]))
+    predict.main(config.parse_config(predict.Config, [*map(str, scans), *words]))
     written = gzip.decompress((folder / out).read_bytes())  # whole: another call overwrites the file
     return nib.Nifti1Image.from_bytes(written), capsys.readouterr().out
 
@@ -88,7 +91,7 @@ def test_features_say_which_file_is_which_channel(tmp_path, capsys):
     for seed, path in enumerate(paths):
         nib.Nifti1Image(head(seed), AFFINE).to_filename(path)
     words = [*paths, "--ckpt", str(tmp_path / "net.pt"), "--features", str(tmp_path / "f.npy")]
-    predict.main(common.parse_config(predict.Config, words))
+    predict.main(config.parse_config(predict.Config, words))
     assert capsys.readouterr().out.startswith(f"FLAIR: {paths[0]}\nT1: {paths[1]}\n")
 
 

@@ -25,12 +25,12 @@ from skimage.transform import resize
 from tqdm import tqdm
 
 import data
-import finetune
 import phantom
-import predict
 import prepare_data
+import preprocess
+import resample
 import sources
-from prepare_data import Rejected
+import tasks
 
 GOLDEN = np.load(ROOT / "tests" / "golden" / "preprocess.npz")
 BOX = GOLDEN["crop_box"].reshape(3, 2) + [0, 1]  # half-open, as the official code slices it
@@ -58,19 +58,19 @@ def dice(a, b):
 
 # --------------------------------------------------------------------------------- the official result
 def test_equals_the_official_preprocessing():
-    volume, geometry = prepare_data.preprocess(image_of(GOLDEN["img"], GOLDEN["affine"]), BOX)
-    label = prepare_data.preprocess_label(image_of(GOLDEN["lab"], GOLDEN["affine"]), geometry)
+    volume, geometry = preprocess.preprocess(image_of(GOLDEN["img"], GOLDEN["affine"]), BOX)
+    label = preprocess.preprocess_label(image_of(GOLDEN["lab"], GOLDEN["affine"]), geometry)
     assert np.abs(volume - GOLDEN["out_img"]).max() < 1e-5
     assert np.array_equal(label, GOLDEN["out_lab"])
-    tight = np.array(prepare_data.preprocess(image_of(GOLDEN["img"], GOLDEN["affine"]))[1]["box"])
+    tight = np.array(preprocess.preprocess(image_of(GOLDEN["img"], GOLDEN["affine"]))[1]["box"])
     assert np.array_equal(tight, BOX - [0, 1]), "the official box is one voxel larger at the high side"
 
 
 def test_equals_the_official_way_back():
-    _, geometry = prepare_data.preprocess(image_of(GOLDEN["img"], GOLDEN["affine"]), BOX)
+    _, geometry = preprocess.preprocess(image_of(GOLDEN["img"], GOLDEN["affine"]), BOX)
     pad = GOLDEN["padding"].reshape(3, 2)
     unpadded = tuple(slice(before, 64 - after) for before, after in pad)
-    logits = prepare_data.restore(GOLDEN["rev_logits_in"][0][(slice(None), *unpadded)], geometry)
+    logits = preprocess.restore(GOLDEN["rev_logits_in"][0][(slice(None), *unpadded)], geometry)
     official = np.flip(GOLDEN["rev_logits_out"][0], 1)  # it was stored in RAS order, before the last flip
     assert np.allclose(logits, official, atol=1e-5)
 
@@ -81,14 +81,14 @@ def test_equals_the_official_way_back():
 def test_resampling_equals_scikit_image(shape, target):
     volume = np.random.default_rng(0).random(shape, dtype=np.float32)
     expected = resize(volume.astype(np.float64), target, order=3, anti_aliasing=None, clip=True)
-    assert np.abs(prepare_data.resample(volume, target) - expected).max() < 1e-5
+    assert np.abs(resample.resample(volume, target) - expected).max() < 1e-5
 
 
 def test_values_negative_voxels_and_the_tight_box():
     array = np.zeros((20, 20, 20), np.float32)
     array[3:17, 4:15, 5:18] = np.random.default_rng(0).uniform(10, 100, (14, 11, 13))
     array[0, 0, :7] = -5
-    volume, geometry = prepare_data.preprocess(image_of(array))
+    volume, geometry = preprocess.preprocess(image_of(array))
     assert geometry["box"] == [[3, 17], [4, 15], [5, 18]] and geometry["clamped"] == 7
     crop = array[3:17, 4:15, 5:18]
     high = np.quantile(crop[crop > crop.min()], 0.99)
@@ -99,15 +99,15 @@ def test_values_negative_voxels_and_the_tight_box():
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "PSR", "ILA", "AIL"])
 @pytest.mark.parametrize("coded", [True, False])
 def test_axis_order_does_not_change_the_volume(axes, coded):
-    reference, _ = prepare_data.preprocess(head((1, 1.5, 2))[0])
+    reference, _ = preprocess.preprocess(head((1, 1.5, 2))[0])
     image, label = head((1, 1.5, 2), axes)
     if not coded:  # both form codes 0: nibabel's own affine is the truth then, and must give a usable volume
         image.header.set_sform(None, 0)
         image.header.set_qform(None, 0)
         assert image.header["sform_code"] == image.header["qform_code"] == 0
-    volume, geometry = prepare_data.preprocess(image)
+    volume, geometry = preprocess.preprocess(image)
     assert volume.shape == reference.shape and np.abs(volume - reference).max() < 1e-5
-    native = prepare_data.restore(prepare_data.preprocess_label(label, geometry), geometry)
+    native = preprocess.restore(preprocess.preprocess_label(label, geometry), geometry)
     assert native.shape == image.shape
 
 
@@ -123,9 +123,9 @@ def test_label_round_trip(grid):
     """No worse than nearest-neighbour round trips by scipy; a probability map, back trilinearly, better."""
     image, label = head(*GRIDS[grid], size=96)
     truth = np.asarray(label.dataobj) > 0
-    _, geometry = prepare_data.preprocess(image)
-    there = prepare_data.preprocess_label(image_of(truth.astype(np.uint8), label.affine), geometry)
-    back = prepare_data.restore(there, geometry)
+    _, geometry = preprocess.preprocess(image)
+    there = preprocess.preprocess_label(image_of(truth.astype(np.uint8), label.affine), geometry)
+    back = preprocess.restore(there, geometry)
     assert back.shape == truth.shape and back.dtype == np.uint8
     box = tuple(slice(*pair) for pair in geometry["box"])
     ras = nib.apply_orientation(truth, np.array(geometry["orientation"]))
@@ -137,8 +137,8 @@ def test_label_round_trip(grid):
     assert ours >= dice(again > 0, crop > 0) - 0.005
     if "1 mm" in grid:
         assert ours >= 0.99
-    soft = torch.from_numpy(prepare_data.resample(crop.astype(np.float32), geometry["resampled"]))
-    logits = prepare_data.restore(torch.stack([1 - soft, soft]), geometry)
+    soft = torch.from_numpy(resample.resample(crop.astype(np.float32), geometry["resampled"]))
+    logits = preprocess.restore(torch.stack([1 - soft, soft]), geometry)
     assert dice(logits.argmax(0) > 0, truth) >= ours - 1e-9
 
 
@@ -165,7 +165,7 @@ def test_counts_index_and_files(prepared, raw):
 
 def test_float16_is_near(raw):
     scan = next(raw.rglob("*T1w.nii.gz"))
-    volume, _ = prepare_data.preprocess(scan)
+    volume, _ = preprocess.preprocess(scan)
     assert np.abs(volume - volume.astype(np.float16).astype(np.float32)).max() < 5e-4
 
 
@@ -353,7 +353,7 @@ def test_tasks_find_their_cases(everything):
 
 
 def test_nnunet_becomes_a_task(everything):
-    name, task = finetune.read_task(str(everything[0] / "out" / "Dataset501_Lesions.yaml"))
+    name, task = tasks.read_task(str(everything[0] / "out" / "Dataset501_Lesions.yaml"))
     assert name == "Dataset501_Lesions" and task.sequences == ("FLAIR", "T1")
     assert task.classes == ("background", "lesion") and task.labels == {0: 0, 1: 1}
     cases = data.labelled_cases(task.data, task.source, task.sequences)
@@ -415,7 +415,7 @@ def test_labels_on_two_grids_of_one_session(tmp_path):
     for name in ("FLAIR", "DWI"):
         case, = data.labelled_cases(str(tmp_path / "out"), None, [name])
         volume, geometry, truth = data.read_case(case)
-        back = prepare_data.restore(volume, geometry)
+        back = preprocess.restore(volume, geometry)
         assert back.shape[1:] == truth.shape and truth.any()
 
 
@@ -432,7 +432,7 @@ def test_a_scaled_label_is_the_same_for_training_and_for_scores(tmp_path):
     prepare("bids", tmp_path / "raw", tmp_path / "out")
     case, = data.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
     assert data.read_case(case)[2].max() == 1
-    assert predict.read_label(folder / "sub-1_lesion.nii.gz", image).max() == 1
+    assert preprocess.read_label(folder / "sub-1_lesion.nii.gz", image).max() == 1
 
 
 def test_a_second_label_map_is_named_and_a_brain_mask_is_none(tmp_path, capsys):
@@ -480,7 +480,7 @@ def test_manifest_of_a_spreadsheet_with_packed_pairs(tmp_path):
                                         encoding="utf-8-sig")
     assert prepare("manifest", tmp_path / "scans.csv", tmp_path / "out") == 0
     row, = data.read_index(str(tmp_path / "out"))
-    volume, _ = prepare_data.preprocess(image)
+    volume, _ = preprocess.preprocess(image)
     assert np.abs(np.load(tmp_path / "out" / row.path) - volume).max() < 1e-3
 
 
@@ -570,10 +570,10 @@ def qform_only(image):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_nifti(form, tmp_path):
     image, _ = head((1, 1.5, 2), "PSR", degrees=9, size=40)
-    expected, geometry = prepare_data.preprocess(image)
+    expected, geometry = preprocess.preprocess(image)
     for name in ("scan.nii", "scan.nii.gz"):
         FORMS[form](image).to_filename(tmp_path / name)
-        volume, found = prepare_data.preprocess(tmp_path / name)
+        volume, found = preprocess.preprocess(tmp_path / name)
         assert volume.shape == expected.shape and np.abs(volume - expected).max() < 1e-5
         assert np.allclose(found["affine"], geometry["affine"], atol=1e-4) and found["box"] == geometry["box"]
 
@@ -583,10 +583,10 @@ def test_a_sheared_grid_goes_there_and_back():
     shear = np.eye(4)
     shear[0, 2], shear[1, 0] = 0.3, 0.1
     affine = shear @ image.affine
-    volume, geometry = prepare_data.preprocess(image_of(np.asarray(image.dataobj), affine))
+    volume, geometry = preprocess.preprocess(image_of(np.asarray(image.dataobj), affine))
     truth = (np.asarray(label.dataobj) > 0).astype(np.uint8)
-    there = prepare_data.preprocess_label(image_of(truth, affine), geometry)
-    back = prepare_data.restore(there, geometry)
+    there = preprocess.preprocess_label(image_of(truth, affine), geometry)
+    back = preprocess.restore(there, geometry)
     assert there.shape == volume.shape and back.shape == truth.shape and dice(back > 0, truth > 0) > 0.97
 
 
@@ -621,7 +621,7 @@ def test_300_damaged_files_are_prepared_right_or_rejected(tmp_path, capsys):
     rows, refused = tables(tmp_path / "out", "index"), tables(tmp_path / "out", "rejected")
     assert f"300 found = {len(rows)} prepared" in capsys.readouterr().out and len(rows) + len(refused) == 300
     assert len(refused) > 100 and len(rows) > 50 and all(row["reason"] for row in refused)
-    expected, _ = prepare_data.preprocess(image)
+    expected, _ = preprocess.preprocess(image)
     for row in rows:
         volume, number = np.load(tmp_path / "out" / row["path"]), int(row["subject"][4:])
         assert 0 <= volume.min() and volume.max() <= 1 and "x".join(map(str, volume.shape)) == row["shape"]
@@ -684,7 +684,7 @@ def test_what_a_killed_run_left_is_overwritten(prepared, raw, tmp_path):
 def test_a_full_disk_ends_in_one_line(prepared, raw, tmp_path):
     """A limit on the size of files, 100 KB, stands for the full disk: some volumes still fit."""
     code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000)); "
-            "import common, prepare_data; common.run(prepare_data.main, prepare_data.Config)")
+            "import config, prepare_data; config.run(prepare_data.main, prepare_data.Config)")
     result = subprocess.run([sys.executable, "-c", code, "--source", "bids", "--input", raw, "--out",
                              tmp_path / "out"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
@@ -699,17 +699,17 @@ def test_a_full_disk_ends_in_one_line(prepared, raw, tmp_path):
 
 def test_a_label_on_another_grid_is_rejected(tmp_path):
     image, label = head(size=40)
-    _, geometry = prepare_data.preprocess(image)
+    _, geometry = preprocess.preprocess(image)
     moved = label.affine.copy()
     moved[0, 3] += 0.005
-    assert prepare_data.preprocess_label(image_of(np.asarray(label.dataobj), moved), geometry).any()
+    assert preprocess.preprocess_label(image_of(np.asarray(label.dataobj), moved), geometry).any()
     moved[0, 3] += 0.01
-    with pytest.raises(Rejected, match="label grid differs"):
-        prepare_data.preprocess_label(image_of(np.asarray(label.dataobj), moved), geometry)
-    with pytest.raises(Rejected, match="label grid differs"):
-        prepare_data.preprocess_label(image_of(np.asarray(label.dataobj)[:-1], label.affine), geometry)
-    with pytest.raises(Rejected, match="label values unknown"):
-        prepare_data.preprocess_label(image_of(np.full(image.shape, 0.5, np.float32), image.affine), geometry)
+    with pytest.raises(preprocess.Rejected, match="label grid differs"):
+        preprocess.preprocess_label(image_of(np.asarray(label.dataobj), moved), geometry)
+    with pytest.raises(preprocess.Rejected, match="label grid differs"):
+        preprocess.preprocess_label(image_of(np.asarray(label.dataobj)[:-1], label.affine), geometry)
+    with pytest.raises(preprocess.Rejected, match="label values unknown"):
+        preprocess.preprocess_label(image_of(np.full(image.shape, 0.5, np.float32), image.affine), geometry)
 
 
 def test_a_label_on_other_axes_belongs_to_the_scan_on_its_grid(tmp_path):
@@ -770,5 +770,5 @@ def test_real_scans(source, folder, line, tmp_path, capsys):
         record = tmp_path / "out" / volume.path.replace("volumes/", "geometry/").replace(".npy", ".json")
         geometry = json.loads(record.read_text())
         native = nib.load(tmp_path / "out" / volume.label.replace(".npy", "_native.nii.gz"))
-        back = prepare_data.restore(np.load(tmp_path / "out" / volume.label), geometry)
+        back = preprocess.restore(np.load(tmp_path / "out" / volume.label), geometry)
         assert dice(back > 0, np.asarray(native.dataobj) > 0) >= 0.99

@@ -12,10 +12,12 @@ from conftest import log_of, mistake
 from runs import Run
 from torch._dynamo.testing import CompileCounter
 
-import common
+import amaes
+import checkpoint
 import data
 import models
 import pretrain
+import training
 
 TINY = {"model": "unet_demo", "patch_size": 32, "batch_size": 4, "steps": 20, "log_every": 1, "save_every": 5,
         "val_fraction": 0.2, "compile": "false", "precision": "fp32",
@@ -25,7 +27,7 @@ TINY = {"model": "unet_demo", "patch_size": 32, "batch_size": 4, "steps": 20, "l
 # -------------------------------------------------------------------------------------------------- objective
 @pytest.mark.parametrize(("side", "hidden"), [(128, 19661), (96, 13824 - 5529), (64, 2458), (32, 308)])
 def test_mask_hides_an_exact_count_of_whole_tokens(side, hidden):
-    mask = pretrain.random_mask([3, 4], (side,) * 3, 4, 0.6, "cpu")
+    mask = amaes.random_mask([3, 4], (side,) * 3, 4, 0.6, "cpu")
     assert mask.shape == (2, 1, side, side, side) and mask.dtype == torch.bool
     tokens = mask.unfold(2, 4, 4).unfold(3, 4, 4).unfold(4, 4, 4).flatten(-3)
     assert (tokens.all(-1) | ~tokens.any(-1)).all(), "a token is hidden whole or not at all"
@@ -34,28 +36,28 @@ def test_mask_hides_an_exact_count_of_whole_tokens(side, hidden):
 
 
 def test_mask_depends_on_its_seed_alone():
-    both = pretrain.random_mask([3, 4], (16, 32, 48), 4, 0.6, "cpu")
-    assert torch.equal(both[1:], pretrain.random_mask([4], (16, 32, 48), 4, 0.6, "cpu"))
+    both = amaes.random_mask([3, 4], (16, 32, 48), 4, 0.6, "cpu")
+    assert torch.equal(both[1:], amaes.random_mask([4], (16, 32, 48), 4, 0.6, "cpu"))
     with pytest.raises(ValueError, match="multiple of the token size"):
-        pretrain.random_mask([0], (18, 16, 16), 4, 0.6, "cpu")
+        amaes.random_mask([0], (18, 16, 16), 4, 0.6, "cpu")
 
 
 def test_loss_regions():
     generator = torch.Generator().manual_seed(0)
     output, target = torch.rand(2, 2, 1, 16, 16, 16, generator=generator)
-    mask = pretrain.random_mask([1, 2], (16,) * 3, 4, 0.6, "cpu")
+    mask = amaes.random_mask([1, 2], (16,) * 3, 4, 0.6, "cpu")
     error = ((output - target) ** 2).numpy()
-    everywhere = pretrain.reconstruction_loss(output, target, mask, "all").item()
+    everywhere = amaes.reconstruction_loss(output, target, mask, "all").item()
     assert everywhere == pytest.approx(error.mean(), rel=1e-6)
-    masked = pretrain.reconstruction_loss(output, target, mask, "masked").item()
+    masked = amaes.reconstruction_loss(output, target, mask, "masked").item()
     assert masked == pytest.approx(error[mask.numpy()].mean(), rel=1e-6)
-    sums = pretrain.masked_and_visible(output, target, mask)
+    sums = amaes.masked_and_visible(output, target, mask)
     assert sums[0].item() / sums[1].item() == pytest.approx(masked, rel=1e-6)
     assert sums[2].item() / sums[3].item() == pytest.approx(error[~mask.numpy()].mean(), rel=1e-6)
 
 
 def test_learning_rate_warms_up_and_reaches_zero_at_the_last_step():
-    rates = [common.learning_rate(step, 100, 10, 1e-4) for step in range(100)]
+    rates = [training.learning_rate(step, 100, 10, 1e-4) for step in range(100)]
     assert rates[0] == pytest.approx(1e-7) and max(rates) == rates[10] == 1e-4 and rates[-1] == 0
     assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
@@ -129,10 +131,10 @@ def test_validation_loss_falls(prepared, tmp_path):
 
 def test_checkpoint_knows_what_it_saw(prepared, tmp_path):
     Run("pretrain", tmp_path / "output", data=prepared, out=tmp_path, **TINY | {"steps": 1}).finish()
-    checkpoint = common.load_checkpoint(tmp_path / "last.pt")
+    saved = checkpoint.load_checkpoint(tmp_path / "last.pt")
     volumes = data.read_index(str(prepared))
-    seen = {v.sha256 for v in volumes if f"{v.source}/{v.subject}" in checkpoint["subjects"]}
-    assert set(checkpoint["sha256"]) == seen and 0 < len(seen) < len(volumes)
+    seen = {v.sha256 for v in volumes if f"{v.source}/{v.subject}" in saved["subjects"]}
+    assert set(saved["sha256"]) == seen and 0 < len(seen) < len(volumes)
 
 
 def test_estimate_measures_and_writes_nothing(prepared, tmp_path):
@@ -165,7 +167,7 @@ def test_every_network_is_one_graph(row, task):
 def test_one_graph_and_no_recompiles_over_a_run(prepared, tmp_path, monkeypatch):
     counter, compile_ = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend=counter))
-    monkeypatch.setattr(common, "catch_signals", threading.Event)
+    monkeypatch.setattr(training, "catch_signals", threading.Event)
     settings = TINY | {"data": str(prepared), "out": str(tmp_path), "steps": 5, "val_every": 2, "workers": 0,
                        "micro_batch": 2, "compile": True}
     torch._dynamo.reset()

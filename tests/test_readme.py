@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-import common
+import config
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = ("prepare_data", "pretrain", "finetune", "predict", "compare")
@@ -45,7 +45,7 @@ def test_commands_are_understood(words, monkeypatch, capsys):
     name = script.removesuffix(".py")
     if name in SCRIPTS:  # options and config files are known; data and runs need not be there
         monkeypatch.chdir(ROOT)
-        common.parse_config(importlib.import_module(name).Config, options)
+        config.parse_config(importlib.import_module(name).Config, options)
         return
     known = argparse.ArgumentParser.parse_args  # others: their own parser, then no further
 

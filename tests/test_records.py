@@ -12,6 +12,7 @@ from test_prepare import head, image_of, prepare, session_of_two, tables
 
 import data
 import prepare_data
+import preprocess
 
 
 def replace(path, image, when):
@@ -73,7 +74,7 @@ def test_what_has_not_changed_is_not_read(tmp_path, monkeypatch):
         raise AssertionError("read again")
 
     monkeypatch.setattr(prepare_data, "checksum", never)
-    monkeypatch.setattr(prepare_data, "load_scan", never)
+    monkeypatch.setattr(preprocess, "load_scan", never)
     assert prepare("bids", tmp_path / "raw", tmp_path / "out") == 0
 
 

@@ -13,10 +13,10 @@ import pytest
 from conftest import ROOT
 from test_compare import cells
 
-import common
 import compare
-import finetune
+import config
 import sources
+import tasks
 
 
 def reproduce(timeout=60, **environment):
@@ -38,7 +38,7 @@ def commands():
             name = os.path.basename(words[at]).removesuffix(".py")
             if name != "phantom":
                 config_class = importlib.import_module(name).Config
-                found[scale].append((name, common.parse_config(config_class, words[at + 1:])))
+                found[scale].append((name, config.parse_config(config_class, words[at + 1:])))
     return found
 
 
@@ -48,7 +48,7 @@ def test_every_option_is_known_and_every_config_is_there(commands):
         if name == "prepare_data":
             assert cfg.table or cfg.source in sources.SOURCES
         if name == "finetune":
-            finetune.read_task(cfg.task)
+            tasks.read_task(cfg.task)
 
 
 def task_of(cfg):
@@ -104,10 +104,10 @@ def test_tiny_reproduces_every_table(tmp_path):
     result = reproduce(timeout=3600, SCALE="tiny", WORK=str(tmp_path))
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert time.perf_counter() - began < 25 * 60
-    for table, (printed, tasks, _) in compare.TABLES.items():
+    for table, (printed, columns, _) in compare.TABLES.items():
         laid_out = cells((tmp_path / "runs" / f"table{table}.md").read_text())[f"Table {table}"]
         assert len(laid_out) == len(printed)
         assert all(line[title] != "-" and line[f"{title}, paper"] != "-" for line in laid_out.values()
-                   for title in tasks.values())
+                   for title in columns.values())
         if table == 2:
             assert all(line["hours"] != "-" for line in laid_out.values())

@@ -12,7 +12,8 @@ from conftest import mistake
 from folders import TASK, TINY, lesion, prepare, write_index
 from test_finetune import run
 
-import common
+import checkpoint
+import config
 import data
 import finetune
 import pretrain
@@ -50,8 +51,8 @@ def cut(folder, fold=0, step=2):
     """As if the run had been killed at a step of a fold."""
     (folder / f"fold_{fold}" / "dice.json").unlink()
     path = folder / f"fold_{fold}" / "last.pt"
-    checkpoint = common.load_checkpoint(path)
-    common.save_checkpoint(path, checkpoint | {"step": step})
+    saved = checkpoint.load_checkpoint(path)
+    checkpoint.save_checkpoint(path, saved | {"step": step})
 
 
 def test_a_run_says_what_it_was_made_of(first):
@@ -65,8 +66,8 @@ def test_a_run_says_what_it_was_made_of(first):
             assert record["label_sha256"] == inputs["cases"][record["case"]]["label_sha256"]
             assert record["label_sha256"] == volume.label_sha256
     folds = json.loads((first / "run" / "folds.json").read_text())["folds"]
-    checkpoint = common.load_checkpoint(first / "run" / "fold_1" / "last.pt")
-    assert checkpoint["inputs"] == {name: inputs["cases"][name] for name in folds[1]["train"]}
+    saved = checkpoint.load_checkpoint(first / "run" / "fold_1" / "last.pt")
+    assert saved["inputs"] == {name: inputs["cases"][name] for name in folds[1]["train"]}
 
 
 @pytest.mark.parametrize("state", ["finished", "cut"])
@@ -97,9 +98,9 @@ def test_a_cut_fold_knows_its_data_by_itself(again, labels, tmp_path):
 
     # Of an earlier version: it knows the scans alone.
     path = tmp_path / "run" / "fold_0" / "last.pt"
-    checkpoint = common.load_checkpoint(path)
-    del checkpoint["inputs"]
-    common.save_checkpoint(path, checkpoint)
+    saved = checkpoint.load_checkpoint(path)
+    del saved["inputs"]
+    checkpoint.save_checkpoint(path, saved)
     rows = [volume._replace(sha256=f"another {volume.sha256}") for volume in data.read_index(str(other))]
     write_index(other, rows)
     (tmp_path / "run" / "inputs.json").unlink(missing_ok=True)
@@ -125,9 +126,9 @@ def test_runs_and_folders_of_earlier_versions_go_on(again, first, labels, tmp_pa
     (tmp_path / "run" / "inputs.json").unlink()
     for fold in range(2):
         path = tmp_path / "run" / f"fold_{fold}" / "last.pt"
-        checkpoint = common.load_checkpoint(path)
-        del checkpoint["inputs"]
-        common.save_checkpoint(path, checkpoint)
+        saved = checkpoint.load_checkpoint(path)
+        del saved["inputs"]
+        checkpoint.save_checkpoint(path, saved)
         path = path.with_name("dice.json")
         records = json.loads(path.read_text())
         for record in records:
@@ -169,17 +170,18 @@ def test_folds_of_one_run_start_from_one_checkpoint(first, mine, tmp_path):
     """Pretraining that went on between two folds would give them different starts."""
     settings = TINY | {"task": mine, "data": first / "data", "out": tmp_path / "run", "steps": 1,
                        "ckpt": tmp_path / "last.pt"}
-    checkpoint = common.load_checkpoint(first / "run" / "fold_0" / "last.pt")
-    common.save_checkpoint(tmp_path / "last.pt", checkpoint)
+    saved = checkpoint.load_checkpoint(first / "run" / "fold_0" / "last.pt")
+    checkpoint.save_checkpoint(tmp_path / "last.pt", saved)
     run("finetune", folds=0, **settings)
     run("finetune", folds=1, **settings)
-    checkpoint["model"] = {name: tensor + 1 for name, tensor in checkpoint["model"].items()}
-    common.save_checkpoint(tmp_path / "last.pt", checkpoint)
+    saved["model"] = {name: tensor + 1 for name, tensor in saved["model"].items()}
+    checkpoint.save_checkpoint(tmp_path / "last.pt", saved)
     line = mistake("finetune", folds=1, **settings)
     assert "has folds that started from another --ckpt: the file has changed since" in line
-    torch.save({"state_dict": checkpoint["model"]}, tmp_path / "foreign.pth")
-    assert common.checksum(tmp_path / "foreign.pth") == common.checksum(tmp_path / "foreign.pth")
-    assert len(common.checksum(tmp_path / "foreign.pth")) == len(common.checksum(tmp_path / "last.pt")) == 64
+    torch.save({"state_dict": saved["model"]}, tmp_path / "foreign.pth")
+    assert checkpoint.checksum(tmp_path / "foreign.pth") == checkpoint.checksum(tmp_path / "foreign.pth")
+    for name in ("foreign.pth", "last.pt"):
+        assert len(checkpoint.checksum(tmp_path / name)) == 64
 
 
 def test_an_unknown_value_stops_before_the_first_step(labels, mine, tmp_path):
@@ -190,7 +192,7 @@ def test_an_unknown_value_stops_before_the_first_step(labels, mine, tmp_path):
     assert "c_1 has 8 voxels of label value 3" in line and "`ignore: [3]`" in line
     assert not (tmp_path / "run").exists()
     old = prepare(tmp_path / "old", labels | {"c": label}, data.Volume._fields[:-2])
-    with pytest.raises(common.UserError, match="do not name"):  # later, since the index does not say
+    with pytest.raises(config.UserError, match="do not name"):  # later, since the index does not say
         run("finetune", task=mine, data=old, out=tmp_path / "run", **TINY)
 
 
@@ -240,7 +242,7 @@ def test_pretraining_checks_its_data_before_the_first_step(labels, tmp_path, cap
     assert (len(train), len(validation), len(held)) == (4, 1, 1)
     pretrain.print_shared(train, validation)
     assert capsys.readouterr().out == ""
-    with pytest.raises(common.UserError, match="5 volumes of 5 subjects, and val_fraction 1.0 holds out all"):
+    with pytest.raises(config.UserError, match="5 volumes of 5 subjects, and val_fraction 1.0 holds out all"):
         pretrain.open_data(pretraining(folder, val_fraction=1.0))
 
     volumes = data.read_index(str(folder))
@@ -248,11 +250,11 @@ def test_pretraining_checks_its_data_before_the_first_step(labels, tmp_path, cap
     pretrain.print_shared(*pretrain.open_data(pretraining(folder))[:2])
     assert capsys.readouterr().out.startswith("1 of 1 held-out volumes are trained on, too: the first is vol")
     write_index(folder, [volume._replace(split="test") for volume in volumes])
-    with pytest.raises(common.UserError, match="no volume to pretrain on: all are of the split test"):
+    with pytest.raises(config.UserError, match="no volume to pretrain on: all are of the split test"):
         pretrain.open_data(pretraining(folder))
     write_index(folder, volumes)
     (folder / volumes[1].path).unlink()
-    with pytest.raises(common.UserError, match="lacks 1 files that its index names"):
+    with pytest.raises(config.UserError, match="lacks 1 files that its index names"):
         pretrain.open_data(pretraining(folder))
 
 
@@ -276,9 +278,9 @@ def test_a_pretraining_on_other_data_is_not_continued(labels, tmp_path):
         line = mistake("pretrain", **small)
         assert "last.pt is of a run on other data" in line and message in line
     write_index(folder, volumes)
-    checkpoint = common.load_checkpoint(tmp_path / "last.pt")
-    del checkpoint["inputs"]  # of an earlier version
-    common.save_checkpoint(tmp_path / "last.pt", checkpoint)
+    saved = checkpoint.load_checkpoint(tmp_path / "last.pt")
+    del saved["inputs"]  # of an earlier version
+    checkpoint.save_checkpoint(tmp_path / "last.pt", saved)
     assert "holds step 1 of 1" in run("pretrain", **small)
 
 
@@ -293,14 +295,14 @@ def test_names_that_are_not_utf_8(labels, mine, tmp_path):
     tuned = settings | {"ckpt": ckpt, "out": folder / "tuned"}
     for _ in range(2):
         assert "mean ± SD" in run("finetune", **tuned)
-    assert common.read_yaml(finetune.Config, folder / "tuned" / "config.yaml")["ckpt"] == str(ckpt)
-    assert str(ckpt) in common.read_text(folder / "tuned" / "summary.md")
-    assert common.load_checkpoint(folder / "tuned" / "fold_0" / "last.pt")["config"]["ckpt"] == str(ckpt)
+    assert config.read_yaml(finetune.Config, folder / "tuned" / "config.yaml")["ckpt"] == str(ckpt)
+    assert str(ckpt) in checkpoint.read_text(folder / "tuned" / "summary.md")
+    assert checkpoint.load_checkpoint(folder / "tuned" / "fold_0" / "last.pt")["config"]["ckpt"] == str(ckpt)
     small = {"model": "unet_demo", "features": 4, "patch_size": 32, "batch_size": 2, "steps": 2, "workers": 0,
              "compile": "false", "precision": "fp32", "val_fraction": 0.2, "log_every": 1}
     for _ in range(2):
         run("pretrain", data=folder / "data", out=folder / "pretrained", **small)
-    assert dataclasses.replace(pretrain.Config(), **common.read_yaml(
+    assert dataclasses.replace(pretrain.Config(), **config.read_yaml(
         pretrain.Config, folder / "pretrained" / "config.yaml")).data == str(folder / "data")
     assert "different tasks or folds" not in run("compare", folder / "run", folder / "tuned",
                                                  out=folder / "table.md")

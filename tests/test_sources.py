@@ -23,7 +23,7 @@ from inputs import (
 from test_prepare import head, image_of, prepare, tables
 
 import data
-import prepare_data
+import preprocess
 
 
 # ----------------------------------------------------------------------------- which label is whose
@@ -271,8 +271,8 @@ def test_the_same_corners_in_ras_are_the_same_grid(axes, tmp_path):
     image, label = head((1, 1.3, 2), size=40)
     other, _ = head((1, 1.3, 2), contrast="T1", size=40)
     other = reoriented(image_of(array_of(other), image.affine), axes)
-    assert prepare_data.same_grid(image.shape, image.affine, other.shape, other.affine)
-    assert not prepare_data.same_grid(
+    assert preprocess.same_grid(image.shape, image.affine, other.shape, other.affine)
+    assert not preprocess.same_grid(
         image.shape, image.affine, other.shape, other.affine + 0.02 * np.eye(4, k=3)
     )
     save(tmp_path, {"f.nii.gz": image, "t.nii.gz": other, "l.nii.gz": label})
@@ -285,7 +285,7 @@ def test_the_same_corners_in_ras_are_the_same_grid(axes, tmp_path):
         volume, geometry, truth = data.read_case(case)
         prepared = np.load(case.label)
         assert volume.shape[1:] == prepared.shape
-        back = prepare_data.restore(prepared, geometry)
+        back = preprocess.restore(prepared, geometry)
         first = image if channels[0] == "FLAIR" else other
         assert back.shape == truth.shape == first.shape
         exact = array_of(reoriented(label, "".join(nib.aff2axcodes(first.affine))))

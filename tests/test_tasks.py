@@ -7,9 +7,8 @@ import pytest
 from conftest import mistake
 from folders import TASK, volume_of, write_index
 
-import common
+import config
 import data
-import finetune
 import tasks
 
 
@@ -19,7 +18,7 @@ def cases_of(*volumes):
 
 def task_of(**changes):
     settings = TASK | {"classes": ("background", "lesion"), "sequences": ("FLAIR",)} | changes
-    return finetune.Task(**settings)
+    return tasks.Task(**settings)
 
 
 # ------------------------------------------------------------------------------------- label values
@@ -28,7 +27,7 @@ def test_label_values_of_the_index():
     assert tasks.values_of(volume) == {0: (87120, 87040), 1: (257, 254), 4: (3, 0)}
     assert tasks.values_of(volume_of("a", label="")) == {}, "prepared before values were counted"
     for damaged in ("0:1", "0:1/2/3", "a:1/2", "0:1/2,1:3/4", "x"):
-        with pytest.raises(common.UserError, match=r"volumes/mine/a_1_FLAIR.npy: prepare it again"):
+        with pytest.raises(config.UserError, match=r"volumes/mine/a_1_FLAIR.npy: prepare it again"):
             tasks.values_of(volume_of("a", label=damaged))
 
 
@@ -41,13 +40,13 @@ def test_a_value_that_the_task_does_not_name():
     tasks.check_values("mine.yaml", task_of(), cases_of(volume_of("a", label="")))
     tasks.check_values("mine.yaml", task_of(ignore=(2, 3, 5)), cases_of(good, bad, lost))
     tasks.check_values("mine.yaml", task_of(labels={"0": 0, "1": 1, "2": 1, "3": 1}), cases_of(good, bad))
-    with pytest.raises(common.UserError) as error:
+    with pytest.raises(config.UserError) as error:
         tasks.check_values("mine.yaml", task_of(), cases_of(good, bad, bad._replace(subject="d"), lost))
     message = str(error.value)
     assert message.startswith("b has 4 voxels of label value 2, which task mine.yaml does not name")
     assert "values without a name: 2, 3, 5; cases with 2: 2" in message
     assert "`labels: {0: 0, 1: 1, 2: 1, 3: 1, 5: 1}`" in message and "`ignore: [2, 3, 5]`" in message
-    with pytest.raises(common.UserError, match="c has 1 voxels of label value 5"):
+    with pytest.raises(config.UserError, match="c has 1 voxels of label value 5"):
         tasks.check_values("mine.yaml", task_of(), cases_of(good, lost))
 
 
@@ -63,7 +62,7 @@ def test_cases_and_folds_without_foreground():
     folds[1] = {"train": ["d", "e"], "evaluate": ["a"]}
     assert tasks.check_foreground(two, cases, folds)[1:] == ["rim: no voxel to train on in fold 0"]
     folds[1] = {"train": ["b", "c"], "evaluate": ["a"]}
-    with pytest.raises(common.UserError, match="fold 1 would be trained on no foreground at all: none of "):
+    with pytest.raises(config.UserError, match="fold 1 would be trained on no foreground at all: none of "):
         tasks.check_foreground(task_of(ignore=(2,)), cases, folds)
     assert tasks.check_foreground(task_of(ignore=(2,)), cases, ()) != [], "nothing is trained: said, no error"
     old = {name: cases_of(volume_of(name, label=""))[0] for name in rows}
@@ -120,7 +119,7 @@ def test_sessions_left_out_and_odd_pairs_are_said(tmp_path):
     line, = tasks.same_files([first, twin])
     assert "1 scans are the same file under several subjects, mine/a and mine/b the first" in line
     odd = first._replace(volumes=(first.volumes[0], first.volumes[1]._replace(shape="30x30x31")))
-    with pytest.raises(common.UserError, match=r"a_1 differ in shape \(FLAIR 30x30x30, T1 30x30x31\)"):
+    with pytest.raises(config.UserError, match=r"a_1 differ in shape \(FLAIR 30x30x30, T1 30x30x31\)"):
         tasks.check_grids([second, odd])
 
 
@@ -136,6 +135,6 @@ def test_checks_of_45000_volumes_take_under_a_second(tmp_path):
     tasks.check_foreground(task_of(), cases, [{"train": list(cases), "evaluate": []}])
     tasks.check_grids(cases.values())
     tasks.same_files(cases.values())
-    with pytest.raises(common.UserError, match="lacks 44000 files"):
-        common.check_files(tmp_path, [tmp_path / volume.path for volume in volumes])
+    with pytest.raises(config.UserError, match="lacks 44000 files"):
+        data.check_files(tmp_path, [tmp_path / volume.path for volume in volumes])
     assert time.perf_counter() - began < 3, "half a second on an idle core"

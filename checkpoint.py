@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.utils.checkpoint
 
 import config
 from config import UserError

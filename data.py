@@ -89,6 +89,10 @@ def read_index(folder):
         try:
             with open(part, newline="", encoding="utf-8") as file:
                 volumes |= {volume.path: volume for volume in read_part(part, csv.reader(file))}
+        except FileNotFoundError as error:
+            # A preparation in other shards may have replaced it meanwhile; a link to nowhere is a loss.
+            if os.path.lexists(part):
+                raise UserError(f"cannot read {part}: {error.strerror}; prepare it again") from None
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"cannot read {part}: {error}; prepare it again") from None
 

@@ -318,9 +318,9 @@ def check_folds(cfg, assignment, inputs):
     """UserError if the run folder has folds of other settings, another task, other cases or other files,
     finished or not: they would be taken for these.
 
-    -> inputs as tasks.check_inputs returns them."""
+    -> what tasks.check_inputs returns."""
     if not glob.glob(os.path.join(glob.escape(cfg.out), "fold_*", "*")):
-        return inputs
+        return inputs, []
 
     path = os.path.join(cfg.out, "config.yaml")
     if os.path.exists(path):
@@ -379,9 +379,13 @@ def main(cfg):
         # What is in the run folder already must be of this run.
         settings = {key: value for key, value in dataclasses.asdict(task).items() if key != "data"}
         assignment = json.dumps({"task": name, "settings": settings, "folds": folds}, indent=1)
-        start = checkpoint.checksum(cfg.ckpt) if cfg.ckpt and not task.networks else None
-        inputs = check_folds(cfg, assignment, {"ckpt": start, "cases": made_of})
+        if task.networks:
+            start = tasks.networks_of(cfg.networks, len(folds))
+        else:
+            start = checkpoint.checksum(cfg.ckpt) if cfg.ckpt else None
+        inputs, lines = check_folds(cfg, assignment, {"ckpt": start, "cases": made_of})
         if processes.rank == 0:
+            print(*lines, sep="\n", end="\n" * bool(lines))
             print(f"{cfg.model}, augment {cfg.augment}, lr {cfg.lr}\n"
                   f"{training.say_compile(cfg.compile, cfg.model, processes.device)}\n"
                   f"{checkpoint.versions()}")

@@ -1,11 +1,9 @@
 """The forms in which a CPU and CUDA compute convolutions and norms fastest."""
 
-
 import torch
-import torch.utils.checkpoint
 from torch import nn
 
-# Only a measurement on a GPU decides these three (bench/gpu.py). None was made yet: they are guesses.
+# A guess, until bench/gpu.py has measured it on a GPU.
 CHANNELS_LAST_ON_CUDA = True  # memory format of U-Nets and MedNeXt; False: contiguous
 
 

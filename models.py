@@ -42,6 +42,7 @@ ROWS = {
     "swinunetr": Row("swin", 48),
 }
 
+# A guess, until bench/gpu.py has measured it on a GPU.
 SHIFTS_ON_CUDA = False  # MedNeXt's depthwise convolutions as 27 shifted products; False: cuDNN's
 
 

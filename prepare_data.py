@@ -271,7 +271,7 @@ def recorded(root, place, scan):
         with open(place, encoding="utf-8") as file:
             geometry = json.load(file)
         record, row = geometry["record"], geometry["row"]
-        if bool(record["label"]) != bool(scan.label):
+        if bool(record["label"]) != bool(scan.label) or not are_whole(place, row):
             return None
 
         now = {"scan": seen_again(root, scan.path, record["scan"])}
@@ -291,6 +291,15 @@ def recorded(root, place, scan):
     if renewed != geometry:
         write_geometry(place, renewed)
     return renewed
+
+
+def are_whole(place, row):
+    """Are the arrays there that the geometry at `place` belongs to? Not where somebody deleted them."""
+    out = place.rpartition("/geometry/")[0]
+    names = [row["path"]]
+    if row["label"]:
+        names += [row["label"], row["label"].removesuffix(".npy") + "_native.nii.gz"]
+    return all(os.stat(os.path.join(out, name)).st_size for name in names)
 
 
 def seen_again(root, path, before):
@@ -330,12 +339,13 @@ def findings_of(scan, record):
     """What a careful colleague would say of one volume, from its record: {kind: {path: number of
     voxels}}."""
     found, label = {}, record["label"]
+    place = scan.path if scan.channel is None else f"{scan.path}, channel {scan.channel}"
     if record["nan"]:
-        note(found, "nan", scan.path, record["nan"])
+        note(found, "nan", place, record["nan"])
     if record["clamped"]:
-        note(found, "clamped", scan.path, record["clamped"])
+        note(found, "clamped", place, record["clamped"])
     if record["elsewhere"]:
-        note(found, "elsewhere", scan.path)
+        note(found, "elsewhere", place)
     for text in record["notes"]:
         note(found, text, scan.path)
 
@@ -362,12 +372,13 @@ def find_twins(volumes, source):
         if volume.label_values.partition(":")[0] != "0" or " " in volume.label_values:
             files.append(("label twins", volume.label_sha256))
         for file in files:
-            owners.setdefault(file, set()).add((volume.source, volume.subject))
+            owners.setdefault(file, {})[volume.source, volume.subject] = volume
 
     findings = {}
     for (kind, digest), found in owners.items():
         if digest and len(found) > 1 and source in {origin for origin, _ in found}:
-            note(findings, kind, " and ".join(subject for _, subject in sorted(found)[:2]))
+            (_, one), (_, other), *_ = sorted(found)
+            note(findings, kind, f"{one} and {other} ({min(found.values()).sequence})")
     return findings
 
 
@@ -590,8 +601,8 @@ def claim(out, name, folder, shard):
         with open(path, encoding="utf-8") as file:
             before = file.read()
         if before != folder:
-            raise UserError(f"{out} holds {name} of {before}: give this one another --name, or, if that "
-                            f"folder was only moved, delete {path}")
+            raise UserError(f"{out} holds {name} of {before}: give this one another --name. If it takes that "
+                            f"one's place, or that one was only moved, delete {path}")
         return
     owner = shard.replace("/", "of")  # what this shard left when it was killed is overwritten
     with checkpoint.atomic(path, owner) as temporary, open(temporary, "w", **checkpoint.TEXT) as file:
@@ -603,7 +614,8 @@ def forget_other_shards(out, name, shards):
     for path in glob.glob(f"{glob.escape(out)}/*/{glob.escape(name)}-*of*.csv"):
         count = re.fullmatch(rf"{re.escape(name)}-\d+of(\d+)\.csv", os.path.basename(path))
         if count and count[1] != shards:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):  # another shard was quicker
+                os.unlink(path)
 
 
 def count_by_reason(skipped):

@@ -133,7 +133,8 @@ def load_scan(path, channel=None):
         digest = None
         if kind is None:
             image, notes = checked(load_other(path), channel)
-        elif not packed and path.lower().endswith((".nii", ".mgh")):  # read from the disk as needed
+        elif not packed and path.lower().endswith(".mgh" if kind is nib.MGHImage else ".nii"):
+            # Read from the disk as needed. Named otherwise, nibabel would take it for what its name says.
             image, notes = checked(nib.load(path), channel)
         else:
             content = file.read()

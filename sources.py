@@ -162,7 +162,7 @@ def identify(source, path):
     who = Identity("_".join(filter(None, (site, groups["subject"]))), groups.get("session") or "1",
                    test=bool(groups.get("test")))
     if label:
-        rest = own_name(stem, groups["subject"])
+        rest = re.sub(r"ses-[A-Za-z0-9+]+", "", own_name(stem, groups["subject"]))
         head = HEAD.search(rest) and not LESION.search(rest)
         return who._replace(skip="mask of the head" if head else "label")
     suffix, text = groups.get("suffix") or "", groups.get("text")
@@ -213,9 +213,8 @@ def find_scans(source, folder, dry_run=False):
                 say(f"skip {path}: {who.skip}")
             if who.skip == "label":
                 labels.setdefault(key, []).append(path)
-            elif row.label and who.skip not in ("hidden", "mask of the head"):
-                if LIKE_LABEL.search(os.path.basename(path)):
-                    note(findings, "like label", path)
+            elif row.label and who.skip != "hidden" and is_like_label(path, who.skip):
+                note(findings, "like label", path)
 
         for channel, sequence in enumerate(who.sequences):
             scan = Scan(path, *key, readable(sequence), "", "test" if who.test else "",
@@ -245,6 +244,15 @@ def find_scans(source, folder, dry_run=False):
         for path in paths:
             note(findings, "orphan", path)
     return [sessions[key] for key in sorted(sessions)], skipped, findings
+
+
+def is_like_label(path, reason):
+    """Does the name of a skipped file sound like a label map's? A mask of the head does not, but a
+    segmentation that is called the head's may be meant for one."""
+    name = os.path.basename(path)
+    if reason == "mask of the head" and re.search(r"(mask|msk|bet)$", ENDING.sub("", name), re.IGNORECASE):
+        return False
+    return bool(LIKE_LABEL.search(name))
 
 
 def labels_by_session(labels, sessions):
@@ -301,9 +309,11 @@ def label_candidates(scan, paths):
 def pair_labels(scans, paths, findings, dry_run=False):
     """The scans of one session, each with its label map of `paths`, or with a fault that names
     several."""
+    # Where one label map of a session is named a lesion's, the others are of tissues: never labels.
+    lesions = [path for path in paths if LESION.search(own_name(path, scans[0].subject))]
     paired, used = [], set()
     for scan in scans:
-        candidates = label_candidates(scan, paths)
+        candidates = label_candidates(scan, lesions or paths)
         used.update(candidates)
         if len(candidates) > 1:
             names = ", ".join(candidates)

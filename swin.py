@@ -16,7 +16,8 @@ import resample
 import training
 from config import UserError
 
-SDPA = True  # SwinUNETR's attention as one kernel, on a CPU twice as quick; False: as matrix products
+# Measured on a CPU, a guess on CUDA until bench/gpu.py has measured it.
+SDPA = True  # attention as one kernel, on a CPU twice as quick; False: as matrix products
 
 WINDOW = 7  # tokens a side
 
@@ -47,7 +48,7 @@ class WindowAttention(nn.Module):
         windows, n, d = x.shape
         q, k, v = self.qkv(x).view(windows, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         if SDPA and not forms.on_cpu(x):
-            y = self.mix(q, k, v, mask)  # the kernel of CUDA never has the n x n matrices in memory
+            y = self.mix(q, k, v, mask)  # the kernel of CUDA keeps no n x n matrices for the backward pass
         else:
             # They are most of the memory: made again in the backward pass, not kept for it.
             y = torch.utils.checkpoint.checkpoint(self.mix, q, k, v, mask, use_reentrant=False,

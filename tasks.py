@@ -129,27 +129,53 @@ def inputs_of(cases):
 
 def check_inputs(folder, inputs):
     """UserError if the folds of a run folder were made of other files than inputs, as inputs.json
-    has them: {"ckpt": checksum of the checkpoint they start from, or None, "cases": inputs_of}.
+    has them: {"ckpt": checksum of the checkpoint they start from, or None; where the networks of
+    another run are evaluated, {fold: checksum of its network}; "cases": inputs_of}.
 
-    -> inputs; what only the run folder knows is added."""
+    -> inputs as they are to be written down, and lines to print. What was not known when the folds
+    were made stays unknown: today's files may be others."""
     path = os.path.join(folder, "inputs.json")
     if not os.path.exists(path):  # a run folder of an earlier version: nothing to compare
-        return inputs
+        unknown = {name: dict.fromkeys(parts, "") for name, parts in inputs["cases"].items()}
+        return {"ckpt": "", "cases": unknown}, [
+            f"{folder} has folds of an earlier version, which did not record their scans and labels: "
+            "whether these have changed since is not known"]
     try:
         then = json.loads(checkpoint.read_text(path))
     except ValueError:
         raise UserError(f"{path} is damaged: new --out") from None
 
     checkpoint.check_same_inputs(f"{folder} has folds of other data", then["cases"], inputs["cases"])
-    if then["ckpt"] != inputs["ckpt"]:
+    if isinstance(inputs["ckpt"], dict):
+        check_networks(folder, then["ckpt"] or {}, inputs["ckpt"])
+    elif then["ckpt"] not in ("", inputs["ckpt"]):
         raise UserError(f"{folder} has folds that started from another --ckpt: the file has "
                         "changed since. New --out, or the old checkpoint")
 
-    cases = {}
-    for name, parts in inputs["cases"].items():
-        before = then["cases"].get(name, {})
-        cases[name] = {part: known or before.get(part) for part, known in parts.items()}
-    return inputs | {"cases": cases}
+    cases = {name: then["cases"].get(name, parts) for name, parts in inputs["cases"].items()}
+    start = then["ckpt"] if then["ckpt"] == "" else inputs["ckpt"]
+    lines = []
+    unknown = [name for name, parts in cases.items()
+               if inputs["cases"][name]["label_sha256"] and not parts["label_sha256"]]
+    if unknown:
+        lines = [f"the labels of {len(unknown)} cases were not recorded when the folds in {folder} were "
+                 f"made, {unknown[0]} the first: whether they have changed since is not known"]
+    return {"ckpt": start, "cases": cases}, lines
+
+
+def check_networks(folder, then, now):
+    """UserError if a fold that is finished was evaluated with another network than is there now."""
+    for fold, digest in now.items():
+        finished = os.path.exists(os.path.join(folder, f"fold_{fold}", "dice.json"))
+        if finished and then.get(fold, digest) != digest:
+            raise UserError(f"{folder} has scores of another network of fold {fold} than --networks holds "
+                            "now: new --out, or the old networks")
+
+
+def networks_of(folder, folds):
+    """{fold: checksum of its network} of those that a run folder has."""
+    paths = {str(fold): os.path.join(folder, f"fold_{fold}", "last.pt") for fold in range(folds)}
+    return {fold: checkpoint.checksum(path) for fold, path in paths.items() if os.path.exists(path)}
 
 
 def files_of(case):

@@ -31,6 +31,8 @@ FORMS = {
     "plain named .nii.gz": (".nii.gz", lambda image: image.to_bytes()),
     "plain named .mgz": (".mgz", lambda image: mgh(image).to_bytes()),
     "NIfTI named .mgz": (".mgz", lambda image: gzip.compress(image.to_bytes())),
+    "NIfTI named .mgh": (".mgh", lambda image: image.to_bytes()),
+    "MGH named .nii": (".nii", lambda image: mgh(image).to_bytes()),
     "capitals": (".NII.GZ", lambda image: gzip.compress(image.to_bytes())),
 }
 

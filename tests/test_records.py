@@ -13,6 +13,7 @@ from test_prepare import head, image_of, prepare, session_of_two, tables
 import data
 import prepare_data
 import preprocess
+import sources
 
 
 def replace(path, image, when):
@@ -159,3 +160,47 @@ def test_channels_that_a_kill_left_with_two_boxes_are_made_alike(tmp_path):
         paths[victim].write_text(json.dumps(geometry))
         prepare("bids", tmp_path / "raw", tmp_path / "out")
         assert [path.read_text() for path in paths] == whole
+
+
+@pytest.mark.parametrize("lost", ["volumes/*/*.npy", "labels/*/*.npy", "labels/*/*_native.nii.gz"])
+@pytest.mark.parametrize("how", ["deleted", "emptied"])
+def test_what_is_missing_is_made_again(lost, how, tmp_path):
+    image, label = head(size=24)
+    save(tmp_path, {"scan.nii.gz": image, "label.nii.gz": label})
+    table = write_manifest(tmp_path, [("scan.nii.gz", "a", "FLAIR", "label.nii.gz")])
+    prepare("manifest", table, tmp_path / "out")
+    (path,) = (tmp_path / "out").glob(lost)
+    before = path.read_bytes()
+    path.unlink()
+    if how == "emptied":
+        path.touch()
+    assert prepare("manifest", table, tmp_path / "out") == 0 and path.read_bytes() == before
+
+
+def test_voxels_of_all_channels_are_counted(tmp_path):
+    scan = sources.Scan("x.nii.gz", "a", "1", "T1", "", "", 0)
+    record = {"nan": 3, "clamped": 0, "elsewhere": False, "notes": [], "label": None}
+    found = {}
+    for channel in range(4):
+        for kind, paths in prepare_data.findings_of(scan._replace(channel=channel), record).items():
+            found.setdefault(kind, {}).update(paths)
+    assert sum(found["nan"].values()) == 12
+
+
+def test_tables_of_other_shards_may_vanish(tmp_path, monkeypatch):
+    (tmp_path / "index").mkdir()
+    for name in ("bids-0of1.csv", "bids-0of2.csv"):
+        (tmp_path / "index" / name).write_text(",".join(data.Volume._fields) + "\n")
+    unlink = os.unlink
+
+    def twice(path):
+        unlink(path)
+        unlink(path)  # another shard was quicker
+
+    monkeypatch.setattr(os, "unlink", twice)
+    prepare_data.forget_other_shards(str(tmp_path), "bids", "2")
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "index").iterdir()] == ["bids-0of2.csv"]
+    monkeypatch.setattr(data.glob, "glob", lambda pattern: [
+        str(tmp_path / "index" / "bids-0of1.csv"), str(tmp_path / "index" / "bids-0of2.csv")])
+    assert data.read_index(str(tmp_path)) == []

@@ -120,8 +120,8 @@ def test_the_same_data_elsewhere_is_the_same(again, first, tmp_path):
 
 
 def test_runs_and_folders_of_earlier_versions_go_on(again, first, labels, tmp_path):
-    """Neither the run folder nor the prepared folder says what labels there were; a folder that is prepared
-    again meanwhile does."""
+    """Neither the run folder nor the prepared folder says what labels there were. A folder that is prepared
+    again meanwhile does, but whether they are those of then, nobody knows: this is said each time."""
     old = prepare(tmp_path / "old", labels, data.Volume._fields[:-2])
     (tmp_path / "run" / "inputs.json").unlink()
     for fold in range(2):
@@ -136,15 +136,15 @@ def test_runs_and_folders_of_earlier_versions_go_on(again, first, labels, tmp_pa
         path.write_text(json.dumps(records))
     cut(tmp_path / "run")
     printed = run("finetune", **again | {"data": old})
-    assert "mean ± SD" in printed
+    assert "mean ± SD" in printed and "has folds of an earlier version" in printed
     inputs = json.loads((tmp_path / "run" / "inputs.json").read_text())["cases"]
     assert {case["label_sha256"] for case in inputs.values()} == {""}
 
-    run("finetune", **again)
-    known = json.loads((tmp_path / "run" / "inputs.json").read_text())["cases"]
-    assert known == json.loads((first / "run" / "inputs.json").read_text())["cases"]
-    run("finetune", **again | {"data": old})
-    assert json.loads((tmp_path / "run" / "inputs.json").read_text())["cases"] == known, "not forgotten"
+    for data_of in (again, again | {"data": old}, again):
+        printed = run("finetune", **data_of)
+        known = json.loads((tmp_path / "run" / "inputs.json").read_text())["cases"]
+        assert {case["label_sha256"] for case in known.values()} == {""}, "never taken for verified"
+    assert f"the labels of {len(known)} cases were not recorded when the folds in" in printed
 
 
 def test_networks_are_evaluated_on_the_data_they_were_trained_on(first, labels, tmp_path):
@@ -164,6 +164,24 @@ def test_networks_are_evaluated_on_the_data_they_were_trained_on(first, labels, 
     line = mistake("finetune", data=other, out=tmp_path / "refused", **settings)
     assert f"was trained on other data (another label of {trained}" in line
     assert "finetune mine again, or the old data" in line
+
+
+def test_scores_of_networks_that_were_trained_again_are_not_printed(first, tmp_path):
+    networks, task = tmp_path / "networks", tmp_path / "mine_ood.yaml"
+    shutil.copytree(first / "run", networks)
+    task.write_text(json.dumps(TASK | {"networks": "mine"}))
+    settings = {"task": task, "model": "unet_demo", "features": 4, "networks": networks, "overlap": 0,
+                "data": first / "data", "out": tmp_path / "scores"}
+    run("finetune", folds=0, **settings)
+    for fold, refused in ((1, False), (0, True)):  # fold 1 has no score yet
+        path = networks / f"fold_{fold}" / "last.pt"
+        saved = checkpoint.load_checkpoint(path)
+        saved["model"] = {name: tensor + 1 for name, tensor in saved["model"].items()}
+        checkpoint.save_checkpoint(path, saved)
+        if refused:
+            assert "has scores of another network of fold 0" in mistake("finetune", **settings)
+        else:
+            run("finetune", folds=0, **settings)
 
 
 def test_folds_of_one_run_start_from_one_checkpoint(first, mine, tmp_path):

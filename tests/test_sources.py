@@ -24,6 +24,7 @@ from test_prepare import head, image_of, prepare, tables
 
 import data
 import preprocess
+import sources
 
 
 # ----------------------------------------------------------------------------- which label is whose
@@ -367,3 +368,32 @@ def test_a_table_in_latin_1(tmp_path, capsys):
     (tmp_path / "t.csv").write_bytes(table_text(COLUMNS, rows, ";").decode().encode("latin-1"))
     assert prepare("manifest", tmp_path / "t.csv", tmp_path / "out") == 0, capsys.readouterr().out
     assert {row.subject for row in data.read_index(str(tmp_path / "out"))} == {"Müller", "Zoë"}
+
+
+def test_a_tissue_map_is_no_label_where_a_lesion_is_marked(tmp_path, capsys):
+    """A run without a lesion map has no label, though a map of tissues would fit it."""
+    image, label = head(size=24)
+    tissues = image_of((array_of(image) > 0).astype(np.uint8), image.affine)
+    names = {f"sub-a_run-{run}_FLAIR": image for run in (1, 2)}
+    names |= {"sub-a_run-1_lesion": label, "sub-a_dseg": tissues}
+    save(tmp_path / "raw", {f"sub-a/anat/{name}.nii.gz": what for name, what in names.items()})
+    prepare("bids", tmp_path / "raw", tmp_path / "out")
+    labelled = [volume for volume in data.read_index(str(tmp_path / "out")) if volume.label]
+    assert len(labelled) == 1 and " 1:" in labelled[0].label_values
+    assert "label maps left aside, since another one fits better: 1" in capsys.readouterr().out
+
+
+def test_a_session_called_head_says_nothing_of_a_label():
+    path = "sub-a/ses-head/anat/sub-a_ses-head_seg.nii.gz"
+    assert sources.identify("bids", path).skip == "label"
+    assert sources.identify("bids", "sub-a/anat/sub-a_desc-brain_mask.nii.gz").skip == "mask of the head"
+
+
+def test_a_segmentation_that_is_called_the_heads_is_said(tmp_path, capsys):
+    image, label = head(size=24)
+    save(tmp_path / "raw", {"sub-a/anat/sub-a_FLAIR.nii.gz": image,
+                            "sub-a/anat/sub-a_FLAIR_brain_seg.nii.gz": label})
+    prepare("bids", tmp_path / "raw", tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "files skipped though they hold lesion, seg or mask" in printed
+    assert "sub-a_FLAIR_brain_seg.nii.gz" in printed

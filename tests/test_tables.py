@@ -95,7 +95,7 @@ def test_the_same_file_under_two_subjects_is_said(tmp_path, capsys):
     )
     prepare("manifest", table, tmp_path / "out")
     printed = capsys.readouterr().out
-    assert "files that stand under two subjects: 1, first ann and bob" in printed
+    assert "files that stand under two subjects: 1, first ann and bob (FLAIR)" in printed
     assert "label maps, not empty" not in printed, "two empty ones may well be alike"
 
     write_manifest(
@@ -104,6 +104,6 @@ def test_the_same_file_under_two_subjects_is_said(tmp_path, capsys):
     )
     prepare("manifest", table, tmp_path / "out")
     assert (
-        "label maps, not empty, that stand under two subjects: 1, first ann and cid"
+        "label maps, not empty, that stand under two subjects: 1, first ann and cid (FLAIR)"
         in capsys.readouterr().out
     )

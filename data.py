@@ -265,13 +265,23 @@ class Crops(Dataset):
                 for lo, h, f, s, p in zip(low, high, fraction, shape, self.patch, strict=True)]
 
 
+def geometry_of(volume):
+    """Where the geometry of a prepared volume stands: out/volumes/x.npy -> out/geometry/x.json."""
+    folder, _, name = volume.removesuffix(".npy").rpartition("volumes/")
+    return f"{folder}geometry/{name}.json"
+
+
+def native_of(label):
+    """Where a prepared label stands as it was, on the scan's own grid."""
+    return label.removesuffix(".npy") + "_native.nii.gz"
+
+
 def read_case(case):
     """A whole case: (volume (C, D, H, W) float16 tensor, geometry, label values on the scan's own grid)."""
     volume = np.stack([np.load(path) for path in case.images])
-    folder, _, name = os.path.splitext(case.images[0])[0].rpartition("/volumes/")
-    with open(f"{folder}/geometry/{name}.json", encoding="utf-8") as file:
+    with open(geometry_of(case.images[0]), encoding="utf-8") as file:
         geometry = json.load(file)
-    label = nibabel.load(case.label.replace(".npy", "_native.nii.gz"))
+    label = nibabel.load(native_of(case.label))
     return torch.from_numpy(volume), geometry, preprocess.on_axes(label, np.array(geometry["affine"]))
 
 

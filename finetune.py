@@ -385,7 +385,8 @@ def main(cfg):
             start = checkpoint.checksum(cfg.ckpt) if cfg.ckpt else None
         inputs, lines = check_folds(cfg, assignment, {"ckpt": start, "cases": made_of})
         if processes.rank == 0:
-            print(*lines, sep="\n", end="\n" * bool(lines))
+            for line in lines:
+                print(line)
             print(f"{cfg.model}, augment {cfg.augment}, lr {cfg.lr}\n"
                   f"{training.say_compile(cfg.compile, cfg.model, processes.device)}\n"
                   f"{checkpoint.versions()}")

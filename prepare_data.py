@@ -190,8 +190,9 @@ def prepare_volume(root, out, name, scan, image, box, rule, label=None):
             path = os.path.join(root, scan.label)
             raise preprocess.Rejected("label grid differs from image grid", path=path)
         prepared = preprocess.fit_label(label.values, label.affine, geometry)
-        checkpoint.save_array(f"{out}/labels/{stem}.npy", prepared)
-        with checkpoint.atomic(f"{out}/labels/{stem}_native.nii.gz") as temporary:
+        place = f"{out}/labels/{stem}.npy"
+        checkpoint.save_array(place, prepared)
+        with checkpoint.atomic(data.native_of(place)) as temporary:
             nib.Nifti1Image(label.values, label.affine).to_filename(temporary)
         record["label"] = label.file | label_record(label, prepared, geometry)
 
@@ -298,7 +299,7 @@ def are_whole(place, row):
     out = place.rpartition("/geometry/")[0]
     names = [row["path"]]
     if row["label"]:
-        names += [row["label"], row["label"].removesuffix(".npy") + "_native.nii.gz"]
+        names += [row["label"], data.native_of(row["label"])]
     return all(os.stat(os.path.join(out, name)).st_size for name in names)
 
 

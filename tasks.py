@@ -180,10 +180,7 @@ def networks_of(folder, folds):
 
 def files_of(case):
     """All files of a prepared case that training and evaluation read."""
-    folder, _, name = os.path.splitext(case.images[0])[0].rpartition("/volumes/")
-    native = case.label.removesuffix(".npy") + "_native.nii.gz"
-    geometry = f"{folder}/geometry/{name}.json"
-    return [*case.images, case.label, native, geometry]
+    return [*case.images, case.label, data.native_of(case.label), data.geometry_of(case.images[0])]
 
 
 # ------------------------------------------------------------------------ label values

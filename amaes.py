@@ -42,7 +42,7 @@ def reconstruction_loss(output, target, mask, region):
     return (error * mask).sum() / (mask.sum() * error.shape[1])
 
 
-def masked_and_visible(output, target, mask):
+def error_sums(output, target, mask):
     """Sum of squared errors and number of voxels, where the mask hides, then where it does not: (4,)."""
     error = (output.detach().to(target.dtype) - target) ** 2
     hidden = mask.expand_as(error)
@@ -63,5 +63,5 @@ def amaes(cfg, model, batch, device, dtype, logging):
     image, target, mask = make_views(cfg, batch, device, dtype)
     with training.autocast(cfg, device):
         output = model(image)
-    sums = masked_and_visible(output, target, mask) if logging else None
+    sums = error_sums(output, target, mask) if logging else None
     return reconstruction_loss(output, target, mask, cfg.loss_region), sums

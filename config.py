@@ -23,7 +23,7 @@ class UserError(Exception):
 
 
 # What torch says when a loader process was killed, or found no room for what it hands over.
-LOST = ("DataLoader worker (pid", "shared memory(shm)", "shared memory object")
+LOADER_ERRORS = ("DataLoader worker (pid", "shared memory(shm)", "shared memory object")
 
 # How torch, cuDNN, cuBLAS, NCCL and the C library spell that memory has run out.
 NO_MEMORY = ("out of memory", "can't allocate memory", "status_alloc_failed")
@@ -46,7 +46,7 @@ def run(main, config_class):
             message, code = f"out of memory; what helps, see --help: {', '.join(names)}", 1
         elif "gloo/transport" in str(error) or isinstance(error, dist.DistBackendError):
             message, code = "stopped: another process ended, see its own message", 1
-        elif any(words in str(error) for words in LOST):
+        elif any(words in str(error) for words in LOADER_ERRORS):
             message = "a loader process was lost, for want of memory or of /dev/shm (docker: --shm-size)?"
             message, code = f"{message} Try fewer --workers", 1
         else:

@@ -237,7 +237,7 @@ class Crops(Dataset):
         if len(grids) > 1:
             raise ValueError(f"channels and label differ in shape: {sorted(grids)}")
         rng = np.random.default_rng(seed)
-        start = self.place(volumes[0].shape, label, rng)
+        start = self.patch_start(volumes[0].shape, label, rng)
         start = [s - (c - p) // 2 for s, c, p in zip(start, context, self.patch, strict=True)]
         crop = torch.from_numpy(np.stack([read_box(v, start, context) for v in volumes]))
         if label is None:
@@ -247,7 +247,7 @@ class Crops(Dataset):
             raise ValueError(f"{case.label} holds a value that the task's `labels` and `ignore` do not name")
         return crop, torch.from_numpy(label)
 
-    def place(self, shape, label, rng):
+    def patch_start(self, shape, label, rng):
         """First voxel of the patch: uniform over the volume, or around a random foreground voxel. A volume
         smaller than the patch is centred in it. The reference's lower bound, voxel - patch, could just miss
         the voxel."""
@@ -304,7 +304,7 @@ def collate(samples):
                  [s.mask_seed for s in samples], [s.name for s in samples], fault)
 
 
-def piece(batch, start, size):
+def micro_batch(batch, start, size):
     """Micro-batch: `size` samples of a batch."""
     part = slice(start, start + size)
     labels = None if batch.labels is None else batch.labels[part]

@@ -70,8 +70,8 @@ RATES = {"mednext_l": 5e-4, "mednext_l_mednextdec": 5e-4, "mednext_m": 6e-4}
 
 PRECISIONS = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of the weights
 
-FREE = ("data", "folds", "workers", "device", "out", "save_every", "log_every", "compile", "recompute",
-        "estimate")
+RESUMABLE_KEYS = ("data", "folds", "workers", "device", "out", "save_every", "log_every", "compile",
+                  "recompute", "estimate")
 
 
 def dice_ce(logits, label, ignore=data.IGNORE):
@@ -92,7 +92,7 @@ def dice_ce(logits, label, ignore=data.IGNORE):
 
 
 # -------------------------------------------------------------------------------------- one fold, section 3.2
-def history(pretrained, cases=()):
+def data_seen(pretrained, cases=()):
     """What a network has seen that starts from a checkpoint ({}: from scratch) and trains on cases: subjects
     and sha256 of raw files, None if the checkpoint does not say; and the configuration of its pretraining."""
     seen = {"subjects": [c.subject for c in cases], "sha256": [v.sha256 for c in cases for v in c.volumes]}
@@ -147,7 +147,7 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
     """Train one fold to its last step, or go on from its last.pt; -> the network, or None if a signal stopped
     it."""
     device, path = processes.device, os.path.join(folder, "last.pt")
-    with training.together():
+    with training.stop_all_on_error():
         model, report = build(cfg, task, pretrained, seed)
         models.check_patch(model, cfg.patch_size, device, cfg.precision)
         model.to(device, PRECISIONS[cfg.precision])
@@ -155,8 +155,8 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
             models.recompute(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                       eps=cfg.eps, amsgrad=cfg.amsgrad, fused=True)
-        seen, inputs = history(pretrained, cases), tasks.inputs_of(cases)
-        step, _ = checkpoint.resume(path, cfg, FREE, model, optimizer, seen["sha256"], inputs)
+        seen, inputs = data_seen(pretrained, cases), tasks.inputs_of(cases)
+        step, _ = checkpoint.resume(path, cfg, RESUMABLE_KEYS, model, optimizer, seen["sha256"], inputs)
         if processes.rank == 0:
             print(report)
             checkpoint.cut_log(folder, step)
@@ -169,8 +169,8 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
     losses, saved, unreadable = [], step, False
 
     def save(step):
-        training.check_in(losses, keep=0)
-        with training.together():
+        training.raise_if_not_finite(losses, keep=0)
+        with training.stop_all_on_error():
             if processes.rank == 0:
                 checkpoint.save_checkpoint(path, {
                     "kind": "finetune", "row": cfg.model, "step": step, "config": dataclasses.asdict(cfg),
@@ -180,7 +180,7 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
 
     progress = tqdm(total=cfg.steps, initial=step, disable=processes.rank != 0, desc=folder)
     for batch in read_batches(cfg, task, cases, seed, step, processes):
-        signalled, unreadable = training.check_in(losses, stop.is_set(), batch.fault)
+        signalled, unreadable = training.raise_if_not_finite(losses, stop.is_set(), batch.fault)
         if signalled or unreadable:
             break
         loss = take_step(cfg, train_model, optimizer, batch, step, device)
@@ -190,10 +190,10 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
         if cfg.estimate:
             continue
         if step % cfg.log_every == 0 or step == cfg.steps:
-            record = {"step": step, "loss": training.total(loss).item() / processes.world,
+            record = {"step": step, "loss": training.sum_over_processes(loss).item() / processes.world,
                       "lr": optimizer.param_groups[0]["lr"]}
             progress.set_postfix(loss=f"{record['loss']:.3f}")
-            with training.together():
+            with training.stop_all_on_error():
                 if processes.rank == 0:
                     checkpoint.append_log(folder, record)
         if step % cfg.save_every == 0:
@@ -210,11 +210,11 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
 @torch.no_grad()
 def evaluate_fold(cfg, task, model, seen, cases, folder, processes, stop):
     """All scores of every case on the scan's own grid, the processes taking turns; -> records in the order of
-    their cases, or None if a signal stopped it. seen: the history of the network."""
+    their cases, or None if a signal stopped it. seen: what data_seen says of the network."""
     model.eval()
     mine, share = [], cases[processes.rank::processes.world]
     hashes, subjects = set(seen["sha256"] or ()), set(seen["subjects"] or ())
-    with training.together():
+    with training.stop_all_on_error():
         for case in tqdm(share, disable=processes.rank != 0, desc=f"{folder} evaluate"):
             if stop.is_set():
                 break
@@ -223,7 +223,7 @@ def evaluate_fold(cfg, task, model, seen, cases, folder, processes, stop):
                 classes = predict.segment(model, volume, geometry, cfg.patch_size, cfg.precision, cfg.overlap,
                                           batch=cfg.batch_size)  # not a share: it moves the last bits
                 scores = tasks.score_case(classes, truth, dataclasses.asdict(task), geometry["affine"])
-            except (UserError, *preprocess.DAMAGE) as error:
+            except (UserError, *preprocess.READ_ERRORS) as error:
                 raise UserError(f"cannot evaluate {case.name}: {error}") from None
             same = any(v.sha256 in hashes for v in case.volumes)
             made_of = tasks.inputs_of([case])[case.name]
@@ -233,7 +233,7 @@ def evaluate_fold(cfg, task, model, seen, cases, folder, processes, stop):
                          "same_scan": same, "site": tasks.site(case) if task.sites else None}
                         | {kind: {name: None if math.isnan(value) else round(value, 6)
                                   for name, value in values.items()} for kind, values in scores.items()})
-    if training.agree(stop.is_set())[0]:
+    if training.any_process(stop.is_set())[0]:
         return None
     shares = [None] * processes.world
     dist.all_gather_object(shares, mine)
@@ -248,7 +248,7 @@ def estimate(cfg, task, pretrained, cases, folds, processes, stop):
     with tempfile.TemporaryDirectory() as folder:
         model = train_fold(cfg, task, pretrained, train, cfg.seed, folder, processes, stop)
     began, n = time.perf_counter(), sum(len(folds[f]["evaluate"]) for f in cfg.folds)
-    evaluate_fold(cfg, task, model, history(pretrained), evaluate[:1], "one case", processes, stop)
+    evaluate_fold(cfg, task, model, data_seen(pretrained), evaluate[:1], "one case", processes, stop)
     seconds = time.perf_counter() - began
     if processes.rank == 0:
         hours = n * seconds / processes.world / 3600
@@ -256,7 +256,7 @@ def estimate(cfg, task, pretrained, cases, folds, processes, stop):
 
 
 # ---------------------------------------------------------------------------------------------------- the run
-def resolve(cfg, task, pretrained):
+def fill_defaults(cfg, task, pretrained):
     """Defaults that follow from others: the network from the checkpoint ({}: from scratch), the rate from the
     row, the preset from both; -> cfg, and the origin of the weights: scratch, amaes, swin, finetune."""
     row, then = pretrained.get("row"), pretrained.get("config", {})
@@ -284,7 +284,7 @@ def resolve(cfg, task, pretrained):
         merge=cfg.merge or then.get("merge", "legacy"), features=cfg.features or then.get("features")), origin
 
 
-def settings_of(folder, cfg, task):
+def load_settings(folder, cfg, task):
     """cfg with the settings of the run whose networks the task evaluates (WMH OOD, section 4.1)."""
     path = os.path.join(folder, "config.yaml")
     if not os.path.exists(path):
@@ -293,8 +293,8 @@ def settings_of(folder, cfg, task):
     then = config.read_yaml(Config, path)
     if (then["ckpt"], then["model"]) != (cfg.ckpt, cfg.model):
         raise UserError(f"{folder} is of --ckpt {then['ckpt']} --model {then['model']}: give the same here")
-    return dataclasses.replace(cfg, **{key: value for key, value in then.items()
-                                       if key not in (*FREE, "task", "networks", "overlap", "batch_size")})
+    own = (*RESUMABLE_KEYS, "task", "networks", "overlap", "batch_size")
+    return dataclasses.replace(cfg, **{key: value for key, value in then.items() if key not in own})
 
 
 def load_fold(cfg, task, fold, train, device):
@@ -325,7 +325,7 @@ def check_folds(cfg, assignment, inputs):
     path = os.path.join(cfg.out, "config.yaml")
     if os.path.exists(path):
         then = dataclasses.asdict(cfg) | config.read_yaml(Config, path)
-        checkpoint.check_same_run(f"{cfg.out} has folds", then, cfg, FREE)
+        checkpoint.check_same_run(f"{cfg.out} has folds", then, cfg, RESUMABLE_KEYS)
     path = os.path.join(cfg.out, "folds.json")
     if os.path.exists(path) and checkpoint.read_text(path) != assignment:
         raise UserError(f"{cfg.out} has folds of another task, or of other cases: new --out, or the old data")
@@ -361,13 +361,13 @@ def open_cases(cfg, task, name, quiet):
 def main(cfg):
     processes = training.init_processes(cfg.device)
     stop = training.catch_signals()
-    with training.together():
+    with training.stop_all_on_error():
         name, task = tasks.read_task(cfg.task)
         pretrained = checkpoint.load_checkpoint(cfg.ckpt) if cfg.ckpt else {}
         pretrained.pop("optimizer", None)
-        cfg, origin = resolve(cfg, task, pretrained)
+        cfg, origin = fill_defaults(cfg, task, pretrained)
         if task.networks:
-            cfg = settings_of(cfg.networks, cfg, task)
+            cfg = load_settings(cfg.networks, cfg, task)
         if cfg.batch_size % processes.world:
             raise UserError(f"batch_size {cfg.batch_size} cannot be shared by {processes.world} processes")
         task = dataclasses.replace(task, data=cfg.data or task.data, n_train=cfg.n_train or task.n_train)
@@ -400,7 +400,7 @@ def main(cfg):
     if cfg.estimate:
         cfg = dataclasses.replace(cfg, folds=left)
         return estimate(cfg, task, pretrained, cases, folds, processes, stop)
-    with training.together():
+    with training.stop_all_on_error():
         if processes.rank == 0:
             for fold in chosen:
                 checkpoint.lock(os.path.dirname(finished[fold]))
@@ -409,15 +409,15 @@ def main(cfg):
             checkpoint.write_text(f"{cfg.out}/folds.json", assignment)
             checkpoint.write_text(f"{cfg.out}/inputs.json", json.dumps(inputs, indent=1))
 
-    before = history(pretrained)
+    before = data_seen(pretrained)
     for fold in chosen:
         folder = os.path.dirname(finished[fold])
-        if training.agree(os.path.exists(finished[fold]))[0]:
+        if training.any_process(os.path.exists(finished[fold]))[0]:
             continue
         train, rest = ([cases[n] for n in folds[fold][part]] for part in ("train", "evaluate"))
         seen = before
         if task.networks:
-            with training.together():
+            with training.stop_all_on_error():
                 model, seen = load_fold(cfg, task, fold, train, processes.device)
         else:
             seed = data.derive_seed(cfg.seed, "fold", fold)
@@ -427,7 +427,7 @@ def main(cfg):
         records = evaluate_fold(cfg, task, model, seen, rest, folder, processes, stop)
         if records is None:
             break
-        with training.together():
+        with training.stop_all_on_error():
             if processes.rank == 0:
                 checkpoint.write_text(finished[fold], json.dumps(records, indent=1))
     if processes.rank == 0:

@@ -71,7 +71,7 @@ def prepare_session(source, name, root, out, scans):
     larger of the float32 volume on its own and on the 1 mm grid."""
     torch.set_num_threads(1)
     scans = settle_labels(root, scans)
-    before = [recorded(root, f"{out}/geometry/{stem_of(name, scan)}.json", scan) for scan in scans]
+    before = [already_prepared(root, f"{out}/geometry/{stem_of(name, scan)}.json", scan) for scan in scans]
 
     # A box that is shared is found again if one of its scans is new, or was left behind by a kill.
     boxes = {}
@@ -265,7 +265,7 @@ def file_of(path, image):
             "sha256": known["sha256"] or checksum(known["path"])}
 
 
-def recorded(root, place, scan):
+def already_prepared(root, place, scan):
     """The geometry of a scan that was prepared from the files as they are now; None otherwise, and
     in an old folder, where nothing is recorded."""
     try:
@@ -515,7 +515,7 @@ def main(cfg):
         return print_plan(name, found, volumes, skipped, findings)
 
     # Prepare them.
-    claim(cfg.out, name, readable(os.path.abspath(cfg.input)), cfg.shard)
+    register_input(cfg.out, name, readable(os.path.abspath(cfg.input)), cfg.shard)
     if cfg.source == "nnunet":
         path = f"{cfg.out}/{name}.yaml"
         checkpoint.write_text(path, yaml.safe_dump({"data": cfg.out, "source": name} | task, sort_keys=False))
@@ -594,7 +594,7 @@ def nothing_of(found, skipped):
     return 1
 
 
-def claim(out, name, folder, shard):
+def register_input(out, name, folder, shard):
     """One input a name: of two BIDS folders with a sub-01 each, the second would be taken for the
     first. Shards may claim it at once."""
     path = f"{out}/index/{name}.txt"

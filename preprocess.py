@@ -34,7 +34,7 @@ class Rejected(UserError):
 
 
 # What nibabel, gzip and numpy raise on files that are cut, overwritten or no NIfTI.
-DAMAGE = (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, OSError, EOFError,
+READ_ERRORS = (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, OSError, EOFError,
           ValueError, TypeError, OverflowError, MemoryError, zlib.error)
 # A format by its first bytes: where they stand, what they are. A pair of .hdr and .img is left to
 # nibabel.
@@ -55,7 +55,7 @@ def naming(path):
         raise
     except FileNotFoundError:
         raise Rejected("no such file", path=path) from None
-    except DAMAGE as error:
+    except READ_ERRORS as error:
         raise Rejected(f"unreadable ({one_line(error, path)})", path=path) from None
     # One scan of 45,000 must not end a night's work, whatever a reader raises that was never seen
     # before. Nothing is hidden: the scan is rejected by name, with the type and the message.

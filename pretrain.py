@@ -67,8 +67,8 @@ class Config:
 
 
 # Keys that may change between a run and its continuation: they do not touch what is computed.
-FREE = ("data", "workers", "device", "out", "save_every", "log_every", "val_every", "compile", "micro_batch",
-        "estimate", "preview", "recompute")
+RESUMABLE_KEYS = ("data", "workers", "device", "out", "save_every", "log_every", "val_every", "compile",
+                  "micro_batch", "estimate", "preview", "recompute")
 
 
 # --------------------------------------------------------------------------------------------------- the data
@@ -113,14 +113,14 @@ def validate(cfg, model, cases, micro, processes, dtype):
     mine = [(0, index) for index in range(processes.rank, len(cases), processes.world)]
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
-    with training.together():
+    with training.stop_all_on_error():
         for i in range(0, len(mine), micro):
             batch = data.collate([dataset[key] for key in mine[i:i + micro]])
             if batch.fault:
                 raise UserError(batch.fault)
             sums += OBJECTIVES[cfg.objective](cfg, model, batch, processes.device, dtype, True)[1].to("cpu")
     model.train()
-    return losses_of(cfg, training.total(sums))
+    return losses_of(cfg, training.sum_over_processes(sums))
 
 
 @torch.no_grad()
@@ -215,7 +215,7 @@ def main(cfg):
     out = cfg.out or f"runs/{cfg.model}"
     dtype = torch.float64 if cfg.precision == "fp64" else torch.float32
 
-    with training.together():  # nobody goes on before the folder is there
+    with training.stop_all_on_error():  # nobody goes on before the folder is there
         check(cfg)
         objective = OBJECTIVES[cfg.objective]
         train, validation, held_out = open_data(cfg)
@@ -232,7 +232,7 @@ def main(cfg):
                                       eps=cfg.eps, amsgrad=cfg.amsgrad, fused=True)
         raw = [v.sha256 for case in train for v in case.volumes]
         inputs = made_of(train, validation)
-        step, hours = checkpoint.resume(f"{out}/last.pt", cfg, FREE, model, optimizer, raw, inputs)
+        step, hours = checkpoint.resume(f"{out}/last.pt", cfg, RESUMABLE_KEYS, model, optimizer, raw, inputs)
         if rank == 0:
             print_shared(train, validation)
             print(f"{cfg.model}, {sum(p.numel() for p in model.parameters()):,} parameters, "
@@ -256,8 +256,9 @@ def main(cfg):
 
     def save(step):
         """last.pt: all that a continuation or a finetuning needs, with what the network has seen."""
-        training.check_in(losses, keep=0)  # never weights that a loss which is not finite has touched
-        with training.together():
+        # Never weights that a loss which is not finite has touched.
+        training.raise_if_not_finite(losses, keep=0)
+        with training.stop_all_on_error():
             if rank == 0:
                 checkpoint.save_checkpoint(f"{out}/last.pt", {
                     "kind": "pretrain", "row": cfg.model, "step": step, "config": dataclasses.asdict(cfg),
@@ -275,7 +276,7 @@ def main(cfg):
     began, first, saved, unreadable = time.perf_counter(), step, step, False
     for batch in batches:
         # All processes stop together or not at all: a signal, an unreadable file, a loss not finite.
-        signalled, unreadable = training.check_in(losses, stop.is_set(), batch.fault)
+        signalled, unreadable = training.raise_if_not_finite(losses, stop.is_set(), batch.fault)
         if signalled or unreadable:
             break
         rate = training.learning_rate(step, steps, warmup, cfg.lr)
@@ -285,7 +286,7 @@ def main(cfg):
         sums, local = torch.zeros(4, dtype=torch.float64, device=device), len(batch.crops)
         for start in range(0, local, micro):
             ddp.require_backward_grad_sync = start + micro == local
-            part = data.piece(batch, start, micro)
+            part = data.micro_batch(batch, start, micro)
             loss, parts = objective(cfg, train_model, part, device, dtype, logging)
             (loss * micro / local).backward()
             losses.append(training.to_host(step, batch.names, loss))
@@ -300,18 +301,18 @@ def main(cfg):
 
         record = {}
         if logging:
-            record = losses_of(cfg, training.total(sums)) | {"lr": rate}
+            record = losses_of(cfg, training.sum_over_processes(sums)) | {"lr": rate}
         if step % val_every == 0 or step == steps:
             scores = validate(cfg, model, validation, micro, processes, dtype)
             record |= {f"val_{key}": value for key, value in scores.items()}
         if record:
             record = {"step": step} | record | {"seconds": (time.perf_counter() - began) / (step - first)}
-            with training.together():
+            with training.stop_all_on_error():
                 if rank == 0:
                     checkpoint.append_log(out, record)
                     progress.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
         if cfg.preview and step % cfg.preview == 0:
-            with training.together():
+            with training.stop_all_on_error():
                 if rank == 0:
                     write_preview(cfg, model, validation, f"{out}/preview/step{step:07}", device, dtype)
         if step % cfg.save_every == 0:

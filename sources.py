@@ -179,7 +179,7 @@ def identify(source, path):
     return who._replace(sequences=(sequence,)) if sequence else who._replace(skip=f"suffix {suffix}")
 
 
-def walk(folder):
+def find_nifti_files(folder):
     """Relative paths of the NIfTI files below a folder, in order. UserError if there is none."""
     if not os.path.isdir(folder):
         raise UserError(f"--input {folder} is not a folder")
@@ -203,7 +203,7 @@ def find_scans(source, folder, dry_run=False):
     findings)."""
     row = SOURCES[source]
     sessions, labels, skipped, findings = {}, {}, Counter(), {}
-    for path in walk(folder):
+    for path in find_nifti_files(folder):
         who = identify(source, path)
         key = readable(who.subject), readable(who.session)
 

@@ -83,7 +83,7 @@ def keep_freed_memory():
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: the top of the heap stays
 
 
-def agree(*flags):
+def any_process(*flags):
     """Is a flag raised on any process? One all-reduce over gloo on the CPU; the device is not waited for."""
     raised = torch.tensor([bool(flag) for flag in flags], dtype=torch.int32)
     dist.all_reduce(raised, dist.ReduceOp.MAX)
@@ -92,14 +92,14 @@ def agree(*flags):
 
 def stop_all(message=""):
     """If any process brings a message, UserError on all: with the first one on process 0, which prints it."""
-    if agree(message)[0]:
+    if any_process(message)[0]:
         messages = [None] * dist.get_world_size()
         dist.all_gather_object(messages, message)
         raise UserError(next(filter(None, messages)) if dist.get_rank() == 0 else "")
 
 
 @contextlib.contextmanager
-def together():
+def stop_all_on_error():
     """For work that may fail on one process alone (its files, a full disk): a UserError in it stops all,
     instead of leaving the others in their next collective. It is a barrier, too."""
     message = ""
@@ -110,8 +110,8 @@ def together():
     stop_all(message)
 
 
-def check_in(losses, *flags, keep=1):
-    """agree() on flags, and stop_all() if a loss of any process is not finite.
+def raise_if_not_finite(losses, *flags, keep=1):
+    """any_process() on flags, and stop_all() if a loss of any process is not finite.
 
     losses: list of to_host() records; all but the last `keep` are read and dropped."""
     bad = ""
@@ -121,7 +121,7 @@ def check_in(losses, *flags, keep=1):
             ready.synchronize()
         if not bad and not math.isfinite(loss):
             bad = f"loss {loss.item()} at step {step}, samples {', '.join(names)}; last.pt is from before it"
-    *flags, diverged = agree(*flags, bad)
+    *flags, diverged = any_process(*flags, bad)
     if diverged:
         stop_all(bad)
     return flags
@@ -133,7 +133,7 @@ def to_host(step, names, loss):
     return step, names, copy, torch.cuda.current_stream().record_event() if loss.is_cuda else None
 
 
-def total(tensor):
+def sum_over_processes(tensor):
     """Sum of a tensor over all processes, as float64 on the CPU. Sums are reduced, never means."""
     tensor = tensor.detach().to("cpu", torch.float64, copy=True)
     dist.all_reduce(tensor)
@@ -143,7 +143,7 @@ def total(tensor):
 def check_same(message, *numbers):
     """UserError with the message unless the numbers are the same on all processes."""
     mine = torch.tensor(numbers, dtype=torch.float64)
-    stop_all(message if (total(mine) != mine * dist.get_world_size()).any() else "")
+    stop_all(message if (sum_over_processes(mine) != mine * dist.get_world_size()).any() else "")
 
 
 def distribute(model):
@@ -198,7 +198,7 @@ def compile_or_warn(model, wanted, device):
             torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             reason = config.first_line(error)
-    if agree(reason)[0]:
+    if any_process(reason)[0]:
         if dist.get_rank() == 0:
             print(f"warning: torch.compile fails here, going on without it: {reason or 'on another process'}",
                   file=sys.stderr)

@@ -318,7 +318,7 @@ def test_compile_is_for_cuda():
 def test_the_compiler_leaves_the_layout_on_cuda(monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "compile", lambda model, **settings: seen.append(settings) or model)
-    monkeypatch.setattr(training, "agree", lambda *flags: [bool(flag) for flag in flags])
+    monkeypatch.setattr(training, "any_process", lambda *flags: [bool(flag) for flag in flags])
     monkeypatch.setattr(torch, "ones", lambda n, device: torch.zeros(n))
     for kind in ("cpu", "cuda"):
         training.compile_or_warn(torch.nn.Identity(), True, torch.device(kind))

@@ -268,7 +268,7 @@ def test_finetuning_takes_the_whole_encoder_and_scores_every_case(finetuned, pre
 
 def test_encoder_weights_arrive(prepared, pretrained, task):
     saved, (_, read) = checkpoint.load_checkpoint(pretrained), tasks.read_task(str(task))
-    cfg, origin = finetune.resolve(finetune.Config(task=str(task), ckpt=str(pretrained)), read, saved)
+    cfg, origin = finetune.fill_defaults(finetune.Config(task=str(task), ckpt=str(pretrained)), read, saved)
     assert origin == "amaes"
     model, report = finetune.build(cfg, read, saved)
     weights = saved["model"]
@@ -422,7 +422,7 @@ def test_augmentations_by_default_and_crossed():
     def preset(ckpt, *words):
         cfg = config.parse_config(finetune.Config, ["--task", "wmh", "--model", "unet_b", *words])
         cfg, saved = dataclasses.replace(cfg, ckpt=ckpt), {"row": "unet_b"} if ckpt else {}
-        return finetune.resolve(cfg, tasks.read_task("wmh")[1], saved)[0].augment
+        return finetune.fill_defaults(cfg, tasks.read_task("wmh")[1], saved)[0].augment
     assert (preset(None), preset("x.pt")) == ("all", "spatial"), "section 4.3, section 3.2"
     for word in ("none", "spatial", "all"):
         assert preset(None, "--augment", word) == preset("x.pt", "--augment", word) == word
@@ -437,7 +437,7 @@ def test_augmentations_by_default_and_crossed():
     ({"row": "unet_b", "kind": "finetune"}, None, "finetune")])
 def test_origin_names_the_run(saved, model, origin):
     cfg = finetune.Config(task="wmh", ckpt="x.pt" if saved else None, model=model)
-    cfg, found = finetune.resolve(cfg, tasks.read_task("wmh")[1], saved)
+    cfg, found = finetune.fill_defaults(cfg, tasks.read_task("wmh")[1], saved)
     assert found == origin and cfg.out == f"runs/wmh-{cfg.model}-{origin}"
     assert cfg.lr == 1e-4 and cfg.steps == 2500 and cfg.batch_size == 4 and cfg.patch_size == 128
 
@@ -529,13 +529,13 @@ def test_history():
     row = data.Volume("p", "s", "x", "", "FLAIR", "train", "l", "", "", "f00")
     case = data.Case("c", "s/x", ("p",), "l", (row,))
     scratch = {"subjects": ["s/x"], "sha256": ["f00"], "pretraining": None}
-    assert finetune.history({}, [case]) == scratch
+    assert finetune.data_seen({}, [case]) == scratch
     first = {"kind": "pretrain", "subjects": ["s/a"], "sha256": ["a00"], "config": {"lr": 1}, "hours": 2.5}
     expected = {"subjects": ["s/a", "s/x"], "sha256": ["a00", "f00"], "pretraining": {"lr": 1, "hours": 2.5}}
-    assert finetune.history(first, [case]) == expected
+    assert finetune.data_seen(first, [case]) == expected
     again = expected | {"kind": "finetune", "config": {"lr": 2}}
-    assert finetune.history(again) == expected, "finetuned again"
-    foreign = finetune.history({"state_dict": {}}, [case])
+    assert finetune.data_seen(again) == expected, "finetuned again"
+    foreign = finetune.data_seen({"state_dict": {}}, [case])
     assert foreign == {"subjects": None, "sha256": None, "pretraining": {"hours": None}}
 
 
@@ -654,7 +654,7 @@ def test_a_signal_in_evaluation_leaves_no_scores(sites):
     stop, processes = threading.Event(), training.init_processes("cpu")
     stop.set()
     try:
-        task, seen = tasks.read_task(str(sites / "few.yaml"))[1], finetune.history({})
+        task, seen = tasks.read_task(str(sites / "few.yaml"))[1], finetune.data_seen({})
         assert finetune.evaluate_fold(cfg, task, model, seen, cases, "", processes, stop) is None
     finally:
         dist.destroy_process_group()

@@ -488,7 +488,7 @@ def test_linked_folders_are_walked(raw, tmp_path):
     (tmp_path / "links").mkdir()
     for folder in raw.glob("sub-*"):
         (tmp_path / "links" / folder.name).symlink_to(folder)
-    linked, plain = (list(sources.walk(str(folder))) for folder in (tmp_path / "links", raw))
+    linked, plain = (list(sources.find_nifti_files(str(folder))) for folder in (tmp_path / "links", raw))
     assert linked == plain != []
 
 

@@ -51,7 +51,7 @@ def test_loss_regions():
     assert everywhere == pytest.approx(error.mean(), rel=1e-6)
     masked = amaes.reconstruction_loss(output, target, mask, "masked").item()
     assert masked == pytest.approx(error[mask.numpy()].mean(), rel=1e-6)
-    sums = amaes.masked_and_visible(output, target, mask)
+    sums = amaes.error_sums(output, target, mask)
     assert sums[0].item() / sums[1].item() == pytest.approx(masked, rel=1e-6)
     assert sums[2].item() / sums[3].item() == pytest.approx(error[~mask.numpy()].mean(), rel=1e-6)
 
@@ -91,10 +91,10 @@ def test_crops_do_not_depend_on_workers(prepared):
 def test_every_position_is_drawn(tmp_path):
     np.save(tmp_path / "v.npy", np.arange(20 ** 3, dtype=np.float32).reshape(20, 20, 20).astype(np.float16))
     dataset = data.Crops([data.Case("v", "s", (str(tmp_path / "v.npy"),), None, ())], 16, 0, "none")
-    starts = np.array([dataset.place((20, 20, 20), None, np.random.default_rng(s)) for s in range(400)])
+    starts = np.array([dataset.patch_start((20, 20, 20), None, np.random.default_rng(s)) for s in range(400)])
     counts = np.stack([np.bincount(axis, minlength=5) for axis in starts.T])
     assert counts.shape == (3, 5) and counts.min() > 50, "each of the five positions about 80 times"
-    centred = dataset.place((10, 16, 13), None, np.random.default_rng(0))
+    centred = dataset.patch_start((10, 16, 13), None, np.random.default_rng(0))
     assert centred == [-3, 0, -1], "a volume smaller than the patch is centred in it"
 
 

@@ -1,7 +1,6 @@
 """Files that are whole or absent: checkpoints and logs; weights from anywhere, strictly."""
 
 import contextlib
-import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -271,10 +270,9 @@ def load_checkpoint(path):
     return saved
 
 
-def check_same_run(what, then, cfg, free):
-    """UserError if the settings `then` of what is there are not cfg's; keys in `free` do not touch what is
+def check_same_run(what, then, now, free):
+    """UserError if the settings `then` of what is there are not those of `now`; keys in `free` do not touch what is
     computed."""
-    now = dataclasses.asdict(cfg)
     changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now
                if key not in free and then.get(key) != now[key]]
     if changed:
@@ -298,17 +296,17 @@ def check_same_inputs(what, then, now, fix="new --out, or the old data"):
         raise UserError(f"{what} (another {changed[first]} of {first}{more}): {fix}")
 
 
-def resume(path, cfg, free, model, optimizer, sha256=None, inputs=None):
+def resume(path, contents, free, model, optimizer):
     """Continue from `path`: load model and optimizer -> (step to go on with, hours it took); zeros if there
-    is no file. UserError if it is another configuration's run, or one on other raw files than `sha256`, or
-    `inputs`, as tasks.inputs_of gives them."""
+    is no file. UserError if it is another configuration's run, or one on other raw files or inputs, than the
+    new run's contents (config, sha256, inputs) say. free: keys of the config that may change."""
     if not os.path.exists(path):
         return 0, 0.0
     saved = load_checkpoint(path)
-    check_same_run(f"{path} is", saved.get("config", {}), cfg, free)
-    if None not in (sha256, saved.get("sha256")) and saved["sha256"] != sha256:
+    check_same_run(f"{path} is", saved.get("config", {}), contents["config"], free)
+    if None not in (contents["sha256"], saved.get("sha256")) and saved["sha256"] != contents["sha256"]:
         raise UserError(f"{path} is of a run on other data: new --out, or the old data")
-    check_same_inputs(f"{path} is of a run on other data", saved.get("inputs", {}), inputs or {})
+    check_same_inputs(f"{path} is of a run on other data", saved.get("inputs", {}), contents["inputs"])
     try:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])

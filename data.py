@@ -324,6 +324,20 @@ def make_loader(dataset, stream, workers, device):
                       pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
 
 
+def training_loader(crops, batch_size, first_step, steps, processes, workers):
+    """The batches of this process from first_step on. The stream of samples depends on the seed of the crops
+    and on the step, not on the number of processes or workers."""
+    stream = SampleStream(len(crops.cases), crops.seed, batch_size, first_step, steps, processes.rank,
+                          processes.world)
+    return make_loader(crops, stream, workers, processes.device)
+
+
+def micro_batches(batch, size):
+    """A batch in parts of `size` samples."""
+    for start in range(0, len(batch.crops), size):
+        yield micro_batch(batch, start, size)
+
+
 def to_device(batch, device):
     """Crops to the device as stored (float16, half the bytes), labels likewise."""
     crops = [resample.upload(crop, device) for crop in batch.crops]

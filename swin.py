@@ -2,6 +2,7 @@
 
 import math
 from collections import OrderedDict
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,11 +10,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
-import augment
-import data
 import forms
 import resample
-import training
 from config import UserError
 
 # Measured on a CPU, a guess on CUDA until bench/gpu.py has measured it.
@@ -300,19 +298,21 @@ def check_multiple(x, multiple):
         raise UserError(f"input {tuple(x.shape[2:])}: choose multiples of {multiple}")
 
 
-def cut_boxes(rng, shape, share):
-    """Boxes until their volumes sum to U(0, share) of the patch: [(slices)]. A side is 5 to 25 % of the
-    patch's, cut at its border. So the paper's "mask ratio 0.3" hides 14 % on average."""
-    target, volume, boxes = rng.uniform(0, share) * math.prod(shape), 0, []
-    while volume < target:
-        box = []
-        for n in shape:
-            start = int(rng.integers(0, n - int(0.05 * n)))
-            extent = int(rng.integers(int(0.05 * n), int(0.25 * n)))
-            box.append(slice(start, min(n, start + extent)))
-        boxes.append(tuple(box))
-        volume += math.prod(part.stop - part.start for part in box)
-    return boxes
+# -------------------------------------------------------------------------------- the pretraining of [23]
+class Views(NamedTuple):
+    image: torch.Tensor  # (2B, C, D, H, W): what the network sees, the second views after the first
+    target: torch.Tensor  # (2B, C, D, H, W): the same, not cut
+    turns: torch.Tensor  # (2B,): by how many quarter turns each is rotated, 0 to 3
+
+
+def make_views(patches, seeds, share):
+    """Two views of each patch of a batch (B, C, D, H, W); see swin_view.
+
+    seeds: for each of the two views, one seed a sample.
+    """
+    first, second = (swin_view(patches, view_seeds, share) for view_seeds in seeds)
+    rotated, cut, turns = (torch.cat(pair) for pair in zip(first, second, strict=True))
+    return Views(cut, rotated, turns)
 
 
 def swin_view(target, seeds, share):
@@ -320,21 +320,49 @@ def swin_view(target, seeds, share):
     it filled with noise in [0, 1], and, where another sample of the batch is drawn, boxes of that one pasted.
 
     -> (rotated, cut, k). One seed a sample. A pasted sample that comes earlier in the batch is cut already,
-    as in [23], whose loop works in place."""
+    as in [23], whose loop works in place.
+    """
     rngs = [np.random.default_rng(seed) for seed in seeds]
     turns = [int(rng.integers(4)) for rng in rngs]
     rotated = torch.stack([torch.rot90(x, k, (2, 3)) for x, k in zip(target, turns, strict=True)])
+
     cut = rotated.clone()
-    for i, (x, rng) in enumerate(zip(cut, rngs, strict=True)):
-        generator = torch.Generator(x.device).manual_seed(int(rng.integers(2 ** 62)))
-        for box in cut_boxes(rng, x.shape[1:], share):
-            part = x[(slice(None), *box)]
-            noise = torch.randn(part.shape, generator=generator, device=x.device, dtype=x.dtype)
+    for sample, rng in enumerate(rngs):
+        image = cut[sample]
+
+        # Noise, stretched to [0, 1] within each box.
+        generator = torch.Generator(image.device).manual_seed(int(rng.integers(2 ** 62)))
+        for box in cut_boxes(rng, image.shape[1:], share):
+            part = image[(slice(None), *box)]
+            noise = torch.randn(part.shape, generator=generator, device=part.device, dtype=part.dtype)
             part.copy_((noise - noise.min()) / (noise.max() - noise.min()).clamp(min=1e-12))
-        j = int(rng.integers(len(cut)))
-        for box in cut_boxes(rng, x.shape[1:], share) if j != i else ():
-            x[(slice(None), *box)] = cut[(j, slice(None), *box)]
+
+        # Boxes of another sample. Where the sample itself is drawn, nothing is pasted.
+        other = int(rng.integers(len(cut)))
+        if other == sample:
+            continue
+        for box in cut_boxes(rng, image.shape[1:], share):
+            image[(slice(None), *box)] = cut[(other, slice(None), *box)]
     return rotated, cut, resample.upload(torch.tensor(turns), target.device)
+
+
+def cut_boxes(rng, shape, share):
+    """Boxes until their volumes sum to U(0, share) of the patch: [(slices)].
+
+    A side is 5 to 25 % of the patch's, cut at its border. So the paper's "mask ratio 0.3" hides 14 % on average.
+    """
+    target = rng.uniform(0, share) * math.prod(shape)
+    volume = 0
+    boxes = []
+    while volume < target:
+        box = []
+        for side in shape:
+            start = int(rng.integers(0, side - int(0.05 * side)))
+            extent = int(rng.integers(int(0.05 * side), int(0.25 * side)))
+            box.append(slice(start, min(side, start + extent)))
+        boxes.append(tuple(box))
+        volume += math.prod(part.stop - part.start for part in box)
+    return boxes
 
 
 def contrastive_loss(vectors, temperature=0.5):
@@ -345,18 +373,27 @@ def contrastive_loss(vectors, temperature=0.5):
     return F.cross_entropy(similarity, partner)
 
 
-def swin(cfg, model, batch, device, dtype, logging):
-    """Rotation (which of four), contrast between two views of a sample, L1 reconstruction of the uncut views:
-    the unweighted sum. Paste and contrast are among the samples that a process holds at once, as in [23]."""
-    crops, _ = data.to_device(batch, device)
-    target, _ = augment.spatial(crops, None, batch.draws)
-    target = augment.intensity(target, batch.draws).to(dtype)
-    views = [swin_view(target, [data.derive_seed(seed, view) for seed in batch.mask_seeds], cfg.mask_ratio)
-             for view in range(2)]
-    rotated, cut, turns = (torch.cat(parts) for parts in zip(*views, strict=True))
-    with training.autocast(cfg, device):
-        rotation, vectors, output = model(cut)
-    parts = torch.stack([F.cross_entropy(rotation.to(dtype), turns), contrastive_loss(vectors),
-                         (output.to(dtype) - rotated).abs().mean()])
-    sums = torch.cat([parts.detach(), parts.new_ones(1)]) * len(target) if logging else None
-    return parts.sum(), sums
+def losses(outputs, views):
+    """The three losses of [23], which are summed without weights: (3,).
+
+    Rotation: which of four quarter turns. Contrast: the two views of a sample belong together. L1: the views
+    as they were before they were cut. Paste and contrast are among the samples that a process holds at once,
+    as in [23].
+    """
+    rotation, vectors, reconstruction = outputs
+    target = views.target
+    return torch.stack([F.cross_entropy(rotation.to(target.dtype), views.turns),
+                        contrastive_loss(vectors),
+                        (reconstruction.to(target.dtype) - target).abs().mean()])
+
+
+@torch.no_grad()
+def loss_sums(three, samples):
+    """Sums for the log, to be added over micro-batches and processes: each loss times samples, samples."""
+    return torch.cat([three, three.new_ones(1)]) * samples
+
+
+def losses_from_sums(sums):
+    """loss_sums, added up -> the numbers of a log line."""
+    rotation, contrast, l1 = (sums[:3] / sums[3]).tolist()
+    return {"loss": rotation + contrast + l1, "rotation": rotation, "contrast": contrast, "l1": l1}

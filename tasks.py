@@ -87,6 +87,13 @@ def site(case):
     return case.subject.split("/")[-1].rpartition("_")[0]
 
 
+def sites_of(task, cases):
+    """The scanners of a task's training pool, None where it has no sites."""
+    if not task.sites:
+        return None
+    return sorted({site(case) for case in cases if case.volumes[0].split != "test"})
+
+
 def classes_of(truth, task):
     """A source's label values -> class numbers, IGNORE where the task ignores the value. UserError for a
     value that it does not name."""

@@ -70,7 +70,7 @@ def pretrained(paths, folder, count):
     checkpoints = [checkpoint.load_checkpoint(path) for path in paths]
     cfg = dataclasses.replace(pretrain.Config(), **checkpoints[0]["config"])
     cfg = dataclasses.replace(cfg, data=folder or cfg.data)
-    _, held_out, _ = pretrain.open_data(cfg)
+    _, held_out, _ = pretrain.open_data(cfg.data, cfg.val_fraction, cfg.seed)
     dataset = data.Crops(held_out, cfg.patch_size, 1, "none")
     batch = data.collate([dataset[i // len(held_out), i % len(held_out)] for i in range(count)])
     patches, _ = augment.spatial(data.to_device(batch, torch.device("cpu"))[0], None, batch.draws)

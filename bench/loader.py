@@ -22,7 +22,6 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import amaes  # noqa: E402
 import data  # noqa: E402
 import models  # noqa: E402
 import pretrain  # noqa: E402
@@ -45,6 +44,8 @@ def steps_a_second(folder, side, workers, steps, rounds=5):
     cfg = pretrain.Config(data=folder, model="unet_demo", patch_size=side)
     cases, device = data.pretraining_cases(folder), torch.device("cpu")
     model = models.build_model(cfg.model, "pretrain")
+    _, objective, _ = pretrain.choose_objective(
+        "amaes", device, cfg.precision, cfg.token_size, cfg.mask_ratio, cfg.loss_region)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     dataset = data.Crops(cases, side, 0, "all")
 
@@ -52,7 +53,7 @@ def steps_a_second(folder, side, workers, steps, rounds=5):
         times = []
         mark = time.perf_counter()
         for batch in batches:
-            loss, _ = amaes.amaes(cfg, model, batch, device, torch.float32, False)
+            loss, _ = objective(model, batch, logging=False)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

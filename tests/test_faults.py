@@ -347,7 +347,7 @@ def unreadable(path):  # a folder: permissions do not stop root
 def test_a_volume_lost_in_mid_run_stops_all_and_is_named(prepared, tmp_path, part, damage):
     shutil.copytree(prepared, tmp_path / "data")
     settings = PRETRAIN | {"data": tmp_path / "data", "workers": 0}
-    train, validation, _ = pretrain.open_data(pretrain.Config(data=str(tmp_path / "data"), val_fraction=0.4))
+    train, validation, _ = pretrain.open_data(str(tmp_path / "data"), 0.4, 0)
     victim = {"training": train, "validation": validation}[part][0]
     settings["out"] = tmp_path / "cut"
     run = Run("pretrain", tmp_path / "output", 2, **settings)
@@ -370,7 +370,7 @@ def test_a_loss_that_is_not_finite_stops_all_and_keeps_the_checkpoint(prepared, 
     shutil.copytree(prepared, tmp_path / "data")
     settings = PRETRAIN | {"data": tmp_path / "data", "out": tmp_path / "run", "save_every": 1, "workers": 0,
                            "steps": 20}
-    victim = pretrain.open_data(pretrain.Config(data=str(tmp_path / "data"), val_fraction=0.4))[0][0]
+    victim = pretrain.open_data(str(tmp_path / "data"), 0.4, 0)[0][0]
     run = Run("pretrain", tmp_path / "output", 2, **settings)
     run.wait_for(lambda: steps_logged(tmp_path / "run") >= 4)
     volume = np.load(victim.images[0])

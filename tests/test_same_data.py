@@ -254,26 +254,29 @@ def pretraining(folder, **changes):
     return pretrain.Config(**{"data": str(folder), "val_fraction": 0.2} | changes)
 
 
-def test_pretraining_checks_its_data_before_the_first_step(labels, tmp_path, capsys):
+def test_pretraining_checks_its_data_before_the_first_step(labels, tmp_path):
     folder = prepare(tmp_path / "data", labels)
-    train, validation, held = pretrain.open_data(pretraining(folder))
+
+    def open_data(val_fraction=0.2):
+        return pretrain.open_data(str(folder), val_fraction, seed=0)
+
+    train, validation, held = open_data()
     assert (len(train), len(validation), len(held)) == (4, 1, 1)
-    pretrain.print_shared(train, validation)
-    assert capsys.readouterr().out == ""
+    assert pretrain.shared_files(train, validation) == []
     with pytest.raises(config.UserError, match="5 volumes of 5 subjects, and val_fraction 1.0 holds out all"):
-        pretrain.open_data(pretraining(folder, val_fraction=1.0))
+        open_data(val_fraction=1.0)
 
     volumes = data.read_index(str(folder))
     write_index(folder, [volume._replace(sha256="one") for volume in volumes])
-    pretrain.print_shared(*pretrain.open_data(pretraining(folder))[:2])
-    assert capsys.readouterr().out.startswith("1 of 1 held-out volumes are trained on, too: the first is vol")
+    line, = pretrain.shared_files(*open_data()[:2])
+    assert line.startswith("1 of 1 held-out volumes are trained on, too: the first is vol")
     write_index(folder, [volume._replace(split="test") for volume in volumes])
     with pytest.raises(config.UserError, match="no volume to pretrain on: all are of the split test"):
-        pretrain.open_data(pretraining(folder))
+        open_data()
     write_index(folder, volumes)
     (folder / volumes[1].path).unlink()
     with pytest.raises(config.UserError, match="lacks 1 files that its index names"):
-        pretrain.open_data(pretraining(folder))
+        open_data()
 
 
 def test_a_pretraining_on_other_data_is_not_continued(labels, tmp_path):

@@ -1,6 +1,7 @@
 """What the index tells of a task's data before the first step: values, foreground, sequences, grids."""
 
 import json
+import re
 import time
 
 import pytest
@@ -19,6 +20,23 @@ def cases_of(*volumes):
 def task_of(**changes):
     settings = TASK | {"classes": ("background", "lesion"), "sequences": ("FLAIR",)} | changes
     return tasks.Task(**settings)
+
+
+# ----------------------------------------------------------------------------------- the task's file
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"sequences": []}, "classes and sequences must not be empty"),
+    ({"classes": [], "labels": {}}, "classes and sequences must not be empty"),
+    ({"labels": {0: 0}}, "labels must map onto the class numbers 0 to 1"),
+    ({"labels": {0: 0, 1: [1]}}, "labels must map onto the class numbers 0 to 1"),
+    ({"labels": {0: 0, 256: 1}}, "labels maps label values, 0 to 255, to class numbers"),
+    ({"regions": {"any": [[1]]}}, "a region is a list of class numbers"),
+    ({"evaluate": "all"}, "evaluate 'all': choose rest or test"),
+])
+def test_a_task_that_contradicts_itself_is_refused(tmp_path, changes, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps(TASK | changes))
+    with pytest.raises(config.UserError, match=re.escape(f"{path}: {message}")):
+        tasks.read_task(str(path))
 
 
 # ------------------------------------------------------------------------------------- label values

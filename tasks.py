@@ -272,6 +272,7 @@ def check_values(path, task, cases):
     """Raises UserError for a label value that the task does not name.
 
     Training would stop at it, or the evaluation after it."""
+    # All cases are looked through first, so that one message names every such value.
     named = {int(value) for value in (*task.labels, *task.ignore)}
     holders = {}  # {value without a name: the cases that hold it}
     for case in cases:

@@ -311,7 +311,7 @@ def main(cfg):
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         for part in run.accumulate(data.micro_batches(batch, micro)):
             loss, parts = objective(network, part, logging=logging)
-            run.watch(loss, batch.names)
+            run.watch(loss, part.names)
             (loss * len(part.crops) / len(batch.crops)).backward()
             sums += parts
         optimizer.step()

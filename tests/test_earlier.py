@@ -7,8 +7,7 @@ import tarfile
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, log_of
+from conftest import ROOT, call, log_of
 
 import checkpoint
 import compare
@@ -18,8 +17,8 @@ import predict
 import pretrain
 
 # How a run was started then; make.py says what is in the archive.
-SETTINGS = ("--patch_size 32 --batch_size 1 --precision fp32 --compile false --workers 0 --log_every 1 "
-            "--steps 4").split()
+SETTINGS = ("--patch_size 32 --batch_size 1 --precision fp32 --compile false --workers 0 "
+            "--log_every 1 --steps 4").split()
 PRETRAIN = ("--data data --model unet_demo --features 1 --warmup_epochs 0 --out pretrain".split()
             + SETTINGS)
 FINETUNE = "--task task.yaml --ckpt pretrain/last.pt --out finetune".split() + SETTINGS
@@ -35,18 +34,11 @@ def archive(tmp_path_factory):
 
 @pytest.fixture
 def old(archive, tmp_path, monkeypatch):
-    """A copy of its own for each test, which is the working directory: the old paths are relative."""
+    """A copy for each test. It is the working directory, because the old paths are relative."""
     folder = tmp_path / "old"
     shutil.copytree(archive, folder)
     monkeypatch.chdir(folder)
     return folder
-
-
-def call(module, *words):
-    """A script as it is typed, in this process, which is quicker."""
-    module.main(config.parse_config(module.Config, list(words)))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def ends_as_then(old, folder, name):
@@ -81,7 +73,8 @@ def test_a_pretrained_checkpoint_is_finetuned(old):
 
 
 def test_a_finetuned_checkpoint_predicts(old):
-    call(predict, "--ckpt", "finetune/fold_0/last.pt", "scan.nii.gz", "--out", "segmentation.nii.gz")
+    call(predict, "--ckpt", "finetune/fold_0/last.pt", "scan.nii.gz",
+         "--out", "segmentation.nii.gz")
     segmentation, scan = nib.load("segmentation.nii.gz"), nib.load("scan.nii.gz")
     assert segmentation.shape == scan.shape and set(np.unique(segmentation.dataobj)) <= {0, 1}
 

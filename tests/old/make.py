@@ -22,8 +22,8 @@ import tempfile
 import torch
 
 CUT_AT = 2
-SETTINGS = ("--patch_size 32 --batch_size 1 --precision fp32 --compile false --workers 0 --log_every 1 "
-            "--steps 4").split()
+SETTINGS = ("--patch_size 32 --batch_size 1 --precision fp32 --compile false --workers 0 "
+            "--log_every 1 --steps 4").split()
 TASK = {"data": "data", "sequences": ["FLAIR"], "classes": ["background", "lesion"],
         "labels": {0: 0, 1: 1}, "n_train": 1, "folds": 2}
 
@@ -76,20 +76,22 @@ def main(code, archive):
     code, archive = os.path.abspath(code), os.path.abspath(archive)
     sys.path[:0] = [code, os.path.join(code, "tests")]
     import common
+
     import phantom
 
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         phantom.write("bids", "raw", subjects=1, labelled=2, size=20, seed=7)
-        call("prepare_data", "--source", "bids", "--input", "raw", "--out", "data", "--workers", "1")
+        call("prepare_data", "--source", "bids", "--input", "raw", "--out", "data",
+             "--workers", "1")
         with open("task.yaml", "w", encoding="utf-8") as file:
             json.dump(TASK, file)
 
         pretrain = ("pretrain", "--data", "data", "--model", "unet_demo", "--features", "1",
                     "--warmup_epochs", "0", "--out", "pretrain", *SETTINGS)
         cut(*pretrain)
-        finetune = ("finetune", "--task", "task.yaml", "--ckpt", "pretrain/last.pt", "--out", "finetune",
-                    *SETTINGS)
+        finetune = ("finetune", "--task", "task.yaml", "--ckpt", "pretrain/last.pt",
+                    "--out", "finetune", *SETTINGS)
         call(*finetune, "--folds", "0")
         cut(*finetune, "--folds", "1")
 

@@ -1,6 +1,7 @@
 """checkpoint.py: what is damaged, hostile or of another network is refused in one line."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import torch
 
 import checkpoint
 import config
+import models
 import pretrain
 
 
@@ -137,3 +139,31 @@ def test_a_checkpoint_of_another_network_is_not_continued(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(config.UserError, match="does not fit this network"):
         checkpoint.resume(tmp_path / "last.pt", cfg, (), model, optimizer)
+
+
+# ------------------------------------------------------------------------------------------ weights
+STEM = "encoder.in_conv.conv1.conv.weight"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda state: {0: torch.ones(2)}, f"{STEM} is missing"),
+    (lambda state: [1, 2], f"{STEM} is missing"),
+    (lambda state: state | {STEM: torch.ones(4, 0, 3, 3, 3)}, f"{STEM} is (4, 0, 3, 3, 3), not"),
+    (lambda state: state | {STEM: torch.ones(4)}, f"{STEM} is (4,), not")])
+def test_odd_weights_are_refused_in_one_line(change, message):
+    model = models.build_model("unet_demo", "pretrain", features=4)
+    with pytest.raises(config.UserError) as error:
+        checkpoint.load_weights(model, {"model": change(model.state_dict())})
+    assert message in str(error.value)
+
+
+def test_the_checksum_is_the_one_of_the_file_before_its_comment(tmp_path):
+    """A zip file whose comment holds the digest: the form of all checkpoints so far."""
+    path = tmp_path / "last.pt"
+    checkpoint.save_checkpoint(path, network())
+    whole = path.read_bytes()
+    digest = hashlib.sha256(whole[:-73]).hexdigest()
+    assert zipfile.ZipFile(path).comment == b"sha256:" + digest.encode()
+    assert checkpoint.checksum(path) == digest
+    path.write_bytes(whole[:-1])
+    assert checkpoint.checksum(path) == hashlib.sha256(whole[:-1]).hexdigest(), "as of any file"

@@ -201,8 +201,7 @@ def load_checkpoint(path):
     kinds = {"format": int, "kind": str, "row": str, "config": dict, "task": dict}
     for key, kind in kinds.items():
         if key in saved and not isinstance(saved[key], kind):
-            found = type(saved[key]).__name__
-            raise UserError(f"{path} is no checkpoint: its {key} is a {found}")
+            raise UserError(f"{path} is no checkpoint: its {key} is a {type(saved[key]).__name__}")
 
     # What has a format is ours, and ours is never without a seal.
     if "format" in saved and saved["format"] > FORMAT:
@@ -248,10 +247,10 @@ def check_same_inputs(what, before, now, fix="new --out, or the old data"):
 
 
 def resume(path, cfg, resumable, model, optimizer, sha256=None, inputs=None):
-    """Load model and optimizer from `path` -> (step to go on with, hours it took); zeros if there
-    is no file.
+    """Load model and optimizer from `path` -> (step to go on with, hours it took), or zeros.
 
     UserError if it is of a run with other settings, or on other data than sha256 and inputs say."""
+    # A run that begins has no file yet.
     if not os.path.exists(path):
         return 0, 0.0
 

@@ -65,8 +65,7 @@ class Config:
         """UserError for values that would only fail later."""
         choices = {"augment": ("auto", "none", "spatial", "all"), "precision": tuple(training.PRECISIONS)}
         for key, known in choices.items():
-            if getattr(self, key) not in known:
-                raise UserError(f"{key} {getattr(self, key)!r}: choose {', '.join(known)}")
+            config.check_choice(key, getattr(self, key), known)
 
     def fill_defaults(self, name, task, pretrained):
         """The settings with those filled in that follow from others: the network from the checkpoint ({}: from

@@ -72,8 +72,7 @@ class Config:
                    "augment": ("none", "spatial", "all"), "loss_region": ("all", "masked"),
                    "precision": tuple(training.PRECISIONS)}
         for key, known in choices.items():
-            if getattr(self, key) not in known:
-                raise UserError(f"{key} {getattr(self, key)!r}: choose {', '.join(known)}")
+            config.check_choice(key, getattr(self, key), known)
         if self.preview and self.objective != "amaes":
             raise UserError("preview shows the objective amaes; log.jsonl has the losses of [23]")
         if not 0 < self.mask_ratio < 1 or self.patch_size % self.token_size:

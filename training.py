@@ -39,8 +39,7 @@ class Processes(typing.NamedTuple):
 
 def pick_device(device):
     """auto, cpu or cuda -> torch.device; UserError if that is not to be had."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device {device!r}: choose auto, cpu or cuda")
+    config.check_choice("device", device, ("auto", "cpu", "cuda"))
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but torch sees no GPU; use --device cpu")
 

@@ -1,4 +1,4 @@
-"""The picture of Figure 2: one patch of a synthetic head on its way through pretraining and finetuning.
+"""The picture of Figure 2: a patch of a synthetic head, in pretraining and in finetuning.
 
     python docs/method_figure.py [docs/method.png]
 """
@@ -19,7 +19,7 @@ import preprocess  # noqa: E402
 
 SIDE = 96  # voxels a side of the patch; the paper's patches have 128
 PRETRAINING_DRAW = 5401  # a seed whose draw can be seen: the head turns, its front darkens
-FINETUNING_DRAW = 44  # likewise
+FINETUNING_DRAW = 44  # another one, which turns the head
 
 WIDTH, HEIGHT = 10.0, 6.1  # of the figure, in inches, which are the units of all places below
 SMALL, LARGE = 10, 12  # font sizes in points
@@ -28,7 +28,7 @@ ORANGE = "#c05621"  # what it should return
 GREY = "#555555"
 
 
-# ---------------------------------------------------------------------------------------- the real arrays
+# ---------------------------------------------------------------------------------- the real arrays
 def head(seed, contrast, lesions):
     """A synthetic head after preprocessing: (volume (D, H, W) in [0, 1], lesion map (D, H, W))."""
     rng = np.random.default_rng(seed)
@@ -75,7 +75,7 @@ def finetuning_views():
     return image[0, 0, :, :, at].numpy(), moved[0, :, :, at].numpy()
 
 
-# -------------------------------------------------------------------------------------------- the drawing
+# -------------------------------------------------------------------------------------- the drawing
 class Canvas:
     """One pair of axes that covers the figure, in inches from its lower left corner."""
 

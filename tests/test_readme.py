@@ -1,5 +1,5 @@
-"""The pages cannot rot: every file, function, link and picture that they name exists, and every command that
-they show is one that runs. The pages are README.md, CONTRIBUTING.md, docs/*.md and bench/*.md."""
+"""The pages cannot rot: every file, function, link and picture that they name exists, and every
+command that they show is one that runs. They are README.md, CONTRIBUTING.md and docs/*.md."""
 
 import argparse
 import importlib
@@ -16,10 +16,8 @@ from conftest import ROOT
 import config
 import sources
 
-PAGES = {
-    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-}
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES}
 ALL_TEXT = "\n".join(PAGES.values())
 README = PAGES["README.md"]
 SCRIPTS = ("prepare_data", "pretrain", "finetune", "predict", "compare")
@@ -30,9 +28,9 @@ def without_code(text):
     return re.sub(r"^ *```\n.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
-# ------------------------------------------------------------------------------------------- commands
+# ----------------------------------------------------------------------------------------- commands
 def commands():
-    """(page, words of a command from its script on), from fenced blocks and from the running text."""
+    """(page, words of a command from its script on), from fenced blocks and running text."""
     for page, text in PAGES.items():
         blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
         lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
@@ -102,7 +100,7 @@ def test_every_source_is_shown():
     assert [name for name in known_sources() if f"`{name}`" not in PAGES["docs/data.md"]] == []
 
 
-# --------------------------------------------------------------------------------- files and functions
+# ------------------------------------------------------------------------------ files and functions
 @pytest.mark.parametrize(
     ("file", "names"), sorted(set(re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", ALL_TEXT)))
 )
@@ -129,7 +127,7 @@ def test_the_map_has_every_file_once():
     assert sorted(listed) == sorted(path.name for path in ROOT.glob("*.py"))
 
 
-# ----------------------------------------------------------------------------------- links and pictures
+# ------------------------------------------------------------------------------- links and pictures
 def anchors(text):
     """What GitHub calls the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", without_code(text), re.MULTILINE)
@@ -154,10 +152,12 @@ def test_links_lead_somewhere(page, target):
 
 
 def test_every_page_and_picture_is_linked():
-    """From README, in one step or two."""
-    named = {(ROOT / page).parent.joinpath(target.split("#")[0]).resolve() for page, target in links()}
-    files = {*(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*.png"), *(ROOT / "bench").glob("*.md")}
-    assert files <= named
+    """A page or picture that no other page leads to would not be found."""
+    named = set()
+    for page, target in links():
+        named.add((ROOT / page).parent.joinpath(target.split("#")[0]).resolve())
+    for pattern in ("docs/*.md", "docs/*.png", "bench/*.md"):
+        assert set(ROOT.glob(pattern)) <= named
 
 
 def test_links_out_of_the_project_are_https():
@@ -179,7 +179,7 @@ def test_the_picture_of_figure_2_shows_what_pretraining_does(monkeypatch, tmp_pa
         assert np.abs(views[first] - views[second]).max() > 0.1, "a stranger sees the step"
 
 
-# --------------------------------------------------------------------------------------------- the prose
+# ---------------------------------------------------------------------------------------- the prose
 def paragraphs(text):
     """The paragraphs and list items of a page, as one line each; no tables, no headings."""
     lines = re.sub(r"^( *([*]|\d+[.]) )", r"\n\1", without_code(text), flags=re.MULTILINE)
@@ -199,17 +199,24 @@ def test_sentences_and_paragraphs_are_short(page):
 def test_readme_is_a_front_page():
     assert len(README.splitlines()) <= 160
     first_screen = "\n".join(README.splitlines()[:25])
-    links = ("arxiv.org/abs/2408.00640", "github.com/asbjrnmunk/amaes", "zenodo.org/records/13604788")
-    for words in (*links, "## Status", "never on a GPU", "No run has shown yet that pretraining helps"):
-        assert words in first_screen
+    expected = (
+        "arxiv.org/abs/2408.00640",
+        "github.com/asbjrnmunk/amaes",
+        "zenodo.org/records/13604788",
+        "## Status",
+        "never on a GPU",
+        "No run has shown yet that pretraining helps",
+    )
+    assert [words for words in expected if words not in first_screen] == []
 
 
-# --------------------------------------------------------------------------------- citation and workflow
+# ---------------------------------------------------------------------------- citation and workflow
 def test_the_citation_is_the_papers():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     paper = citation["preferred-citation"]
     assert paper["title"].startswith("AMAES: Augmented Masked Autoencoder Pretraining")
-    assert [author["family-names"] for author in paper["authors"]] == "Munk Ambsdorf Llambias Nielsen".split()
+    names = [author["family-names"] for author in paper["authors"]]
+    assert names == ["Munk", "Ambsdorf", "Llambias", "Nielsen"]
     assert "2408.00640" in paper["url"]
 
 

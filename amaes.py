@@ -1,8 +1,9 @@
 """AMAES (paper, section 3.1 and Figure 2): reconstruct an augmented, masked patch.
 
-The input of the network is a patch after all augmentations, with 60 % of its 4 x 4 x 4 tokens set to 0. The
-target is the same patch after the spatial augmentations alone. So the network learns to undo the intensity
-augmentations ("augmentation reversal") and to fill in what is hidden (masked image modelling).
+The input of the network is a patch after all augmentations, with 60 % of its 4 x 4 x 4 tokens set
+to 0. The target is the same patch after the spatial augmentations alone. So the network learns to
+undo the intensity augmentations ("augmentation reversal") and to fill in what is hidden (masked
+image modelling).
 """
 
 import math
@@ -34,11 +35,11 @@ def make_views(crops, draws, mask_seeds, token_size=4, mask_ratio=0.6, dtype=tor
 
 
 def random_mask(seeds, shape, token_size=4, ratio=0.6, device="cpu"):
-    """One random mask a seed: (B, 1, D, H, W) bool, True = hidden.
+    """One random mask for each seed: (B, 1, D, H, W) bool, True = hidden.
 
-    The paper hides each token "with probability 0.6". We follow the official code, which keeps exactly
-    int(tokens * (1 - ratio)) tokens: at 128^3, 19,661 of 32,768 tokens are hidden.
-    ValueError if a side is no multiple of the token's.
+    The paper hides each token "with probability 0.6". We follow the official code, which keeps
+    exactly int(tokens * (1 - ratio)) tokens: at 128^3, 19,661 of 32,768 tokens are hidden.
+    Raises ValueError if a side is not a multiple of the token's.
     """
     if any(side % token_size for side in shape):
         raise ValueError(f"patch {tuple(shape)} is not a multiple of the token size {token_size}")
@@ -46,7 +47,7 @@ def random_mask(seeds, shape, token_size=4, ratio=0.6, device="cpu"):
     tokens = math.prod(grid)
     visible = int(tokens * (1 - ratio))
 
-    # Drawn on the CPU, so that a seed gives the same mask on every device.
+    # Masks are drawn on the CPU, so that a seed gives the same mask on every device.
     hidden = torch.ones(len(seeds), tokens, dtype=torch.bool)
     for sample, seed in enumerate(seeds):
         order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))
@@ -60,10 +61,10 @@ def random_mask(seeds, shape, token_size=4, ratio=0.6, device="cpu"):
 
 
 def reconstruction_loss(output, target, mask, region="all"):
-    """Mean squared error between output and target, in the target's precision.
+    """Mean squared error between output and target, a scalar in the target's precision.
 
-    region: "all" voxels, as in the official code, or the "masked" ones only. The official code divides the
-    error of the masked voxels by the number of all voxels, we by the number of the masked ones.
+    region: "all" voxels, as in the official code, or the "masked" ones only. The official code
+    divides the error of the masked voxels by the number of all voxels, we by that of the masked.
     """
     error = (output.to(target.dtype) - target) ** 2
     if region == "all":
@@ -73,15 +74,19 @@ def reconstruction_loss(output, target, mask, region="all"):
 
 @torch.no_grad()
 def error_sums(output, target, mask):
-    """Sums for the log, to be added over micro-batches and processes: squared error and number of voxels of
-    the hidden part, then of the visible part. Their ratio is the mean squared error of that part."""
+    """Sums for the log, to be added over micro-batches and processes: (4,).
+
+    They are the squared error and the number of voxels of the hidden part, then of the visible one.
+    """
     error = (output.to(target.dtype) - target) ** 2
     hidden = mask.expand_as(error)
-    return torch.stack([(error * hidden).sum(), hidden.sum(), (error * ~hidden).sum(), (~hidden).sum()])
+    visible = ~hidden
+    return torch.stack([(error * hidden).sum(), hidden.sum(),
+                        (error * visible).sum(), visible.sum()])
 
 
 def losses_from_sums(sums, region="all"):
-    """error_sums, added up -> the numbers of a log line."""
+    """error_sums, added up -> the numbers of a log line: mean squared errors."""
     hidden_error, hidden, visible_error, visible = sums.tolist()
     losses = {"masked": hidden_error / max(1, hidden), "visible": visible_error / max(1, visible)}
 

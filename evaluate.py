@@ -1,13 +1,18 @@
-"""The cases of a fold (paper, section 4.1): segmented on their own grid, and scored."""
+"""The folds of a run (paper, section 4.1): which of them are left, how a fold's cases are segmented
+on their own grid and scored, and what all folds say together."""
 
 import dataclasses
+import json
 import math
+import os
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import checkpoint
 import data
+import metrics
 import predict
 import preprocess
 import tasks
@@ -15,13 +20,73 @@ import training
 from config import UserError
 
 
-@torch.no_grad()
-def evaluate_fold(model, task, seen, cases, folder, processes, stop, patch_size, precision, overlap, batch):
-    """All scores of every case on the scan's own grid, the processes taking turns.
+# ------------------------------------------------------------------------------- what is left
+def names_in(folds):
+    """The names of all cases that these folds train on or evaluate."""
+    names = set()
+    for fold in folds:
+        names.update(fold["train"], fold["evaluate"])
+    return names
 
-    -> records in the order of their cases, or None if a signal stopped it. seen: what data_seen says of the
-    network. batch: windows at once.
-    """
+
+def folds_left(out, chosen, task, folds, cases):
+    """The chosen folds (None: all) that are not finished, {fold: its folder}.
+
+    UserError if there is no such fold, or if a file that one of them needs is missing."""
+    # A fold is finished when it has its scores.
+    chosen = range(len(folds)) if chosen is None else chosen
+    if not set(chosen) <= set(range(len(folds))):
+        raise UserError(f"folds {tuple(chosen)}: the task has the folds 0 to {len(folds) - 1}")
+    folders = {fold: os.path.join(out, f"fold_{fold}") for fold in chosen}
+    left = {fold: folder for fold, folder in folders.items()
+            if not os.path.exists(os.path.join(folder, "dice.json"))}
+
+    needed = names_in(folds[fold] for fold in left)
+    data.check_files(task.data, [path for name in needed for path in tasks.files_of(cases[name])])
+    return left
+
+
+def open_folder(out, files, left, processes):
+    """Process 0 locks the folders of the folds that are left, until it ends, and writes the files
+    of the run folder, {name: text}."""
+    with training.stop_all_on_error():
+        if processes.rank == 0:
+            for folder in left.values():
+                checkpoint.lock(folder)
+            for name, text in files.items():
+                checkpoint.write_text(os.path.join(out, name), text)
+
+
+# ----------------------------------------------------------------------------------- one fold
+def load_fold(run_folder, fold, task, train, device):
+    """The finished network of a fold of another run, in evaluation mode, and its checkpoint.
+
+    train: the training cases of this fold here. The network must have been trained on the same
+    ones, while those to evaluate are this task's own. Raises UserError if it was not."""
+    path = os.path.join(run_folder, f"fold_{fold}", "last.pt")
+    with training.stop_all_on_error():
+        model, saved = predict.load_network(path, device)
+        if saved["step"] < saved["config"]["steps"]:
+            raise UserError(f"{path} is at step {saved['step']}: finish task {task.networks} first")
+
+        # It must know the same classes and sequences, from the same cases.
+        theirs = saved["task"]["classes"], saved["task"]["sequences"], saved["cases"]
+        if theirs != (task.classes, task.sequences, [case.name for case in train]):
+            raise UserError(f"{path} has other classes or sequences, or was trained on other cases "
+                            f"than {task.data} gives for this fold")
+        checkpoint.check_same_inputs(f"{path} was trained on other data", saved.get("inputs", {}),
+                                     tasks.inputs_of(train),
+                                     f"finetune {task.networks} again, or the old data")
+    return model, saved
+
+
+@torch.no_grad()
+def evaluate_fold(model, task, seen, cases, folder, processes, stop, patch_size, precision,
+                  overlap, batch):
+    """All scores of every case on the scan's own grid; the processes take turns.
+
+    -> a record for each case, in the order of their names, or None if a signal stopped it. seen:
+    what finetune.data_seen says of the network. batch: the number of windows at once."""
     model.eval()
     records = []
     share = cases[processes.rank::processes.world]
@@ -33,23 +98,29 @@ def evaluate_fold(model, task, seen, cases, folder, processes, stop, patch_size,
                 volume, geometry, truth = data.read_case(case)
                 classes = predict.segment(model, volume, geometry, patch_size, precision, overlap,
                                           batch=batch)
-                scores = tasks.score_case(classes, truth, dataclasses.asdict(task), geometry["affine"])
+                scores = tasks.score_case(classes, truth, dataclasses.asdict(task),
+                                          geometry["affine"])
             except (UserError, *preprocess.READ_ERRORS) as error:
                 raise UserError(f"cannot evaluate {case.name}: {error}") from None
             records.append(record_of(case, task, seen, scores))
+
+    # A fold that one process left unfinished has no scores.
     stopped, = training.any_process(stop.is_set())
     if stopped:
         return None
 
+    # Each process gets the records of all.
     shares = [None] * processes.world
     dist.all_gather_object(shares, records)
-    return sorted((record for share in shares for record in share), key=lambda record: record["case"])
+    records = [record for share in shares for record in share]
+    return sorted(records, key=lambda record: record["case"])
 
 
 def record_of(case, task, seen, scores):
-    """What dice.json says of a case: what it was made of, whether the network has seen it, its scores."""
+    """What dice.json says of a case: its files, whether the network has seen it, its scores."""
+    # Files of others do not say what they have seen: then it is not known.
     same_scan = any(volume.sha256 in (seen["sha256"] or ()) for volume in case.volumes)
-    known = None  # the checkpoint does not say
+    known = None
     if seen["sha256"] is not None:
         known = same_scan or case.subject in (seen["subjects"] or ())
 
@@ -57,7 +128,61 @@ def record_of(case, task, seen, scores):
     record = {"case": case.name, "subject": case.subject, "sha256": made_of["sha256"],
               "label_sha256": made_of["label_sha256"], "seen": known, "same_scan": same_scan,
               "site": tasks.site(case) if task.sites else None}
+
+    # JSON has no NaN: a score that is not defined is null.
     for kind, values in scores.items():
         record[kind] = {name: None if math.isnan(value) else round(value, 6)
                         for name, value in values.items()}
     return record
+
+
+def write_scores(folder, records, processes):
+    """dice.json of a fold, by process 0: with it, the fold is finished."""
+    with training.stop_all_on_error():
+        if processes.rank == 0:
+            path = os.path.join(folder, "dice.json")
+            checkpoint.write_text(path, json.dumps(records, indent=1))
+
+
+def say_cost(cases, seconds, processes):
+    """Print what the evaluation of `cases` cases will cost, if one of them took `seconds`."""
+    if processes.rank == 0:
+        hours = cases * seconds / processes.world / 3600
+        print(f"evaluation {seconds:.3g} s a case; {cases} cases: {hours:.2f} hours more")
+
+
+# ---------------------------------------------------------------------------------- all folds
+def about_run(settings, name, task, cases, build, origin, seen):
+    """What dice.json says of a run beside its scores.
+
+    build() makes the network. origin, seen: of the weights it starts from, as finetune.py says."""
+    # On the device meta there are shapes, but no numbers: a network takes no time.
+    with torch.device("meta"):
+        params = sum(weight.numel() for weight in build().parameters())
+    return {"task": name, "model": settings["model"], "ckpt": settings["ckpt"],
+            "augment": settings["augment"], "params": params, "origin": origin,
+            "classes": task.classes[1:], "regions": list(task.regions),
+            "sites": tasks.sites_of(task, cases), "pretraining": seen["pretraining"],
+            "config": settings}
+
+
+def write_summary(out, about, folds):
+    """dice.json and summary.md of the folds that are done, in this run or in others beside it.
+
+    about: what dice.json says beside the scores. folds: all folds of the task."""
+    # Other folds may be done by other processes, in the same folder.
+    done = {}
+    for fold in range(len(folds)):
+        path = os.path.join(out, f"fold_{fold}", "dice.json")
+        if os.path.exists(path):
+            done[fold] = json.loads(checkpoint.read_text(path))
+
+    # The table is of the folds that are done, and made again with each.
+    if done:
+        about = about | {"folds": done}
+        summary = metrics.summarise(about, folds)
+        checkpoint.write_text(os.path.join(out, "dice.json"), json.dumps(about, indent=1))
+        checkpoint.write_text(os.path.join(out, "summary.md"), summary)
+        print(summary)
+    if len(done) < len(folds):
+        print(f"{len(done)} of {len(folds)} folds done; the same command goes on")

@@ -1,6 +1,7 @@
-"""AMAES pretraining (paper, section 3.1): hide 60 % of the 4x4x4 tokens of an augmented patch and reconstruct
-the patch as it was before the intensity augmentations and the mask, with a light decoder and no skips.
-Beside it, `objective: swin`, the pretraining of SwinUNETR [23] that the paper compares with (section 4.3).
+"""AMAES pretraining (paper, section 3.1): hide 60 % of the 4x4x4 tokens of an augmented patch and
+reconstruct the patch as it was before the intensity augmentations and the mask, with a light
+decoder and no skips. Beside it, `objective: swin`: the pretraining of SwinUNETR [23] that the paper
+compares with (section 4.3).
 
     torchrun --nproc_per_node=2 pretrain.py configs/unet_xl.yaml
     python pretrain.py configs/unet_b.yaml --data datasets/mine --batch_size 4
@@ -39,31 +40,31 @@ class Config:
     augment: str = "all"  # none, spatial or all; Table 3 and Table 5
     patch_size: int = 128  # voxels a side, at 1 mm; section 4.2
     token_size: int = 4  # voxels a side of a masked token; section 3.1
-    mask_ratio: float = 0.6  # share of hidden tokens; section 3.1. swin: the largest share cut out (0.3)
+    mask_ratio: float = 0.6  # share of hidden tokens; section 3.1. swin: the most cut out (0.3)
     loss_region: str = "all"  # all or masked voxels; the official code: all
-    merge: str = "legacy"  # SwinUNETR's patch merging: legacy (MONAI 1.3.2, the paper's) or fixed (>= 1.5)
+    merge: str = "legacy"  # SwinUNETR's merging: legacy (MONAI 1.3.2, the paper's), fixed (>= 1.5)
     features: int | None = None  # width of the first level, instead of the row's
     epochs: float = 100.0  # passes over the data, one patch of each volume a pass; section 4.2
     steps: int | None = None  # instead of epochs: number of optimizer steps
     batch_size: int = 16  # over all processes; Appendix A (the official code: per device)
-    micro_batch: int | None = None  # samples a process holds at once; gradients accumulate over the rest
+    micro_batch: int | None = None  # samples held at once; gradients accumulate over the rest
     lr: float = 1e-4  # base learning rate; Appendix A
     warmup_epochs: float = 5.0  # linear warm-up, then cosine to 0, per step; Appendix A
     weight_decay: float = 3e-5  # Appendix A (the official code: 0.01)
     amsgrad: bool = True  # Appendix A (the official code: False)
     eps: float = 1e-8  # AdamW; Appendix A
     precision: str = "bf16"  # bf16 (autocast), fp32 (without TF32) or fp64; Appendix A: bf16-mixed
-    compile: bool | None = None  # torch.compile; default, auto: on CUDA, but for SwinUNETR (Appendix A)
-    recompute: bool = False  # make activations again in the backward pass: less memory, longer steps
+    compile: bool | None = None  # torch.compile; auto: on CUDA, but for SwinUNETR (Appendix A)
+    recompute: bool = False  # activation checkpointing: less memory, longer steps
     val_fraction: float = 0.01  # share of subjects held out, at least one
     val_every: int | None = None  # steps between validations; by default once an epoch
-    save_every: int = 2000  # steps between checkpoints, which all processes wait for; a signal saves, too
+    save_every: int = 2000  # steps between checkpoints; a signal saves, too
     log_every: int = 10  # steps between log lines
-    preview: int | None = None  # steps between NIfTI files of held-out patches: input, reconstruction, target
+    preview: int | None = None  # steps between NIfTI files of held-out patches, as in Figure 2
     workers: int = 4  # loader processes for each training process
     seed: int = 0  # of every draw
     device: str = "auto"  # auto, cpu or cuda
-    out: str | None = None  # run folder; by default runs/<model>. A run that was cut off continues there
+    out: str | None = None  # run folder, by default runs/<model>; a run that was cut off goes on
     estimate: bool = False  # time a few steps, print what the run will cost, write nothing
 
     def __post_init__(self):
@@ -73,78 +74,117 @@ class Config:
                    "precision": tuple(training.PRECISIONS)}
         for key, known in choices.items():
             config.check_choice(key, getattr(self, key), known)
+
         if self.preview and self.objective != "amaes":
             raise UserError("preview shows the objective amaes; log.jsonl has the losses of [23]")
         if not 0 < self.mask_ratio < 1 or self.patch_size % self.token_size:
-            raise UserError(f"mask_ratio {self.mask_ratio} must lie between 0 and 1, and patch_size "
-                            f"{self.patch_size} be a multiple of token_size {self.token_size}")
+            raise UserError(
+                f"mask_ratio {self.mask_ratio} must lie between 0 and 1, and patch_size "
+                f"{self.patch_size} be a multiple of token_size {self.token_size}")
 
 
 # Keys that may change between a run and its continuation: they do not touch what is computed.
-RESUMABLE_KEYS = ("data", "workers", "device", "out", "save_every", "log_every", "val_every", "compile",
-                  "micro_batch", "estimate", "preview", "recompute")
+RESUMABLE_KEYS = ("data", "workers", "device", "out", "save_every", "log_every", "val_every",
+                  "compile", "micro_batch", "estimate", "preview", "recompute")
 
 
-# --------------------------------------------------------------------------------------------- the data
+# ---------------------------------------------------------------------------------------- the data
 def open_data(folder, val_fraction, seed):
-    """Training cases, validation cases, and the subjects held out: a seeded share of all.
+    """Training cases, validation cases, and the held-out subjects: a seeded share of all.
 
-    The official code holds out volumes instead, so that it validates on subjects that it trains on.
-    """
+    The official code holds out volumes, not subjects: it validates on subjects it trains on."""
     cases = data.pretraining_cases(folder)
     if not cases:
         raise UserError(f"{folder} has no volume to pretrain on: all are of the split test")
     data.check_files(folder, [path for case in cases for path in case.images])
 
+    # All volumes of a subject stay on one side.
     kept, held_out = data.split_subjects([case.subject for case in cases], val_fraction, seed)
     kept = set(kept)
     train = [case for case in cases if case.subject in kept]
     validation = [case for case in cases if case.subject not in kept]
     if not train:
-        raise UserError(f"{folder} holds {len(cases)} volumes of {len(held_out)} subjects, and val_fraction "
-                        f"{val_fraction} holds out all of them: none is left to train on")
+        raise UserError(f"{folder} holds {len(cases)} volumes of {len(held_out)} subjects, and "
+                        f"val_fraction {val_fraction} holds out all of them: none is left to "
+                        "train on")
     return train, validation, held_out
 
 
-def contents_of(cfg_values, train, validation):
-    """What the run's checkpoints hold beside weights, optimizer and step: its settings, and what the network
-    has seen: subjects, raw files, and the inputs of checkpoint.check_same_inputs."""
+def held_out_crops(cases, patch_size, seed, preset):
+    """Patches of the held-out subjects, the same ones at every look -> two data.Crops."""
+    # The losses are of plain patches, the pictures of augmented ones.
+    return (data.Crops(cases, patch_size, data.derive_seed(seed, "validation"), "none"),
+            data.Crops(cases, patch_size, data.derive_seed(seed, "preview"), preset))
+
+
+def read_crops(crops, indices):
+    """A batch of held-out patches. Raises UserError for one that cannot be read."""
+    batch = data.collate([crops[0, index] for index in indices])
+    if batch.fault:
+        raise UserError(batch.fault)
+    return batch
+
+
+def contents_of(settings, train, validation):
+    """What the run's checkpoints hold beside weights, optimizer and step: its settings, and what
+    the network has seen (subjects, raw files, the inputs of checkpoint.check_same_inputs)."""
+    # Of the training set, which may be of 45,000 volumes, one checksum of all shapes is enough.
     shapes = "".join(case.volumes[0].shape for case in train)
+    first = [case.volumes[0] for case in validation]
     inputs = {"the training set": {"shape": hashlib.sha256(shapes.encode()).hexdigest()},
-              "the held-out set": {"sha256": [case.volumes[0].sha256 for case in validation],
-                                   "shape": [case.volumes[0].shape for case in validation]}}
-    return {"kind": "pretrain", "row": cfg_values["model"], "config": cfg_values,
+              "the held-out set": {"sha256": [volume.sha256 for volume in first],
+                                   "shape": [volume.shape for volume in first]}}
+    return {"kind": "pretrain", "row": settings["model"], "config": settings,
             "subjects": sorted({case.subject for case in train}),
             "sha256": [volume.sha256 for case in train for volume in case.volumes],
             "inputs": inputs}
 
 
 def shared_files(train, validation):
-    """A line if the raw file of a held-out volume is trained on, too, under another subject: [line] or []."""
+    """Held-out volumes whose raw file is trained on, under another subject: [a line], or []."""
+    # The checksum of a raw file tells it, whatever its name.
     trained = {case.volumes[0].sha256: case.subject for case in train}
     shared = [case for case in validation if case.volumes[0].sha256 in trained]
     if not shared:
         return []
     twin = trained[shared[0].volumes[0].sha256]
-    return [f"{len(shared)} of {len(validation)} held-out volumes are trained on, too: the first is "
-            f"{shared[0].name}, the same file as one of {twin}"]
+    return [f"{len(shared)} of {len(validation)} held-out volumes are trained on, too: the first "
+            f"is {shared[0].name}, the same file as one of {twin}"]
 
 
-# --------------------------------------------------------------------------------------- the objectives
+# ---------------------------------------------------------------------------------- the objectives
+def choose_objective(name, device, precision, token_size, mask_ratio, region):
+    """An objective by its name -> the task of models.build_model that it trains; the function
+    (network, batch, logging=...) -> loss, sums; and losses_from_sums(sums) -> {name: loss}."""
+    if name == "swin":
+        objective = functools.partial(swin_loss, device=device, precision=precision,
+                                      share=mask_ratio)
+        return "swin", objective, swin.losses_from_sums
+
+    objective = functools.partial(amaes_loss, device=device, precision=precision,
+                                  token_size=token_size, mask_ratio=mask_ratio, region=region)
+    return "pretrain", objective, functools.partial(amaes.losses_from_sums, region=region)
+
+
 def amaes_loss(network, batch, device, precision, token_size, mask_ratio, region, logging):
     """Section 3.1 on one micro-batch: its loss, and sums for the log (0 unless logging)."""
     crops, _ = data.to_device(batch, device)
-    image, target, mask = amaes.make_views(crops, batch.draws, batch.mask_seeds, token_size, mask_ratio,
-                                           training.PRECISIONS[precision])
+    views = amaes.make_views(crops, batch.draws, batch.mask_seeds, token_size, mask_ratio,
+                             training.PRECISIONS[precision])
     with training.autocast(precision, device):
-        output = network(image)
+        output = network(views.image)
 
-    sums = amaes.error_sums(output, target, mask) if logging else 0
-    return amaes.reconstruction_loss(output, target, mask, region), sums
+    # The sums cost as much as the loss: they are for log lines only.
+    loss = amaes.reconstruction_loss(output, views.target, views.mask, region)
+    sums = amaes.error_sums(output, views.target, views.mask) if logging else 0
+    return loss, sums
 
 
 def swin_loss(network, batch, device, precision, share, logging):
-    """The pretraining of [23] on one micro-batch: its loss, and sums for the log (0 unless logging)."""
+    """The pretraining of [23] on one micro-batch: its loss, and sums for the log, as amaes_loss.
+
+    share: the most of a patch that is cut out."""
+    # [23] augments nothing, and its preset is none; with another one, both views are of one patch.
     crops, _ = data.to_device(batch, device)
     patches, _ = augment.spatial(crops, None, batch.draws)
     patches = augment.intensity(patches, batch.draws).to(training.PRECISIONS[precision])
@@ -156,23 +196,23 @@ def swin_loss(network, batch, device, precision, share, logging):
         outputs = network(views.image)
 
     losses = swin.losses(outputs, views)
-    return losses.sum(), swin.loss_sums(losses, len(patches)) if logging else 0
+    sums = swin.loss_sums(losses, len(patches)) if logging else 0
+    return losses.sum(), sums
 
 
+# ------------------------------------------------------------------- looking at held-out subjects
 @torch.no_grad()
 def validate(model, objective, losses_from_sums, crops, size, processes):
-    """The losses on the held-out subjects: always the same crops and masks, no augmentation.
+    """The losses on the held-out subjects, {"val_loss": ..., ...}.
 
-    Every process takes its share, `size` samples at a time. -> {"val_loss": ..., ...}
-    """
-    shares = range(processes.rank, len(crops.cases), processes.world)
+    Every process takes its share of them, `size` samples at a time."""
+    # Sums are added up over batches and processes, so that each patch counts alike.
+    share = range(processes.rank, len(crops.cases), processes.world)
     sums = torch.zeros(4, dtype=torch.float64)
     model.eval()
     with training.stop_all_on_error():
-        for first in range(0, len(shares), size):
-            batch = data.collate([crops[0, index] for index in shares[first:first + size]])
-            if batch.fault:
-                raise UserError(batch.fault)
+        for first in range(0, len(share), size):
+            batch = read_crops(crops, share[first:first + size])
             _, parts = objective(model, batch, logging=True)
             sums += parts.to("cpu")
     model.train()
@@ -183,62 +223,53 @@ def validate(model, objective, losses_from_sums, crops, size, processes):
 
 @torch.no_grad()
 def write_preview(run, crops, precision, token_size, mask_ratio):
-    """Figure 2 on held-out patches, always the same: input (augmented, masked), reconstruction, target.
+    """Figure 2 on up to three held-out patches: input (augmented, masked), reconstruction, target.
 
-    Process 0 writes them as NIfTI, in the run folder.
-    """
+    Process 0 writes them as NIfTI in the run folder; the others wait for it."""
+    # If process 0 fails, all stop.
     with training.stop_all_on_error():
         if run.processes.rank:
             return
-        batch = data.collate([crops[0, index] for index in range(min(3, len(crops.cases)))])
-        if batch.fault:
-            raise UserError(batch.fault)
-        patches, _ = data.to_device(batch, run.processes.device)
-        image, target, _ = amaes.make_views(patches, batch.draws, batch.mask_seeds, token_size, mask_ratio,
-                                            training.PRECISIONS[precision])
+        device = run.processes.device
+        batch = read_crops(crops, range(min(3, len(crops.cases))))
+        patches, _ = data.to_device(batch, device)
+        views = amaes.make_views(patches, batch.draws, batch.mask_seeds, token_size, mask_ratio,
+                                 training.PRECISIONS[precision])
         run.model.eval()
-        with training.autocast(precision, run.processes.device):
-            output = run.model(image)
+        with training.autocast(precision, device):
+            output = run.model(views.image)
         run.model.train()
 
-        for name, volumes in (("input", image), ("reconstruction", output), ("target", target)):
+        # One file for each volume, with voxels of 1 mm.
+        shown = {"input": views.image, "reconstruction": output, "target": views.target}
+        for name, volumes in shown.items():
             for number, volume in enumerate(volumes.float().cpu().numpy()):
                 path = f"{run.folder}/preview/step{run.step:07}_{number}_{name}.nii.gz"
                 with checkpoint.atomic(path) as temporary:
                     nib.Nifti1Image(volume[0], np.eye(4)).to_filename(temporary)
 
 
-# ---------------------------------------------------------------------------------------------- the run
-def choose_objective(name, device, precision, token_size, mask_ratio, region):
-    """-> the task of build_model, objective(network, batch, logging=...), and its losses_from_sums(sums)."""
-    if name == "swin":
-        objective = functools.partial(swin_loss, device=device, precision=precision, share=mask_ratio)
-        return "swin", objective, swin.losses_from_sums
-
-    objective = functools.partial(amaes_loss, device=device, precision=precision, token_size=token_size,
-                                  mask_ratio=mask_ratio, region=region)
-    return "pretrain", objective, functools.partial(amaes.losses_from_sums, region=region)
-
-
+# ----------------------------------------------------------------------------------------- the run
 def most_samples(model, patch_size):
-    """How many samples a forward pass may hold, so that none of its tensors has 2^31 elements or more.
+    """How many samples a forward pass may hold, so that no tensor in it has 2^31 elements.
 
-    From there on kernels count in 64 bits, or not at all. On the device meta nothing is computed for it.
-    """
+    From there on kernels count in 64 bits, or not at all."""
+    # On the device meta there are shapes, but no numbers: nothing is computed.
     patch = torch.empty(1, 1, patch_size, patch_size, patch_size, device="meta")
-    return max(1, (2 ** 31 - 1) // models.largest_tensor(copy.deepcopy(model).to("meta"), patch))
+    largest = models.largest_tensor(copy.deepcopy(model).to("meta"), patch)
+    return max(1, (2 ** 31 - 1) // largest)
 
 
 def plan_batch(batch_size, micro_batch, world, objective, most_samples):
-    """How many samples a process holds at once, and a line that says how a batch is made of them.
+    """How many samples a process holds at once, and a line that says how they make a batch.
 
-    micro_batch: as given; None is as many as most_samples() allows. The objective of [23] is not bounded so:
-    it contrasts the samples that are held at once, and another number of them would change it.
-    """
+    micro_batch: as given, or None for as many as most_samples() allows. For the objective of [23],
+    None is all: it contrasts the samples that are held at once, and fewer would change it."""
     if batch_size % world:
         raise UserError(f"batch_size {batch_size} cannot be shared by {world} processes evenly")
     local = batch_size // world
 
+    # Of the sizes that divide the share of a process, the largest that is allowed.
     why = ""
     micro = min(micro_batch or local, local)
     if objective == "amaes" and not micro_batch and most_samples() < local:
@@ -248,18 +279,31 @@ def plan_batch(batch_size, micro_batch, world, objective, most_samples):
     if local % micro:
         raise UserError(f"micro_batch {micro} does not divide the {local} samples of a process")
     if objective == "swin" and micro < 2:
-        raise UserError("objective swin contrasts the samples that a process holds at once, here one: give "
-                        f"--batch_size {2 * world} or more, or fewer processes")
-    return micro, f"batch {batch_size} = {world} processes x {local // micro} micro-batches x {micro}{why}"
+        raise UserError("objective swin contrasts the samples that a process holds at once, here "
+                        f"one: give --batch_size {2 * world} or more, or fewer processes")
+    line = f"batch {batch_size} = {world} processes x {local // micro} micro-batches x {micro}{why}"
+    return micro, line
 
 
 def plan_steps(volumes, batch_size, steps, epochs, warmup_epochs):
-    """Optimizer steps, how many of them are warm-up, and a line that says so."""
+    """The number of optimizer steps, how many of them are warm-up, and a line that says so."""
+    # The paper counts in epochs: passes over the data, one patch of each volume.
     steps = steps or math.ceil(epochs * volumes / batch_size)
     warmup = math.ceil(warmup_epochs * volumes / batch_size)
     never = " (all: the rate never reaches its base)" if warmup >= steps else ""
     passes = steps * batch_size / volumes
     return steps, warmup, f"{steps} steps ({passes:.1f} epochs), {warmup} of them warm-up{never}"
+
+
+def begin(run, train, validation, held_out, plan):
+    """Write down what the run is, in its folder, and print its header. plan: a line of it."""
+    settings = run.contents["config"]
+    run.write("config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    run.write("held_out.json", json.dumps(held_out, indent=1))
+
+    lines = [f"{len(train)} volumes, {plan}", *shared_files(train, validation), *run.describe()]
+    training.print_header(lines, settings["model"], settings["compile"], settings["precision"],
+                          run.processes, models.contiguous_on_cuda(settings["model"]))
 
 
 def main(cfg):
@@ -268,15 +312,15 @@ def main(cfg):
     task, objective, losses_from_sums = choose_objective(
         cfg.objective, device, cfg.precision, cfg.token_size, cfg.mask_ratio, cfg.loss_region)
 
-    # What is wrong is found before anything is written, and stops all processes.
+    # Data, network and plan: a mistake in one of them stops all processes before they write.
     with training.stop_all_on_error():
         train, validation, held_out = open_data(cfg.data, cfg.val_fraction, cfg.seed)
         torch.manual_seed(cfg.seed)
-        model = models.build_model(cfg.model, task, decoder=cfg.decoder, skips=cfg.skips, merge=cfg.merge,
-                                   features=cfg.features)
+        model = models.build_model(cfg.model, task, decoder=cfg.decoder, skips=cfg.skips,
+                                   merge=cfg.merge, features=cfg.features)
         models.check_patch(model, cfg.patch_size, device, cfg.precision)
-        micro, batch_line = plan_batch(cfg.batch_size, cfg.micro_batch, processes.world, cfg.objective,
-                                       functools.partial(most_samples, model, cfg.patch_size))
+        micro, batch_line = plan_batch(cfg.batch_size, cfg.micro_batch, processes.world,
+                                       cfg.objective, lambda: most_samples(model, cfg.patch_size))
         steps, warmup, steps_line = plan_steps(len(train), cfg.batch_size, cfg.steps, cfg.epochs,
                                                cfg.warmup_epochs)
     model.to(device, training.PRECISIONS[cfg.precision])
@@ -285,31 +329,26 @@ def main(cfg):
     optimizer = training.adamw(model, cfg.lr, cfg.weight_decay, cfg.eps, cfg.amsgrad)
 
     # The run goes on from last.pt if it is there, and refuses the folder of another run.
-    run = training.Run(cfg.out or f"runs/{cfg.model}", processes, model, optimizer, steps, cfg.save_every,
-                       contents_of(dataclasses.asdict(cfg), train, validation), RESUMABLE_KEYS,
-                       training.catch_signals(), dry=cfg.estimate)
-    run.write("config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
-    run.write("held_out.json", json.dumps(held_out, indent=1))
-    lines = [f"{len(train)} volumes, {batch_line}: {steps_line}", *shared_files(train, validation)]
-    training.print_header(lines + run.describe(), cfg.model, cfg.compile, cfg.precision, processes,
-                          models.contiguous_on_cuda(cfg.model))
+    run = training.Run(cfg.out or f"runs/{cfg.model}", processes, model, optimizer, steps,
+                       cfg.save_every, contents_of(dataclasses.asdict(cfg), train, validation),
+                       RESUMABLE_KEYS, training.catch_signals(), dry=cfg.estimate)
+    begin(run, train, validation, held_out, f"{batch_line}: {steps_line}")
 
+    # `model` is saved and looked at; `network`, the same weights on all processes, is trained.
     network = run.network(cfg.compile)
-    loader = data.training_loader(data.Crops(train, cfg.patch_size, cfg.seed, cfg.augment), cfg.batch_size,
-                                  run.step, steps, processes, cfg.workers)
-    same_crops = data.Crops(validation, cfg.patch_size, data.derive_seed(cfg.seed, "validation"), "none")
-    shown_crops = data.Crops(validation, cfg.patch_size, data.derive_seed(cfg.seed, "preview"), cfg.augment)
+    crops = data.Crops(train, cfg.patch_size, cfg.seed, cfg.augment)
+    loader = data.training_loader(crops, cfg.batch_size, run.step, steps, processes, cfg.workers)
+    same_crops, shown_crops = held_out_crops(validation, cfg.patch_size, cfg.seed, cfg.augment)
     val_every = cfg.val_every or max(1, len(train) // cfg.batch_size)
 
     for batch in run.batches(loader):  # ends after the last step, or on all processes together
         rate = training.learning_rate(run.step, steps, warmup, cfg.lr)
         run.set_learning_rate(rate)
-        logging = run.will_be_due(cfg.log_every)
 
-        # The gradients of the micro-batches add up to those of the batch's mean loss.
+        # The gradients of the micro-batches add up to that of the batch's mean loss.
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         for part in run.accumulate(data.micro_batches(batch, micro)):
-            loss, parts = objective(network, part, logging=logging)
+            loss, parts = objective(network, part, logging=run.will_be_due(cfg.log_every))
             run.watch(loss, part.names)
             (loss * len(part.crops) / len(batch.crops)).backward()
             sums += parts
@@ -317,8 +356,8 @@ def main(cfg):
         optimizer.zero_grad(set_to_none=True)
         run.step_done()
 
-        record = {}
-        if logging:
+        record = {}  # of this step, for log.jsonl and the terminal: empty on most
+        if run.is_due(cfg.log_every):
             record |= losses_from_sums(training.sum_over_processes(sums)) | {"lr": rate}
         if run.is_due(val_every):
             record |= validate(model, objective, losses_from_sums, same_crops, micro, processes)

@@ -298,9 +298,9 @@ def check_multiple(x, multiple):
         raise UserError(f"input {tuple(x.shape[2:])}: choose multiples of {multiple}")
 
 
-# -------------------------------------------------------------------------------- the pretraining of [23]
+# ----------------------------------------------------------------------- the pretraining of [23]
 class Views(NamedTuple):
-    image: torch.Tensor  # (2B, C, D, H, W): what the network sees, the second views after the first
+    image: torch.Tensor  # (2B, C, D, H, W): what the network sees, all first views, then all second
     target: torch.Tensor  # (2B, C, D, H, W): the same, not cut
     turns: torch.Tensor  # (2B,): by how many quarter turns each is rotated, 0 to 3
 
@@ -316,11 +316,12 @@ def make_views(patches, seeds, share):
 
 
 def swin_view(target, seeds, share):
-    """One view of each sample (B, C, D, H, W): rotated by k * 90 degrees about the first axis; then boxes of
-    it filled with noise in [0, 1], and, where another sample of the batch is drawn, boxes of that one pasted.
+    """One view of each sample (B, C, D, H, W): rotated and cut, with one seed a sample.
 
-    -> (rotated, cut, k). One seed a sample. A pasted sample that comes earlier in the batch is cut already,
-    as in [23], whose loop works in place.
+    Each is rotated by k * 90 degrees about the first axis. Then boxes of it are filled with noise
+    in [0, 1], and others with what lies there in another sample of the batch, which is drawn. One
+    that comes earlier in the batch is cut already, as in [23], whose loop works in place.
+    -> rotated and cut, both (B, C, D, H, W), and k, (B,)
     """
     rngs = [np.random.default_rng(seed) for seed in seeds]
     turns = [int(rng.integers(4)) for rng in rngs]
@@ -331,13 +332,16 @@ def swin_view(target, seeds, share):
         image = cut[sample]
 
         # Noise, stretched to [0, 1] within each box.
-        generator = torch.Generator(image.device).manual_seed(int(rng.integers(2 ** 62)))
+        noise_seed = int(rng.integers(2 ** 62))
+        generator = torch.Generator(image.device).manual_seed(noise_seed)
         for box in cut_boxes(rng, image.shape[1:], share):
             part = image[(slice(None), *box)]
-            noise = torch.randn(part.shape, generator=generator, device=part.device, dtype=part.dtype)
-            part.copy_((noise - noise.min()) / (noise.max() - noise.min()).clamp(min=1e-12))
+            noise = torch.randn(part.shape, generator=generator, device=part.device,
+                                dtype=part.dtype)
+            spread = (noise.max() - noise.min()).clamp(min=1e-12)
+            part.copy_((noise - noise.min()) / spread)
 
-        # Boxes of another sample. Where the sample itself is drawn, nothing is pasted.
+        # Boxes of another sample. If the sample itself is drawn, nothing is pasted.
         other = int(rng.integers(len(cut)))
         if other == sample:
             continue
@@ -347,9 +351,10 @@ def swin_view(target, seeds, share):
 
 
 def cut_boxes(rng, shape, share):
-    """Boxes until their volumes sum to U(0, share) of the patch: [(slices)].
+    """Random boxes of a patch of this shape, (D, H, W), as tuples of slices.
 
-    A side is 5 to 25 % of the patch's, cut at its border. So the paper's "mask ratio 0.3" hides 14 % on average.
+    They are drawn until their volumes sum to U(0, share) of the patch. A side is 5 to 25 % of the
+    patch's, and ends at its border: the paper's "mask ratio 0.3" hides 14 % on average.
     """
     target = rng.uniform(0, share) * math.prod(shape)
     volume = 0
@@ -357,6 +362,7 @@ def cut_boxes(rng, shape, share):
     while volume < target:
         box = []
         for side in shape:
+            # It may begin anywhere but in the last 5 %.
             start = int(rng.integers(0, side - int(0.05 * side)))
             extent = int(rng.integers(int(0.05 * side), int(0.25 * side)))
             box.append(slice(start, min(side, start + extent)))
@@ -365,35 +371,44 @@ def cut_boxes(rng, shape, share):
     return boxes
 
 
+def losses(outputs, views):
+    """The three losses of [23], which are summed without weights: (3,).
+
+    Rotation: which of the four quarter turns. Contrast: the two views of a sample belong together.
+    L1: the views as they were before they were cut. Pasting and contrast are among the samples that
+    a process holds at once, as in [23].
+    """
+    rotation, vectors, reconstruction = outputs
+    dtype = views.target.dtype
+    return torch.stack([
+        F.cross_entropy(rotation.to(dtype), views.turns),
+        contrastive_loss(vectors),
+        (reconstruction.to(dtype) - views.target).abs().mean()])
+
+
 def contrastive_loss(vectors, temperature=0.5):
-    """NT-Xent: vectors (2B, d), two views of B samples one after the other -> scalar. 0 if B is 1."""
+    """NT-Xent: a scalar, 0 if B is 1.
+
+    vectors: (2B, d), the first views of B samples, then their second views.
+    """
     vectors = F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=1)
+
+    # Each vector must find its partner, B places away, among all vectors but itself.
     similarity = (vectors @ vectors.T / temperature).fill_diagonal_(-math.inf)
     partner = torch.arange(len(vectors), device=vectors.device).roll(len(vectors) // 2)
     return F.cross_entropy(similarity, partner)
 
 
-def losses(outputs, views):
-    """The three losses of [23], which are summed without weights: (3,).
-
-    Rotation: which of four quarter turns. Contrast: the two views of a sample belong together. L1: the views
-    as they were before they were cut. Paste and contrast are among the samples that a process holds at once,
-    as in [23].
-    """
-    rotation, vectors, reconstruction = outputs
-    target = views.target
-    return torch.stack([F.cross_entropy(rotation.to(target.dtype), views.turns),
-                        contrastive_loss(vectors),
-                        (reconstruction.to(target.dtype) - target).abs().mean()])
-
-
 @torch.no_grad()
 def loss_sums(three, samples):
-    """Sums for the log, to be added over micro-batches and processes: each loss times samples, samples."""
+    """Sums for the log, to be added over micro-batches and processes: (4,).
+
+    They are each of the three losses times the number of samples, and that number.
+    """
     return torch.cat([three, three.new_ones(1)]) * samples
 
 
 def losses_from_sums(sums):
-    """loss_sums, added up -> the numbers of a log line."""
+    """loss_sums, added up -> the numbers of a log line: means over samples."""
     rotation, contrast, l1 = (sums[:3] / sums[3]).tolist()
     return {"loss": rotation + contrast + l1, "rotation": rotation, "contrast": contrast, "l1": l1}

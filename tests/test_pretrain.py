@@ -166,7 +166,7 @@ def test_every_network_is_one_graph(row, task):
 
 def test_one_graph_and_no_recompiles_over_a_run(prepared, tmp_path, monkeypatch):
     counter, compile_ = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, options: compile_(model, backend=counter))
+    monkeypatch.setattr(torch, "compile", lambda model, options=None: compile_(model, backend=counter))
     monkeypatch.setattr(training, "catch_signals", threading.Event)
     settings = TINY | {"data": str(prepared), "out": str(tmp_path), "steps": 5, "val_every": 2, "workers": 0,
                        "micro_batch": 2, "compile": True}

@@ -3,7 +3,7 @@ is trained and scored.
 
     python finetune.py --ckpt runs/unet_xl/last.pt --task wmh      # pretrained encoder, new decoder
     python finetune.py --model unet_xl --task wmh                  # the same from scratch
-    python finetune.py --ckpt runs/unet_xl/last.pt --task wmh_ood  # the first ones on a test set
+    python finetune.py --ckpt runs/unet_xl/last.pt --task wmh_ood  # its networks on the test set
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from config import UserError
 class Config:
     task: str  # name of a file in configs/tasks, or a path to one
     ckpt: str | None = None  # pretrained: ours, the published AMAES .pth, Lightning, MONAI
-    model: str | None = None  # row of models.py; by default the checkpoint's
+    model: str | None = None  # row of models.py, by default the checkpoint's; alone: from scratch
     merge: str | None = None  # SwinUNETR's merging: legacy or fixed; by default the checkpoint's
     features: int | None = None  # width of the first level, instead of the checkpoint's or row's
     data: str | None = None  # prepared folder, instead of the task's own

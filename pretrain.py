@@ -47,7 +47,7 @@ class Config:
     epochs: float = 100.0  # passes over the data, one patch of each volume a pass; section 4.2
     steps: int | None = None  # instead of epochs: number of optimizer steps
     batch_size: int = 16  # over all processes; Appendix A (the official code: per device)
-    micro_batch: int | None = None  # samples held at once; gradients accumulate over the rest
+    micro_batch: int | None = None  # samples a process holds at once; gradients accumulate
     lr: float = 1e-4  # base learning rate; Appendix A
     warmup_epochs: float = 5.0  # linear warm-up, then cosine to 0, per step; Appendix A
     weight_decay: float = 3e-5  # Appendix A (the official code: 0.01)

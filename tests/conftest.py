@@ -18,6 +18,10 @@ import config
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
+# Settings of a finetuning that takes seconds.
+FINETUNE = {"steps": 6, "patch_size": 32, "batch_size": 2, "save_every": 4, "log_every": 1,
+            "compile": "false", "precision": "fp32", "workers": 1, "lr": 1e-3, "overlap": 0}
+
 
 def script(*words, processes=None, check=0, **settings):
     """Run a script as a user does, in a process of its own. check: the exit code it must have."""
@@ -38,6 +42,27 @@ def call(module, *words):
     module.main(config.parse_config(module.Config, list(map(str, words))))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def run(name, *words, **settings):
+    """A script in this process, which is quicker -> what it printed."""
+    module = importlib.import_module(name)
+    words = [str(word) for word in words]
+    for key, value in settings.items():
+        words += [f"--{key}", str(value)]
+
+    # Whatever happens, the next script finds no process group and no handlers of signals.
+    output = io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with contextlib.redirect_stdout(output):
+            module.main(config.parse_config(module.Config, words))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return output.getvalue()
 
 
 def mistake(name, *words, **settings):
@@ -85,3 +110,21 @@ def lesions(tmp_path_factory):
     path = tmp_path_factory.mktemp("task") / "lesions.yaml"
     path.write_text(json.dumps(task))
     return path
+
+
+@pytest.fixture(scope="session")
+def pretrained(prepared, tmp_path_factory):
+    """The checkpoint of a pretraining of two steps."""
+    out = tmp_path_factory.mktemp("pretrained")
+    script("pretrain.py", data=prepared, out=out, model="unet_demo", patch_size=32, batch_size=2,
+           steps=2, val_fraction=0.2, compile="false", precision="fp32", workers=0)
+    return out / "last.pt"
+
+
+@pytest.fixture(scope="session")
+def finetuned(prepared, pretrained, lesions, tmp_path_factory):
+    """A finished finetuning of it: the run folder, and what was printed."""
+    out = tmp_path_factory.mktemp("finetuned")
+    result = script("finetune.py", ckpt=pretrained, task=lesions, data=prepared, out=out,
+                    **FINETUNE)
+    return out, result.stdout

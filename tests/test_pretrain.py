@@ -1,11 +1,10 @@
-"""The objective of section 3.1, and that a pretraining run is the same with any number of processes."""
+"""The objective of section 3.1; that a run is the same with any number of processes."""
 
 import math
 import os
 import re
 import threading
 
-import numpy as np
 import pytest
 import torch
 from conftest import log_of, mistake
@@ -19,13 +18,14 @@ import models
 import pretrain
 import training
 
-TINY = {"model": "unet_demo", "patch_size": 32, "batch_size": 4, "steps": 20, "log_every": 1, "save_every": 5,
-        "val_fraction": 0.2, "compile": "false", "precision": "fp32",
+TINY = {"model": "unet_demo", "patch_size": 32, "batch_size": 4, "steps": 20, "log_every": 1,
+        "save_every": 5, "val_fraction": 0.2, "compile": "false", "precision": "fp32",
         "workers": 1, "lr": 1e-3, "warmup_epochs": 0.5}
 
 
-# -------------------------------------------------------------------------------------------------- objective
-@pytest.mark.parametrize(("side", "hidden"), [(128, 19661), (96, 13824 - 5529), (64, 2458), (32, 308)])
+# ---------------------------------------------------------------------------------------- objective
+@pytest.mark.parametrize(("side", "hidden"), [
+    (128, 19661), (96, 13824 - 5529), (64, 2458), (32, 308)])
 def test_mask_hides_an_exact_count_of_whole_tokens(side, hidden):
     mask = amaes.random_mask([3, 4], (side,) * 3, 4, 0.6, "cpu")
     assert mask.shape == (2, 1, side, side, side) and mask.dtype == torch.bool
@@ -47,13 +47,18 @@ def test_loss_regions():
     output, target = torch.rand(2, 2, 1, 16, 16, 16, generator=generator)
     mask = amaes.random_mask([1, 2], (16,) * 3, 4, 0.6, "cpu")
     error = ((output - target) ** 2).numpy()
+
+    # The loss of all voxels, and of the masked ones.
     everywhere = amaes.reconstruction_loss(output, target, mask, "all").item()
     assert everywhere == pytest.approx(error.mean(), rel=1e-6)
     masked = amaes.reconstruction_loss(output, target, mask, "masked").item()
     assert masked == pytest.approx(error[mask.numpy()].mean(), rel=1e-6)
+
+    # The sums for the log say the same.
     sums = amaes.error_sums(output, target, mask)
     assert sums[0].item() / sums[1].item() == pytest.approx(masked, rel=1e-6)
-    assert sums[2].item() / sums[3].item() == pytest.approx(error[~mask.numpy()].mean(), rel=1e-6)
+    visible = error[~mask.numpy()].mean()
+    assert sums[2].item() / sums[3].item() == pytest.approx(visible, rel=1e-6)
 
 
 def test_learning_rate_warms_up_and_reaches_zero_at_the_last_step():
@@ -64,73 +69,37 @@ def test_learning_rate_warms_up_and_reaches_zero_at_the_last_step():
     assert rates[10 + 40] == pytest.approx(0.5e-4 * (1 + math.cos(math.pi * 40 / 89)))
 
 
-# ---------------------------------------------------------------------------------------------- sample stream
-def test_stream_is_the_same_for_any_number_of_processes_and_after_a_restart():
-    one = list(data.SampleStream(7, 0, 4, 0, 9))
-    assert [len(b) for b in one] == [4] * 9
-    for world in (2, 4):
-        parts = [list(data.SampleStream(7, 0, 4, 0, 9, rank, world)) for rank in range(world)]
-        assert [sorted(sum(step, [])) for step in zip(*parts, strict=True)] == [sorted(step) for step in one]
-    assert list(data.SampleStream(7, 0, 4, 5, 9)) == one[5:]
-    flat = [key for step in one for key in step]
-    for epoch in range(5):
-        assert sorted(i for e, i in flat if e == epoch) == list(range(7)), "every sample once an epoch"
-    assert [i for e, i in flat if e == 0] != [i for e, i in flat if e == 1]
-
-
-def test_crops_do_not_depend_on_workers(prepared):
-    cases = data.pretraining_cases(str(prepared))
-    dataset = data.Crops(cases, 16, seed=1, preset="all")
-    stream, device = data.SampleStream(len(cases), 1, 3, 0, 4), torch.device("cpu")
-    batches = [list(data.make_loader(dataset, stream, workers, device)) for workers in (0, 2)]
-    for alone, worked in zip(*batches, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(alone.crops, worked.crops, strict=True))
-        assert alone.mask_seeds == worked.mask_seeds and alone.names == worked.names
-
-
-def test_every_position_is_drawn(tmp_path):
-    np.save(tmp_path / "v.npy", np.arange(20 ** 3, dtype=np.float32).reshape(20, 20, 20).astype(np.float16))
-    dataset = data.Crops([data.Case("v", "s", (str(tmp_path / "v.npy"),), None, ())], 16, 0, "none")
-    starts = np.array([dataset.patch_start((20, 20, 20), None, np.random.default_rng(s)) for s in range(400)])
-    counts = np.stack([np.bincount(axis, minlength=5) for axis in starts.T])
-    assert counts.shape == (3, 5) and counts.min() > 50, "each of the five positions about 80 times"
-    centred = dataset.patch_start((10, 16, 13), None, np.random.default_rng(0))
-    assert centred == [-3, 0, -1], "a volume smaller than the patch is centred in it"
-
-
-def test_read_box_pads_with_zero():
-    array = np.arange(1, 28).reshape(3, 3, 3)
-    box = data.read_box(array, (-1, 1, 2), (3, 4, 2))
-    assert np.array_equal(box[1:, :2, :1], array[0:2, 1:3, 2:3]) and box.sum() == array[0:2, 1:3, 2:3].sum()
-    assert data.read_box(array, (5, 0, 0), (2, 2, 2)).sum() == 0
-
-
-# ------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 def test_two_processes_equal_one(prepared, tmp_path):
     """The losses to 1e-9 in fp64; in fp32 only the first, then rounding alone drives them apart."""
     for processes in (1, 2):
         for precision, steps in (("fp64", 20), ("fp32", 1)):
-            Run("pretrain", tmp_path / "output", processes, data=prepared,
-                out=tmp_path / f"{precision}-{processes}",
-                **TINY | {"features": 4, "precision": precision, "steps": steps}).finish(seconds=120)
+            settings = TINY | {"features": 4, "precision": precision, "steps": steps}
+            run = Run("pretrain", tmp_path / "output", processes, data=prepared,
+                      out=tmp_path / f"{precision}-{processes}", **settings)
+            run.finish(seconds=120)
+
     one, two = (log_of(tmp_path / f"fp64-{processes}") for processes in (1, 2))
     assert len(one) == len(two) == 20
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-9), f"step {a['step']}"
     assert one[-1]["val_loss"] == pytest.approx(two[-1]["val_loss"], abs=1e-9)
+
     one, two = (log_of(tmp_path / f"fp32-{processes}") for processes in (1, 2))
     assert one[0]["loss"] == pytest.approx(two[0]["loss"], abs=1e-6)
 
 
 def test_validation_loss_falls(prepared, tmp_path):
-    Run("pretrain", tmp_path / "output", data=prepared, out=tmp_path,
-        **TINY | {"steps": 60, "val_every": 5, "lr": 3e-3, "save_every": 1000}).finish(seconds=120)
+    settings = TINY | {"steps": 60, "val_every": 5, "lr": 3e-3, "save_every": 1000}
+    run = Run("pretrain", tmp_path / "output", data=prepared, out=tmp_path, **settings)
+    run.finish(seconds=120)
     values = [record["val_masked"] for record in log_of(tmp_path) if "val_masked" in record]
     assert values[-1] < 0.7 * values[0], values
 
 
 def test_checkpoint_knows_what_it_saw(prepared, tmp_path):
-    Run("pretrain", tmp_path / "output", data=prepared, out=tmp_path, **TINY | {"steps": 1}).finish()
+    settings = TINY | {"steps": 1}
+    Run("pretrain", tmp_path / "output", data=prepared, out=tmp_path, **settings).finish()
     saved = checkpoint.load_checkpoint(tmp_path / "last.pt")
     volumes = data.read_index(str(prepared))
     seen = {v.sha256 for v in volumes if f"{v.source}/{v.subject}" in saved["subjects"]}
@@ -138,39 +107,45 @@ def test_checkpoint_knows_what_it_saw(prepared, tmp_path):
 
 
 def test_estimate_measures_and_writes_nothing(prepared, tmp_path):
-    settings = TINY | {"data": prepared, "out": tmp_path / "run", "steps": 1000, "estimate": "true"}
+    settings = TINY | {"data": prepared, "out": tmp_path / "run", "steps": 1000,
+                       "estimate": "true"}
     output = Run("pretrain", tmp_path / "output", 2, **settings).finish()
-    found = re.search(r"step ([\d.e-]+) s, (\d+)% of it waiting for data; 1000 steps: ([\d.]+) hours; peak "
-                      r"memory of a process ([\d.]+) of ([\d.]+) GiB: fits", output)
+    found = re.search(r"step ([\d.e-]+) s, (\d+)% of it waiting for data; 1000 steps: ([\d.]+) "
+                      r"hours; peak memory of a process ([\d.]+) of ([\d.]+) GiB: fits", output)
     step, waiting, hours, peak, memory = map(float, found.groups())
     assert hours == pytest.approx(1000 * step / 3600, abs=0.006) and waiting <= 100
     assert 0.1 < peak < memory and not (tmp_path / "run").exists()
 
 
-# ------------------------------------------------------------------------------------------------ compilation
+# -------------------------------------------------------------------------------------- compilation
 @pytest.mark.soak
 @pytest.mark.parametrize("row", ["unet_b", "mednext_m", "swinunetr"])
 @pytest.mark.parametrize("task", ["pretrain", "segment", "swin"])
 def test_every_network_is_one_graph(row, task):
     if task == "swin" and row != "swinunetr":
         pytest.skip("the objective of [23] is SwinUNETR's")
-    counter, model = CompileCounter(), models.build_model(row, task, features=16)
+    counter = CompileCounter()
+    model = models.build_model(row, task, features=16)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):
             output = compiled(torch.rand(1, 1, 64, 64, 64))
-            sum(part.sum() for part in (output if task == "swin" else [output])).backward()
+            parts = output if task == "swin" else [output]
+            sum(part.sum() for part in parts).backward()
     assert counter.frame_count == 1
 
 
 def test_one_graph_and_no_recompiles_over_a_run(prepared, tmp_path, monkeypatch):
-    counter, compile_ = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, options=None: compile_(model, backend=counter))
+    counter = CompileCounter()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile",
+                        lambda model, options=None: compile_(model, backend=counter))
     monkeypatch.setattr(training, "catch_signals", threading.Event)
-    settings = TINY | {"data": str(prepared), "out": str(tmp_path), "steps": 5, "val_every": 2, "workers": 0,
-                       "micro_batch": 2, "compile": True}
+    settings = TINY | {"data": str(prepared), "out": str(tmp_path), "steps": 5, "val_every": 2,
+                       "workers": 0, "micro_batch": 2, "compile": True}
     torch._dynamo.reset()
+
     # DistributedDataParallel would cut the graph where its gradients start to travel.
     with torch._dynamo.config.patch(error_on_recompile=True, optimize_ddp=False):
         pretrain.main(pretrain.Config(**settings))
@@ -183,14 +158,15 @@ def no_compiler():
 
 
 def test_without_a_compiler_a_run_goes_on_with_one_warning(prepared, tmp_path):
-    output = Run("pretrain", tmp_path / "output", 2, no_compiler, data=prepared, out=tmp_path / "run",
+    settings = TINY | {"steps": 2, "compile": "true", "workers": 0}
+    output = Run("pretrain", tmp_path / "output", 2, no_compiler, data=prepared,
                  environment={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
-                 **TINY | {"steps": 2, "compile": "true", "workers": 0}).finish()
+                 out=tmp_path / "run", **settings).finish()
     assert output.count("warning: torch.compile fails here, going on without it: ") == 1, output
     assert len(log_of(tmp_path / "run")) == 2
 
 
-# -------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(("settings", "message"), [
     ({"data": "/nowhere"}, "not a prepared folder"),
     ({"patch_sze": 16}, "did you mean 'patch_size'"),
@@ -222,7 +198,8 @@ def test_a_run_warns_of_nothing(prepared, tmp_path, row, precision):
     """Of gradients laid out otherwise than their weights, for one."""
     settings = TINY | {"model": row, "features": 16, "steps": 2, "patch_size": 64, "batch_size": 1,
                        "precision": precision, "workers": 0}
-    output = Run("pretrain", tmp_path / "output", data=prepared, out=tmp_path / "run", **settings).finish()
+    output = Run("pretrain", tmp_path / "output", data=prepared, out=tmp_path / "run",
+                 **settings).finish()
     assert "arning" not in output, output
 
 
@@ -231,18 +208,20 @@ def test_a_stray_word_ends_in_one_line():
 
 
 def test_a_run_with_other_settings_is_not_continued(prepared, tmp_path):
-    Run("pretrain", tmp_path / "output", data=prepared, out=tmp_path, **TINY | {"steps": 1}).finish()
-    changed = TINY | {"steps": 1, "mask_ratio": 0.5}
+    settings = TINY | {"steps": 1}
+    Run("pretrain", tmp_path / "output", data=prepared, out=tmp_path, **settings).finish()
+    changed = settings | {"mask_ratio": 0.5}
     assert "mask_ratio 0.6 -> 0.5" in mistake("pretrain", data=prepared, out=tmp_path, **changed)
 
 
 def test_a_run_on_other_data_is_not_continued(prepared, tmp_path):
-    """Own scans given to the command of an earlier run would be trained on from its last step, or not at
-    all."""
+    """Own scans given to the command of an earlier run would be trained on from its last step, or
+    not at all."""
     settings = TINY | {"steps": 1, "out": tmp_path / "run"}
     Run("pretrain", tmp_path / "output", data=prepared, **settings).finish()
     os.makedirs(tmp_path / "other/index")
     os.symlink(prepared / "volumes", tmp_path / "other/volumes")
-    lines = "".join(part.read_text() for part in sorted(prepared.glob("index/*.csv"))).splitlines()
+    parts = sorted(prepared.glob("index/*.csv"))
+    lines = "".join(part.read_text() for part in parts).splitlines()
     (tmp_path / "other/index/all.csv").write_text("\n".join(lines[:-1]) + "\n")
     assert "other data: new --out" in mistake("pretrain", data=tmp_path / "other", **settings)

@@ -41,6 +41,7 @@ def folds_left(out, chosen, task, folds, cases):
     left = {fold: folder for fold, folder in folders.items()
             if not os.path.exists(os.path.join(folder, "dice.json"))}
 
+    # A missing file would stop the run only when its turn comes.
     needed = names_in(folds[fold] for fold in left)
     data.check_files(task.data, [path for name in needed for path in tasks.files_of(cases[name])])
     return left
@@ -66,6 +67,8 @@ def load_fold(run_folder, fold, task, train, device):
     path = os.path.join(run_folder, f"fold_{fold}", "last.pt")
     with training.stop_all_on_error():
         model, saved = predict.load_network(path, device)
+
+        # It must be finished.
         if saved["step"] < saved["config"]["steps"]:
             raise UserError(f"{path} is at step {saved['step']}: finish task {task.networks} first")
 
@@ -92,8 +95,10 @@ def evaluate_fold(model, task, seen, cases, folder, processes, stop, patch_size,
     share = cases[processes.rank::processes.world]
     with training.stop_all_on_error():
         for case in tqdm(share, disable=processes.rank != 0, desc=f"{folder} evaluate"):
+            # A signal is heeded between two cases.
             if stop.is_set():
                 break
+
             try:
                 volume, geometry, truth = data.read_case(case)
                 classes = predict.segment(model, volume, geometry, patch_size, precision, overlap,
@@ -159,6 +164,7 @@ def about_run(settings, name, task, cases, build, origin, seen):
     # On the device meta there are shapes, but no numbers: a network takes no time.
     with torch.device("meta"):
         params = sum(weight.numel() for weight in build().parameters())
+
     return {"task": name, "model": settings["model"], "ckpt": settings["ckpt"],
             "augment": settings["augment"], "params": params, "origin": origin,
             "classes": task.classes[1:], "regions": list(task.regions),

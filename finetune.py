@@ -86,14 +86,10 @@ class Config:
         origin = origin_of(self.ckpt, pretrained, model)
         networks = f"runs/{task.networks}-{model}-{origin}" if task.networks else None
         filled = dataclasses.replace(
-            self,
-            model=model,
-            lr=self.lr or RATES.get(model, 1e-4),
-            augment=preset,
+            self, model=model, augment=preset, lr=self.lr or RATES.get(model, 1e-4),
             merge=self.merge or saved.get("merge", "legacy"),
             features=self.features or saved.get("features"),
-            out=self.out or f"runs/{name}-{model}-{origin}",
-            networks=self.networks or networks)
+            out=self.out or f"runs/{name}-{model}-{origin}", networks=self.networks or networks)
         if task.networks:
             return filled.with_settings_of(filled.networks, task.networks)
         return filled
@@ -110,12 +106,13 @@ class Config:
             raise UserError(f"{folder} is of --ckpt {saved['ckpt']} --model {saved['model']}: give "
                             "the same here")
 
+        # Its networks come with all settings but those of running and evaluating them.
         own = (*RESUMABLE_KEYS, "task", "networks", "overlap", "batch_size")
         theirs = {key: value for key, value in saved.items() if key not in own}
         return dataclasses.replace(self, **theirs)
 
 
-# Appendix A, read as U-Net XL, B, MedNeXt L, M, SwinUNETR: its header is garbled.
+# Appendix A's columns, read as U-Net XL, B, MedNeXt L, M, SwinUNETR: their header is garbled.
 RATES = {"mednext_l": 5e-4, "mednext_l_mednextdec": 5e-4, "mednext_m": 6e-4}
 
 # Keys that may change between a run and its continuation: they do not touch what is computed.
@@ -180,7 +177,7 @@ def train_fold(cfg, build, task, pretrained, cases, fold, folder, processes, sto
     device = processes.device
     seed = data.derive_seed(cfg.seed, "fold", fold)
 
-    # The network: a fold that fails here stops all processes.
+    # The network starts from the checkpoint's encoder. What does not fit stops all processes.
     with training.stop_all_on_error():
         model, report = new_network(build, pretrained, seed)
         models.check_patch(model, cfg.patch_size, device, cfg.precision)
@@ -211,6 +208,7 @@ def train_fold(cfg, build, task, pretrained, cases, fold, folder, processes, sto
         rate = training.learning_rate(run.step, cfg.steps, 0, cfg.lr)
         run.set_learning_rate(rate)
 
+        # One step: forward, loss, backward. The processes exchange their gradients in backward.
         loss = segmentation_loss(network, batch, device, cfg.precision)
         run.watch(loss, batch.names)
         loss.backward()
@@ -260,7 +258,7 @@ def data_seen(pretrained, cases=()):
     if not pretrained:
         return seen | {"pretraining": None}
 
-    # What the checkpoint has seen comes to it.
+    # To these comes what the checkpoint has seen.
     for key in seen:
         known = pretrained.get(key)
         seen[key] = None if known is None else sorted({*known, *seen[key]})
@@ -317,6 +315,7 @@ def check_folder(settings, name, task, folds, made_of):
     del task_settings["data"]
     assignment = json.dumps({"task": name, "settings": task_settings, "folds": folds}, indent=1)
 
+    # Folds that are there must be of the same settings, the same cases and the same files.
     lines = []
     if glob.glob(os.path.join(glob.escape(out), "fold_*", "*")):
         path = os.path.join(out, "config.yaml")

@@ -174,7 +174,7 @@ def amaes_loss(network, batch, device, precision, token_size, mask_ratio, region
     with training.autocast(precision, device):
         output = network(views.image)
 
-    # The sums cost as much as the loss: they are for log lines only.
+    # The sums are for log lines only: on the other steps nobody reads them.
     loss = amaes.reconstruction_loss(output, views.target, views.mask, region)
     sums = amaes.error_sums(output, views.target, views.mask) if logging else 0
     return loss, sums
@@ -184,7 +184,7 @@ def swin_loss(network, batch, device, precision, share, logging):
     """The pretraining of [23] on one micro-batch: its loss, and sums for the log, as amaes_loss.
 
     share: the most of a patch that is cut out."""
-    # [23] augments nothing, and its preset is none; with another one, both views are of one patch.
+    # [23] augments by turns and cuts alone: configs/swinunetr.yaml has the preset none.
     crops, _ = data.to_device(batch, device)
     patches, _ = augment.spatial(crops, None, batch.draws)
     patches = augment.intensity(patches, batch.draws).to(training.PRECISIONS[precision])
@@ -251,7 +251,7 @@ def write_preview(run, crops, precision, token_size, mask_ratio):
 
 # ----------------------------------------------------------------------------------------- the run
 def most_samples(model, patch_size):
-    """How many samples a forward pass may hold, so that no tensor in it has 2^31 elements.
+    """How many samples a forward pass may hold, so that no tensor has 2^31 elements or more.
 
     From there on kernels count in 64 bits, or not at all."""
     # On the device meta there are shapes, but no numbers: nothing is computed.
@@ -260,10 +260,10 @@ def most_samples(model, patch_size):
     return max(1, (2 ** 31 - 1) // largest)
 
 
-def plan_batch(batch_size, micro_batch, world, objective, most_samples):
+def plan_batch(batch_size, micro_batch, world, objective, limit):
     """How many samples a process holds at once, and a line that says how they make a batch.
 
-    micro_batch: as given, or None for as many as most_samples() allows. For the objective of [23],
+    micro_batch: as given, or None for as many as limit() allows. For the objective of [23],
     None is all: it contrasts the samples that are held at once, and fewer would change it."""
     if batch_size % world:
         raise UserError(f"batch_size {batch_size} cannot be shared by {world} processes evenly")
@@ -272,8 +272,8 @@ def plan_batch(batch_size, micro_batch, world, objective, most_samples):
     # Of the sizes that divide the share of a process, the largest that is allowed.
     why = ""
     micro = min(micro_batch or local, local)
-    if objective == "amaes" and not micro_batch and most_samples() < local:
-        micro = max(size for size in range(1, most_samples() + 1) if local % size == 0)
+    if objective == "amaes" and not micro_batch and limit() < local:
+        micro = max(size for size in range(1, limit() + 1) if local % size == 0)
         why = f" (micro_batch {micro}, so that no tensor has 2^31 elements)"
 
     if local % micro:

@@ -1,7 +1,7 @@
-r"""From a folder or a table to its scans and their label maps: nine datasets, BIDS, nnU-Net, manifest.
+r"""From a folder or a table to its scans and label maps: nine datasets, BIDS, nnU-Net, manifest.
 
 Where a source keeps its files is written in configs/sources/, one layout a file. A layout of your
-own is used by its path, as in --source my_layout.yaml, and the index calls the source my_layout:
+own is used by its path, as --source my_layout.yaml, and the index then calls the source my_layout:
 
     # my/scans/P001/2020-01-31/{flair,t1_post}.nii.gz, and lesion.nii.gz beside them
     pattern: (?P<subject>P\d+)/(?P<session>[\d-]+)/(?P<suffix>flair|t1_post)$
@@ -22,53 +22,47 @@ from typing import NamedTuple
 
 import config
 import data
-import label_maps
+import names
 from config import UserError
-from label_maps import ENDING
+from names import ENDING, Series, classify, readable
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
 
-# The sources that are known by name.
-SOURCES = tuple(sorted(os.path.splitext(name)[0] for name in os.listdir(f"{CONFIGS}/sources")))
+# The sources that are known by name, a file each.
+SOURCES = tuple(sorted(name.removesuffix(".yaml") for name in os.listdir(f"{CONFIGS}/sources")
+                       if name.endswith(".yaml")))
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How the files of a source are called.
 
-    A pattern is a regular expression in which blanks do not count; it is searched in the path below
-    --input, without its ending. Its groups: subject; session, 1 where there is none; site, put before
-    the subject where sites count alike; suffix, a word for the sequence, or text, from which it is
-    guessed, or channel, which dataset.json explains; test, found in what is not pretrained on."""
+    A pattern is a regular expression in which blanks do not count; a blank is written as [ ]. It is
+    searched in the path below --input, without its ending. Its groups: subject; session, 1 where
+    there is none; site, put before the subject; suffix, a word for the sequence; text, from which
+    the sequence is guessed; channel, a number that nnU-Net's dataset.json explains; test, which is
+    found only in what the paper does not pretrain on."""
     pattern: str = ""  # of a volume
     label: str = ""  # pattern of a label map: with the subject, session and site of its volumes
-    suffixes: dict = dataclasses.field(default_factory=dict)  # {suffix or text: sequence}
-    series: tuple[dict, ...] = ()  # rows as in configs/series.yaml, which are asked after these
+    suffixes: dict = dataclasses.field(default_factory=dict)  # {suffix: sequence}, see series.yaml
+    series: tuple[dict, ...] = ()  # rows as in configs/series.yaml, which come after these
     volumes: tuple[str, ...] = ()  # the sequences in a 4-D file
     hold_out: str = ""  # split of a random quarter of the labelled subjects: test or pretrain
     no_negatives: bool = False  # the official code takes no volume with negative values from here
 
 
 GROUPS = ("subject", "session", "site", "suffix", "text", "channel", "test")
-
 # How label maps end in BIDS, after _; configs/sources/bids.yaml has the same.
 LABEL_NAMES = ("lesion", "mask", "msk", "seg", "dseg", "label", "roi")
 
 
-class Series(NamedTuple):
-    """What the name of a series says: its sequence, or else why it is not prepared."""
-    sequence: str = ""
-    skip: str = ""
-
-
 class Identity(NamedTuple):
-    """What a path says of its file. skip: why it is no volume to prepare ("label" if it is a label
-    map), or ""."""
+    """What a path says of its file."""
     subject: str = ""
     session: str = "1"
     sequences: tuple[str, ...] = ()
     test: bool = False
-    skip: str = ""
+    skip: str = ""  # why it is no volume to prepare, "label" if it is a label map; or ""
 
 
 class Scan(NamedTuple):
@@ -85,13 +79,7 @@ class Scan(NamedTuple):
 
 
 HIDDEN = (".", "_", "0AS_data_files")  # how folders and files begin that no source means
-
 NO_VALUE = ("", "na", "n/a", "nan", "none", "null")  # cells of a manifest, in lower case
-
-def readable(text):
-    """A name whose bytes are no UTF-8, which os.walk hands over in surrogates: its bytes read as
-    Latin-1."""
-    return re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xDC00), text)
 
 
 def say(text):
@@ -104,7 +92,6 @@ def note(findings, kind, path, number=0):
     findings.setdefault(kind, {})[path] = number
 
 
-# ------------------------------------------------------------------------------------------ layouts
 def name_of(source):
     """What the index calls a source: its name, or that of its .yaml file."""
     return os.path.splitext(os.path.basename(source))[0]
@@ -112,8 +99,7 @@ def name_of(source):
 
 @functools.cache
 def read_layout(source):
-    """The Layout of a source by its name, or by the path of a .yaml file, with what series.yaml has
-    for all. Raises UserError."""
+    """The Layout of a source, by its name or by the path of a .yaml file. Raises UserError."""
     own_file = source.endswith((".yaml", ".yml"))
     path = source if own_file else f"{CONFIGS}/sources/{source}.yaml"
     if not own_file and source not in SOURCES:
@@ -125,6 +111,8 @@ def read_layout(source):
 
     layout = Layout(**config.read_yaml(Layout, path))
     check_layout(layout, path)
+
+    # What all sources share comes after what the layout says itself. Capitals do not count.
     common = config.read_yaml(Layout, f"{CONFIGS}/series.yaml")
     own = {str(suffix).lower(): str(name) for suffix, name in layout.suffixes.items()}
     return dataclasses.replace(layout, suffixes=common["suffixes"] | own,
@@ -133,33 +121,33 @@ def read_layout(source):
 
 def check_layout(layout, path):
     """UserError for a layout that cannot be followed."""
-    groups = {}
-    for pattern in (layout.pattern, layout.label, *(str(row.get("pattern")) for row in layout.series)):
-        try:
-            groups[pattern] = set(re.compile(pattern, re.VERBOSE).groupindex)
-        except re.error as error:
-            raise UserError(f"{path}: {pattern} is no regular expression: {error}") from None
     for row in layout.series:
-        if set(row) not in ({"pattern", "sequence"}, {"pattern", "skip"}):
-            raise UserError(f"{path}: series {row} needs pattern, and sequence or skip")
+        keys = {key for key, text in row.items() if isinstance(text, str)}
+        if keys != row.keys() or keys not in ({"pattern", "sequence"}, {"pattern", "skip"}):
+            raise UserError(f"{path}: {row} in series needs pattern, and sequence or skip")
+        groups_of(row["pattern"], path)
 
-    of_volume, of_label = groups[layout.pattern], groups[layout.label]
-    if unknown := (of_volume | of_label) - set(GROUPS):
+    # Who was scanned must be known, of volumes and of label maps.
+    groups = groups_of(layout.pattern, path)
+    label_groups = groups_of(layout.label, path) if layout.label else {"subject"}
+    if unknown := (groups | label_groups) - set(GROUPS):
         raise UserError(f"{path}: unknown group {min(unknown)!r}; choose from {', '.join(GROUPS)}")
-    if "subject" not in of_volume or (layout.label and "subject" not in of_label):
+    if "subject" not in groups & label_groups:
         raise UserError(f"{path}: pattern and label need a group subject, as (?P<subject>P[0-9]+)")
-    if not layout.volumes and not of_volume & {"suffix", "text", "channel"}:
+
+    # So must be the sequences, and the split.
+    if not layout.volumes and not groups & {"suffix", "text", "channel"}:
         raise UserError(f"{path}: pattern needs a group suffix or text, as (?P<suffix>flair|t1)")
     if layout.hold_out not in ("", "pretrain", "test"):
         raise UserError(f"{path}: hold_out {layout.hold_out!r}: choose test or pretrain")
 
 
-# ---------------------------------------------------------------------- what a path says of its file
-def classify(text, series):
-    """Free text -> Series: the first row of `series` whose pattern is found in it."""
-    words = f"_{re.sub('[^a-z0-9]+', '_', text.lower().replace('t2*', 't2_star'))}_"
-    row = next(row for row in series if re.search(row["pattern"], words))
-    return Series(row.get("sequence", ""), row.get("skip", ""))
+def groups_of(pattern, path):
+    """The names of the groups in a pattern of the file `path`. UserError if it does not compile."""
+    try:
+        return set(re.compile(pattern, re.VERBOSE).groupindex)
+    except re.error as error:
+        raise UserError(f"{path}: {pattern} is no regular expression: {error}") from None
 
 
 def identify(source, path):
@@ -168,7 +156,7 @@ def identify(source, path):
     if any(part.startswith(HIDDEN) for part in path.split("/")):
         return Identity(skip="hidden")
 
-    # A label map may fit the pattern of volumes, too: its own goes first.
+    # A label map may fit the pattern of volumes, too, so that its own is asked first.
     stem = ENDING.sub("", path)
     label = re.search(layout.label, stem, re.VERBOSE) if layout.label else None
     match = label or re.search(layout.pattern, stem, re.VERBOSE)
@@ -182,14 +170,19 @@ def identify(source, path):
     who = Identity(subject, groups.get("session") or "1", test=bool(groups.get("test")))
 
     if label:
-        is_mask = label_maps.is_mask_of_the_head(stem, groups["subject"])
+        is_mask = names.is_mask_of_the_head(stem, groups["subject"])
         return who._replace(skip="mask of the head" if is_mask else "label")
+
+    # The layout may know what a file holds.
     if layout.volumes:
         return who._replace(sequences=layout.volumes)
     if "channel" in groups:
         return who._replace(sequences=(groups["channel"],))
+
     series = series_of(layout, groups, stem)
-    return who._replace(sequences=() if series.skip else (series.sequence,), skip=series.skip)
+    if series.skip:
+        return who._replace(skip=series.skip)
+    return who._replace(sequences=(series.sequence,))
 
 
 def series_of(layout, groups, stem):
@@ -197,20 +190,23 @@ def series_of(layout, groups, stem):
     if "derivatives" in os.path.dirname(stem).split("/"):
         return Series(skip="derivative")
 
-    suffix, text = groups.get("suffix", ""), groups.get("text", "")
+    # A word that is known decides.
+    suffix = groups.get("suffix", "")
+    text = groups.get("text", "")
     sequence = layout.suffixes.get((suffix or text).lower(), "")
     if sequence == "T1" and "_ce-" in stem:  # BIDS: a contrast agent was given
         sequence = "T1ce"
     if sequence:
         return Series(sequence)
 
-    if text:
-        both = f"{text}_{os.path.basename(stem)}"
-        return classify(both if suffix else text, layout.series)
-    return Series(skip=classify(suffix, layout.series).skip or f"suffix {suffix}")
+    # Free text is always some sequence; a suffix that nobody knows is not.
+    if not text:
+        return Series(skip=classify(suffix, layout.series).skip or f"suffix {suffix}")
+    if suffix:
+        text = f"{text}_{os.path.basename(stem)}"
+    return classify(text, layout.series)
 
 
-# ----------------------------------------------------------------------- from a folder to its scans
 def find_nifti_files(folder):
     """Relative paths of the NIfTI files below a folder, in order. UserError if there is none."""
     if not os.path.isdir(folder):
@@ -236,7 +232,7 @@ def find_scans(source, folder, dry_run=False):
     findings)."""
     layout = read_layout(source)
     sessions, labels, skipped, like_labels = sort_files(source, folder, dry_run)
-    labels = label_maps.labels_by_session(labels, sessions)
+    labels = names.labels_by_session(labels, sessions)
 
     # A file that only sounds like a label map matters where a session has none.
     findings = {}
@@ -248,7 +244,8 @@ def find_scans(source, folder, dry_run=False):
     held_out = set()
     if layout.hold_out and labels:
         held_out = set(data.split_subjects([subject for subject, _ in labels], 0.25, 0)[1])
-    # What has no label where others have one is held back by the challenge: for testing, too.
+
+    # Where some have a label, the challenge keeps those of the others: these are for testing, too.
     unlabelled = "test" if held_out and layout.hold_out == "test" else "pretrain"
 
     for key, scans in sessions.items():
@@ -257,8 +254,14 @@ def find_scans(source, folder, dry_run=False):
             split = layout.hold_out
         scans = [scan._replace(split=scan.split or split) for scan in scans]
         paths = labels.get(key, [])
-        sessions[key], used = label_maps.pair_labels(scans, paths)
-        note_unused(paths, used, findings, dry_run)
+        sessions[key], used = names.pair_labels(scans, paths)
+
+        # Label maps that no scan took.
+        why = f"{min(used)} is the label map of its session" if used else "it fits no scan"
+        for path in sorted(set(paths) - used):
+            note(findings, "unused" if used else "orphan", path)
+            if dry_run:
+                say(f"{path} is not used: {why}")
 
     for key in labels.keys() - sessions.keys():
         for path in labels[key]:
@@ -266,20 +269,12 @@ def find_scans(source, folder, dry_run=False):
     return [sessions[key] for key in sorted(sessions)], skipped, findings
 
 
-def note_unused(paths, used, findings, dry_run):
-    """Add those of a session's label maps that are no scan's to the findings."""
-    for path in sorted(set(paths) - used):
-        note(findings, "unused" if used else "orphan", path)
-        if dry_run:
-            better = f"{min(used)} is the label map of its session" if used else "it fits no scan"
-            say(f"{path} is not used: {better}")
-
-
 def sort_files(source, folder, dry_run):
-    """-> ({(subject, session): Scans}, {(subject, session): paths of label maps}, {reason: number of
-    files skipped}, paths of skipped files that sound like label maps)."""
+    """Walk a folder -> ({(subject, session): Scans}, {(subject, session): paths of label maps},
+    {reason: number of files skipped}, paths of skipped files that sound like label maps)."""
     layout = read_layout(source)
-    sessions, labels, skipped, like_labels = {}, {}, Counter(), []
+    sessions, labels = {}, {}
+    skipped, like_labels = Counter(), []
     for path in find_nifti_files(folder):
         identity = identify(source, path)
         key = readable(identity.subject), readable(identity.session)
@@ -290,9 +285,10 @@ def sort_files(source, folder, dry_run):
                 say(f"skip {path}: {reason}")
             if reason == "label":
                 labels.setdefault(key, []).append(path)
-            elif layout.label and reason != "hidden" and label_maps.is_like_label(path, reason):
+            elif layout.label and reason != "hidden" and names.is_like_label(path, reason):
                 like_labels.append(path)
 
+        # The folder may say the split; otherwise it is settled when all are known.
         split = "test" if identity.test else ""
         for number, sequence in enumerate(identity.sequences):
             channel = number if layout.volumes else None
@@ -301,10 +297,9 @@ def sort_files(source, folder, dry_run):
     return sessions, labels, skipped, like_labels
 
 
-# ------------------------------------------------------------------------- a manifest; nnU-Net's table
 def read_manifest(path):
-    """csv with the columns path, subject, session, sequence and optionally label, split -> like
-    find_scans. A delimiter of , ; tab or | is found; capitals and blanks are forgiven."""
+    """csv with the columns path, subject, session, sequence[,label][,split] -> like find_scans. Its
+    delimiter is one of , ; tab and |. Capitals and blanks are forgiven."""
     table = read_table(path)
     header = [column.lower() for column in table[0]]
     sessions, skipped, seen = {}, Counter(), {}
@@ -313,17 +308,19 @@ def read_manifest(path):
         if all(cell.lower() in NO_VALUE for cell in cells):
             continue
         if any(cells[len(header):]):
-            raise UserError(f"{where}: {len(cells)} cells, but {len(header)} columns: a name with the "
-                            "delimiter in it needs quotes")
+            raise UserError(f"{where}: {len(cells)} cells, but {len(header)} columns: a name with "
+                            "the delimiter in it needs quotes")
 
         # A short row, and a column that is not there, are empty.
         row = dict.fromkeys(("label", "split", *header), "")
         row |= dict(zip(header, cells, strict=False))
         scan = scan_of_row(row, where, os.path.dirname(path))
 
+        # A scan may be listed twice, if both rows say the same.
         first = seen.setdefault((scan.path, scan.subject, scan.session, scan.sequence), scan)
         if first != scan:
-            raise UserError(f"{where}: {row['path']} is listed twice, with different labels or splits")
+            raise UserError(f"{where}: {row['path']} is listed twice, with different labels or "
+                            "splits")
         if first is not scan:
             skipped["listed twice"] += 1
         else:
@@ -353,14 +350,14 @@ def scan_of_row(row, where, root):
     if split in NO_VALUE:
         split = "train" if paths[1] else "pretrain"
     if split not in ("pretrain", "train", "test"):
-        raise UserError(f"{where}: split {split!r} of {row['path']}: choose pretrain, train or test")
+        raise UserError(f"{where}: split {split!r} of {row['path']}: choose pretrain, train or "
+                        "test")
     who = [readable(row[column]) for column in ("subject", "session", "sequence")]
     return Scan(paths[0], *who, paths[1], split)
 
 
 def read_table(path):
-    """The rows of a manifest, cells stripped; the first has the columns. UserError naming what it
-    found."""
+    """The rows of a manifest, cells stripped; the first has the columns. Raises UserError."""
     try:
         with open(path, "rb") as file:
             content = file.read()
@@ -377,8 +374,7 @@ def read_table(path):
             rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
             tables.append([[cell.strip() for cell in cells] for cells in rows])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the manifest {path}: {reason}") from None
+        raise UserError(f"cannot read the manifest {path}: {config.reason(error)}") from None
 
     # The delimiter is the one that finds the columns.
     needed = {"path", "subject", "session", "sequence"}
@@ -402,6 +398,8 @@ def read_dataset(root):
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"cannot read {path} (channel_names and labels of nnU-Net): "
                         f"{error!r}") from None
+
+    # Channels of one name are told apart by their numbers.
     if len(set(channels.values())) < len(channels):
         channels = {key: f"{key}-{value}" for key, value in channels.items()}
 
@@ -410,12 +408,13 @@ def read_dataset(root):
         labels = {name: int(value) for value, name in labels.items()}
     ignore = [labels.pop("ignore")] if "ignore" in labels else []
     regions = {name: value for name, value in labels.items() if isinstance(value, list)}
-    names = {value: name for name, value in labels.items() if isinstance(value, int)}
+    class_names = {value: name for name, value in labels.items() if isinstance(value, int)}
 
     # Classes count from 0 in the order of the values, where 0 is always one.
-    values = {0, *names}.union(*regions.values())
+    values = {0, *class_names}.union(*regions.values())
     classes = {value: number for number, value in enumerate(sorted(values))}
+    names_in_order = [class_names.get(value, f"label {value}") for value in classes]
     task = {"sequences": [channels[key] for key in sorted(channels)], "ignore": ignore,
-            "classes": [names.get(value, f"label {value}") for value in classes], "labels": classes,
+            "classes": names_in_order, "labels": classes,
             "regions": {name: [classes[v] for v in region] for name, region in regions.items()}}
     return {f"{key:04}": sequence for key, sequence in channels.items()}, task

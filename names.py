@@ -1,10 +1,11 @@
-"""Which label map of a session belongs to which of its scans, by what their names say.
+"""What the names of files say: the series of a scan, and whose a session's label maps are.
 
-Nothing is guessed: where names do not tell label maps apart, the scan gets a fault that lists them.
+Where names do not tell label maps apart, nothing is guessed: the scan gets a fault that lists them.
 """
 
 import os
 import re
+from typing import NamedTuple
 
 # How a file ends that can be read. An .img goes with its .hdr.
 ENDING = re.compile(r"\.(nii|mgh|hdr)(\.gz)?$|\.mgz$", re.IGNORECASE)
@@ -16,6 +17,26 @@ HEAD = re.compile(r"(?<![a-z])(bet|brain|head|skull)(?![a-z])|(brain|head|skull)
                   re.IGNORECASE)
 
 LIKE_LABEL = re.compile("lesion|seg|mask|wmh|tumou?r", re.IGNORECASE)
+
+
+class Series(NamedTuple):
+    """What the name of a series says: its sequence, or else why it is not prepared."""
+    sequence: str = ""
+    skip: str = ""
+
+
+def readable(text):
+    """A name whose bytes are no UTF-8, which os.walk hands over in surrogates: its bytes read as
+    Latin-1."""
+    return re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xDC00), text)
+
+
+def classify(text, series):
+    """Free text -> Series: the first row of `series` whose pattern is found in it."""
+    text = text.lower().replace("t2*", "t2_star")
+    words = "_" + re.sub("[^a-z0-9]+", "_", text) + "_"
+    row = next(row for row in series if re.search(row["pattern"], words, re.VERBOSE))
+    return Series(row.get("sequence", ""), row.get("skip", ""))
 
 
 def own_name(path, subject):
@@ -41,8 +62,8 @@ def is_like_label(path, reason):
 
 
 def labels_by_session(labels, sessions):
-    """{(subject, session): label maps}, where the tree of label maps may name no sessions, or be the
-    only one that does: a subject's label maps then belong to its only session."""
+    """{(subject, session): label maps}, where only one of the two trees may name sessions: a
+    subject's label maps then belong to its only session."""
     by_subject = {}
     for subject, session in sessions:
         by_subject.setdefault(subject, []).append(session)
@@ -58,7 +79,7 @@ def labels_by_session(labels, sessions):
 
 
 def entities(path):
-    """What a BIDS name consists of: {"run": "1", "acq": "sag", ...}, and its words without a key."""
+    """{"run": "1", "acq": "sag", ...} of a BIDS name, and its words without a key."""
     name = ENDING.sub("", os.path.basename(path))
     pairs = re.findall(r"(?<![^_])([a-z]+)-([A-Za-z0-9+]+)", name)
 

@@ -26,7 +26,7 @@ import data
 import metrics
 import models
 import predict
-import preprocess
+import scans
 import tasks
 import training
 from config import UserError
@@ -223,7 +223,7 @@ def evaluate_fold(cfg, task, model, seen, cases, folder, processes, stop):
                 classes = predict.segment(model, volume, geometry, cfg.patch_size, cfg.precision, cfg.overlap,
                                           batch=cfg.batch_size)  # not a share: it moves the last bits
                 scores = tasks.score_case(classes, truth, dataclasses.asdict(task), geometry["affine"])
-            except (UserError, *preprocess.READ_ERRORS) as error:
+            except (UserError, *scans.READ_ERRORS) as error:
                 raise UserError(f"cannot evaluate {case.name}: {error}") from None
             same = any(v.sha256 in hashes for v in case.volumes)
             made_of = tasks.inputs_of([case])[case.name]

@@ -267,8 +267,8 @@ class Crops(Dataset):
 
 def geometry_of(volume):
     """Where the geometry of a prepared volume stands: out/volumes/x.npy -> out/geometry/x.json."""
-    folder, _, name = volume.removesuffix(".npy").rpartition("volumes/")
-    return f"{folder}geometry/{name}.json"
+    folder, source, name = volume.removesuffix(".npy").rsplit("/", 2)
+    return f"{folder.removesuffix('volumes')}geometry/{source}/{name}.json"
 
 
 def native_of(label):

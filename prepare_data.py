@@ -49,90 +49,6 @@ class Config:
     table: bool = False  # print Table 1 of a prepared folder, beside the paper's numbers
 
 
-def main(cfg):
-    """Find the scans, prepare those of this shard, write its part of the index, and report."""
-    if cfg.table:
-        print(records.table_1(cfg.out))
-        return 0
-    check_settings(cfg)
-
-    # Find the scans. Paths in a manifest start from its folder.
-    root = os.path.dirname(cfg.input) if cfg.source == "manifest" else cfg.input
-    name = input_name(cfg, root)
-    if cfg.source == "manifest":
-        sessions, skipped, findings = sources.read_manifest(cfg.input)
-    else:
-        sessions, skipped, findings = sources.find_scans(cfg.source, root, cfg.dry_run)
-    # Only nnU-Net's own description says what its channels are, and what the labels mean.
-    if cfg.source == "nnunet":
-        channels, task = sources.read_dataset(root)
-        sessions = [name_channels(session, channels) for session in sessions]
-
-    # Choose those of this shard.
-    shard, shards = cfg.shard.split("/")
-    mine = sessions[int(shard)::int(shards)]
-    volumes = list(chain.from_iterable(mine))
-    elsewhere = sum(map(len, sessions)) - len(volumes)
-    if elsewhere:
-        skipped["other shards"] = elsewhere
-    found = len(volumes) + skipped.total()
-    if cfg.dry_run or len(volumes) > 100:
-        estimate(volumes, root, cfg.out, cfg.workers)
-    if cfg.dry_run:
-        return records.print_plan(name, found, volumes, skipped, findings)
-
-    # Prepare them, a session at a time in each process.
-    records.register_input(cfg.out, name, readable(os.path.abspath(cfg.input)), cfg.shard)
-    if cfg.source == "nnunet":
-        write_task(cfg.out, name, task)
-    work = functools.partial(prepare_session, cfg.source, name, root, cfg.out)
-    done, rejected = prepare_all(work, mine, name, cfg)
-
-    # Write this shard's part of the index.
-    records.write_part(cfg.out, f"{name}-{shard}of{shards}.csv", done, rejected)
-    records.forget_other_shards(cfg.out, name, shards)
-
-    # Report, from the records of all, whether they were prepared now or before.
-    for _, found_in_one in done:
-        for kind, paths in found_in_one.items():
-            findings.setdefault(kind, {}).update(paths)
-    findings |= records.find_twins(data.read_index(cfg.out), name)
-    return records.print_report(name, found, len(done), skipped, rejected, findings)
-
-
-def check_settings(cfg):
-    """Raise UserError for what no preparation can start with."""
-    if cfg.source not in (*sources.SOURCES, "manifest") or not cfg.input:
-        raise UserError(f"source {cfg.source!r}, input {cfg.input!r}: give --input, and choose "
-                        f"--source from {', '.join(sources.SOURCES)} and manifest")
-    if not cfg.workers:
-        raise UserError("workers 0: give 1 or more")
-    shard, _, shards = cfg.shard.partition("/")
-    if not (shard.isdigit() and shards.isdigit() and int(shard) < int(shards)):
-        raise UserError(f"shard {cfg.shard!r}: expected i/n with i from 0 to n - 1, as 3/64")
-
-
-def input_name(cfg, root):
-    """What the index calls this input: --name, or the source; of nnU-Net the dataset's folder."""
-    name = cfg.name or cfg.source
-    if cfg.source == "nnunet" and not cfg.name:
-        name = os.path.basename(os.path.abspath(root))
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", name)
-
-
-def name_channels(session, channels):
-    """Give the scans of an nnU-Net session the sequence that their channel's number stands for."""
-    return [scan._replace(sequence=channels.get(scan.sequence, scan.sequence)) for scan in session]
-
-
-def write_task(out, name, task):
-    """Write the task of an nnU-Net dataset, and say how to finetune on it."""
-    path = f"{out}/{name}.yaml"
-    settings = {"data": out, "source": name} | task
-    checkpoint.write_text(path, yaml.safe_dump(settings, sort_keys=False))
-    print(f"to finetune on it: python finetune.py --task {path}")
-
-
 # ------------------------------------------------------------------------------------- one session
 def stem_of(name, scan):
     """Name of a prepared volume without folder and ending: of its scan's identity and a hash.
@@ -387,6 +303,92 @@ def estimate(volumes, root, out, workers):
     free = shutil.disk_usage(folder).free
     say(f"estimate from {len(voxels)} of {len(volumes)} volumes: {size / 1e9:.2f} GB ({out} has "
         f"{free / 1e9:.0f} free), {seconds / 3600:.2f} hours with {workers} workers")
+
+
+# ----------------------------------------------------------------------------------- a whole input
+def check_settings(cfg):
+    """Raise UserError for what no preparation can start with."""
+    if cfg.source not in (*sources.SOURCES, "manifest") or not cfg.input:
+        raise UserError(f"source {cfg.source!r}, input {cfg.input!r}: give --input, and choose "
+                        f"--source from {', '.join(sources.SOURCES)} and manifest")
+    if not cfg.workers:
+        raise UserError("workers 0: give 1 or more")
+    shard, _, shards = cfg.shard.partition("/")
+    if not (shard.isdigit() and shards.isdigit() and int(shard) < int(shards)):
+        raise UserError(f"shard {cfg.shard!r}: expected i/n with i from 0 to n - 1, as 3/64")
+
+
+def input_name(cfg, root):
+    """What the index calls this input: --name, or the source; of nnU-Net the dataset's folder."""
+    name = cfg.name or cfg.source
+    if cfg.source == "nnunet" and not cfg.name:
+        name = os.path.basename(os.path.abspath(root))
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", name)
+
+
+def name_channels(session, channels):
+    """Give the scans of an nnU-Net session the sequence that their channel's number stands for."""
+    return [scan._replace(sequence=channels.get(scan.sequence, scan.sequence)) for scan in session]
+
+
+def write_task(out, name, task):
+    """Write the task of an nnU-Net dataset, and say how to finetune on it."""
+    path = f"{out}/{name}.yaml"
+    settings = {"data": out, "source": name} | task
+    checkpoint.write_text(path, yaml.safe_dump(settings, sort_keys=False))
+    print(f"to finetune on it: python finetune.py --task {path}")
+
+
+def main(cfg):
+    """Find the scans, prepare those of this shard, write its part of the index, and report."""
+    if cfg.table:
+        print(records.table_1(cfg.out))
+        return 0
+    check_settings(cfg)
+
+    # Find the scans. Paths in a manifest start from its folder.
+    root = os.path.dirname(cfg.input) if cfg.source == "manifest" else cfg.input
+    name = input_name(cfg, root)
+    if cfg.source == "manifest":
+        sessions, skipped, findings = sources.read_manifest(cfg.input)
+    else:
+        sessions, skipped, findings = sources.find_scans(cfg.source, root, cfg.dry_run)
+
+    # Only nnU-Net's own description says what its channels are, and what the labels mean.
+    if cfg.source == "nnunet":
+        channels, task = sources.read_dataset(root)
+        sessions = [name_channels(session, channels) for session in sessions]
+
+    # Choose those of this shard.
+    shard, shards = cfg.shard.split("/")
+    mine = sessions[int(shard)::int(shards)]
+    volumes = list(chain.from_iterable(mine))
+    elsewhere = sum(map(len, sessions)) - len(volumes)
+    if elsewhere:
+        skipped["other shards"] = elsewhere
+    found = len(volumes) + skipped.total()
+    if cfg.dry_run or len(volumes) > 100:
+        estimate(volumes, root, cfg.out, cfg.workers)
+    if cfg.dry_run:
+        return records.print_plan(name, found, volumes, skipped, findings)
+
+    # Prepare them, a session at a time in each process.
+    records.register_input(cfg.out, name, readable(os.path.abspath(cfg.input)), cfg.shard)
+    if cfg.source == "nnunet":
+        write_task(cfg.out, name, task)
+    work = functools.partial(prepare_session, cfg.source, name, root, cfg.out)
+    done, rejected = prepare_all(work, mine, name, cfg)
+
+    # Write this shard's part of the index.
+    records.write_part(cfg.out, f"{name}-{shard}of{shards}.csv", done, rejected)
+    records.forget_other_shards(cfg.out, name, shards)
+
+    # Report, from the records of all, whether they were prepared now or before.
+    for _, found_in_one in done:
+        for kind, paths in found_in_one.items():
+            findings.setdefault(kind, {}).update(paths)
+    findings |= records.find_twins(data.read_index(cfg.out), name)
+    return records.print_report(name, found, len(done), skipped, rejected, findings)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def label_record(label, prepared, geometry):
     after = count_values(prepared)
     values = {str(value): [native[value], after.get(value, 0)] for value in sorted(native)}
 
-    # The voxels of the label that the box of the head cut off.
+    # What is marked, but does not lie in the box of the head, was cut off.
     marked = sum(native.values()) - native.get(0, 0)
     inside = np.count_nonzero(preprocess.crop_label(label.values, label.affine, geometry))
     return {"values": values, "outside": marked - int(inside), "nan": label.nan,

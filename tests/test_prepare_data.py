@@ -66,6 +66,14 @@ def test_a_label_on_other_axes_belongs_to_the_scan_on_its_grid(tmp_path):
     assert labels["FLAIR"] and labels["T1"] == ""
 
 
+def test_an_input_may_be_called_volumes(tmp_path):
+    session_of_two(tmp_path / "raw")
+    prepare("bids", tmp_path / "raw", tmp_path / "out", name="my_volumes")
+    (case,) = data.labelled_cases(str(tmp_path / "out"), "my_volumes", ["FLAIR"])
+    volume, geometry, truth = data.read_case(case)
+    assert list(volume.shape[1:]) == geometry["resampled"] and truth.any()
+
+
 def test_of_two_volumes_of_a_sequence_the_task_takes_the_labelled_one(prepared, tmp_path):
     rows = [volume for volume in data.read_index(str(prepared)) if volume.label]
     for other in ("volumes/bids/0.npy", "volumes/bids/z.npy"):

@@ -292,6 +292,7 @@ def estimate(volumes, root, out, workers):
     if not voxels:
         return
 
+    # The sample is prepared by one worker, the volumes by all.
     seconds = (time.perf_counter() - began) / len(sample) * len(volumes) / workers
     bytes_per_voxel = 3 if volumes[0].label else 2  # float16, and uint8 for the label
     size = np.mean(voxels) * len(volumes) * bytes_per_voxel

@@ -203,6 +203,7 @@ def find_twins(volumes, source):
     owners = {}  # (kind, checksum) -> {(source, subject): volume}
     for volume in volumes:
         files = [("twins", volume.sha256)]
+
         # An empty label map has one value, 0.
         if volume.label_values.partition(":")[0] != "0" or " " in volume.label_values:
             files.append(("label twins", volume.label_sha256))
@@ -226,6 +227,8 @@ def print_findings(findings):
         paths = findings.get(kind)
         if paths:
             line = f"  {FINDINGS.get(kind, kind)}: {len(paths)}, first {min(paths)}"
+
+            # A kind that is not about voxels counts none.
             voxels = sum(paths.values())
             if voxels:
                 line += f"; {voxels:,} voxels in all"

@@ -14,7 +14,7 @@ import checkpoint
 import data
 import metrics
 import predict
-import preprocess
+import scans
 import tasks
 import training
 from config import UserError
@@ -105,7 +105,7 @@ def evaluate_fold(model, task, seen, cases, folder, processes, stop, patch_size,
                                           batch=batch)
                 scores = tasks.score_case(classes, truth, dataclasses.asdict(task),
                                           geometry["affine"])
-            except (UserError, *preprocess.READ_ERRORS) as error:
+            except (UserError, *scans.READ_ERRORS) as error:
                 raise UserError(f"cannot evaluate {case.name}: {error}") from None
             records.append(record_of(case, task, seen, scores))
 

@@ -150,7 +150,7 @@ def train_fold(cfg, task, pretrained, cases, seed, folder, processes, stop):
     with training.stop_all_on_error():
         model, report = build(cfg, task, pretrained, seed)
         models.check_patch(model, cfg.patch_size, device, cfg.precision)
-        model.to(device, PRECISIONS[cfg.precision])
+        training.quicken(model.to(device, PRECISIONS[cfg.precision]), device)
         if cfg.recompute:
             models.recompute(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
@@ -390,7 +390,7 @@ def main(cfg):
             print(f"{cfg.model}, augment {cfg.augment}, lr {cfg.lr}\n"
                   f"{training.say_compile(cfg.compile, cfg.model, processes.device)}\n"
                   f"{checkpoint.versions()}")
-            training.warn_of_cudnn(processes.device, cfg.precision, models.contiguous_on_cuda(cfg.model))
+            training.warn_of_cudnn(processes.device, cfg.precision, training.convolves_contiguous(cfg.model))
 
         # What is left to do needs its files.
         finished = {f: os.path.join(cfg.out, f"fold_{f}", "dice.json") for f in range(len(folds))}

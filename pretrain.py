@@ -225,6 +225,7 @@ def main(cfg):
         task = {"amaes": "pretrain", "swin": "swin"}[cfg.objective]
         model = models.build_model(cfg.model, task, decoder=cfg.decoder, skips=cfg.skips, merge=cfg.merge,
                                    features=cfg.features).to(device, dtype)
+        training.quicken(model, device)
         models.check_patch(model, cfg.patch_size, device, cfg.precision)
         if cfg.recompute:
             models.recompute(model)
@@ -239,7 +240,7 @@ def main(cfg):
                   f"{processes.world} x {device}, {cfg.precision}\n"
                   f"{training.say_compile(cfg.compile, cfg.model, device)}\n{checkpoint.versions()}\n"
                   f"run folder {out}" + (f", continues at step {step}" if step else ""))
-            training.warn_of_cudnn(device, cfg.precision, models.contiguous_on_cuda(cfg.model))
+            training.warn_of_cudnn(device, cfg.precision, training.convolves_contiguous(cfg.model))
         if rank == 0 and not cfg.estimate:
             checkpoint.lock(out)
             settings = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)

@@ -6,82 +6,81 @@ from collections import OrderedDict
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import nn
 
 import augment
 import data
-import forms
 import resample
 import training
 from config import UserError
 
-# Measured on a CPU, a guess on CUDA until bench/gpu.py has measured it.
-SDPA = True  # attention as one kernel, on a CPU twice as quick; False: as matrix products
-
 WINDOW = 7  # tokens a side
 
-MERGE = {  # order of the eight sub-lattices in patch merging; the state dicts do not tell the two apart
+# Order of the eight sub-lattices in patch merging. The state dicts do not tell the two apart.
+MERGE = {
     "fixed": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)),
     # MONAI up to 1.4, so the weights of [23] and the paper's run: two of them twice, two not at all.
     "legacy": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)),
 }
 
 
+# --------------------------------------------------------------------------------- the transformer
 class WindowAttention(nn.Module):
-    """Self-attention inside windows of up to 7^3 tokens, (windows, n, d), with a learned bias for each offset
-    between two tokens of a window."""
+    """Self-attention inside windows of up to 7^3 tokens, (windows, n, d) -> the same, with a learned
+    bias for each offset between two tokens of a window."""
 
     def __init__(self, d, heads):
         super().__init__()
         self.heads = heads
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * WINDOW - 1) ** 3, heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+        # The row of the table for each pair of tokens: their offset on three axes as one number.
         position = torch.cartesian_prod(*[torch.arange(WINDOW)] * 3)
         offset = position[:, None] - position + WINDOW - 1
-        weights = torch.tensor([(2 * WINDOW - 1) ** 2, 2 * WINDOW - 1, 1])
-        self.register_buffer("relative_position_index", (offset * weights).sum(-1))
+        strides = torch.tensor([(2 * WINDOW - 1) ** 2, 2 * WINDOW - 1, 1])
+        self.register_buffer("relative_position_index", (offset * strides).sum(-1))
+
         self.qkv = nn.Linear(d, 3 * d)
         self.proj = nn.Linear(d, d)
 
     def forward(self, x, mask):
         windows, n, d = x.shape
-        q, k, v = self.qkv(x).view(windows, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        if SDPA and not forms.on_cpu(x):
-            y = self.mix(q, k, v, mask)  # the kernel of CUDA keeps no n x n matrices for the backward pass
-        else:
-            # They are most of the memory: made again in the backward pass, not kept for it.
-            y = torch.utils.checkpoint.checkpoint(self.mix, q, k, v, mask, use_reentrant=False,
-                                                  preserve_rng_state=False)
+        qkv = self.qkv(x).view(windows, n, 3, self.heads, d // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        y = self.mix(q, k, v, mask)
         return self.proj(y.transpose(1, 2).reshape(windows, n, d))
 
     def mix(self, q, k, v, mask):
-        """Softmax of scores, bias and mask, times v: (windows, heads, n, channels) -> the same."""
-        n = q.shape[2]
-        # A window under 7^3 takes the corner of the 7^3 index, though its tokens lie otherwise: MONAI's way.
-        bias = self.relative_position_bias_table[self.relative_position_index[:n, :n]].permute(2, 0, 1)[None]
-        if mask is not None:
-            bias = bias + mask[:, None]
-        if SDPA:
-            return attend(q, k, v, bias.to(q.dtype))
-        scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
-        scores = scores.unflatten(0, (-1, len(bias))) + bias
-        return scores.softmax(-1).to(v.dtype).flatten(0, 1) @ v
+        """Mean of v, weighted by the softmax of scores and bias: (windows, heads, n, channels)."""
+        return attention(q, k, v, self.pair_bias(q.shape[2], mask).to(q.dtype))
+
+    def pair_bias(self, n, mask):
+        """What is added to the scores: (1, heads, n, n), with a mask (windows of a sample, heads, n, n)."""
+        # A window under 7^3 takes the corner of the 7^3 index, though its tokens lie otherwise: this
+        # is MONAI's way.
+        index = self.relative_position_index[:n, :n]
+        bias = self.relative_position_bias_table[index].permute(2, 0, 1)[None]
+        return bias if mask is None else bias + mask[:, None]
 
 
-def attend(q, k, v, bias):
-    """torch's attention on (windows, heads, n, channels). bias, added to the scores: (1, heads, n, n), or one
-    for each window of a sample; then sample by sample, so that it is not repeated in memory."""
+def attention(q, k, v, bias):
+    """torch's attention on (windows, heads, n, channels) with a bias as of WindowAttention.pair_bias."""
     if len(bias) == 1:
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    samples = zip(*(part.split(len(bias)) for part in (q, k, v)), strict=True)
-    return torch.cat([nn.functional.scaled_dot_product_attention(*sample, attn_mask=bias)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    # The bias differs between the windows of a sample. Sample by sample, it is not repeated in memory.
+    windows = len(bias)
+    samples = zip(q.split(windows), k.split(windows), v.split(windows), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*sample, attn_mask=bias)
                       for sample in samples])
 
 
 class SwinBlock(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)), on (B, D, H, W, d). Every second block shifts its
-    windows by 3 tokens on the axes that are longer than a window."""
+    """x + attention(norm(x)), then x + MLP(norm(x)), on (B, D, H, W, d).
+
+    Every second block shifts its windows by 3 tokens on the axes that are longer than a window.
+    """
 
     def __init__(self, d, heads, shifted):
         super().__init__()
@@ -93,20 +92,28 @@ class SwinBlock(nn.Module):
                                              linear2=nn.Linear(4 * d, d)))
 
     def forward(self, x):
-        x = x + self.attend(self.norm1(x))
+        x = x + self.attend_in_windows(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-    def attend(self, x):
+    def attend_in_windows(self, x):
+        """Attention in the windows of a grid (B, D, H, W, d) -> the same shape."""
         size = x.shape[1:4]
-        window = [min(s, WINDOW) for s in size]
-        shift = [WINDOW // 2 if self.shifted and s > WINDOW else 0 for s in size]
-        pad = [-s % w for s, w in zip(size, window, strict=True)]  # padding tokens take part, as in MONAI
-        x = nn.functional.pad(x, (0, 0, 0, pad[2], 0, pad[1], 0, pad[0]))
-        padded, mask = x.shape[1:4], None
+        window = [min(side, WINDOW) for side in size]
+        shift = [WINDOW // 2 if self.shifted and side > WINDOW else 0 for side in size]
+
+        # Fill up to whole windows. The padding tokens take part, as in MONAI.
+        pad = [-s % w for s, w in zip(size, window, strict=True)]
+        x = F.pad(x, (0, 0, 0, pad[2], 0, pad[1], 0, pad[0]))
+
+        # Shift cyclically, and hide from each other what this brings together.
+        mask = None
         if any(shift):
             x = x.roll([-s for s in shift], (1, 2, 3))
-            mask = shift_mask(padded, window, shift, x.device)
+            mask = shift_mask(x.shape[1:4], window, shift, x.device)
+
         y = self.attn(windows_of(x, window), mask)
+
+        # Undo the three steps.
         y = grid_of(y, x.shape, window)
         if any(shift):
             y = y.roll(shift, (1, 2, 3))
@@ -115,26 +122,35 @@ class SwinBlock(nn.Module):
 
 def windows_of(x, window):
     """(B, D, H, W, d) -> (B * windows, tokens, d), both in raster order."""
-    (b, *size, d), (i, j, k) = x.shape, window
+    b, *size, d = x.shape
+    i, j, k = window
     x = x.view(b, size[0] // i, i, size[1] // j, j, size[2] // k, k, d)
     return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, i * j * k, d)
 
 
 def grid_of(x, shape, window):
-    """The inverse of windows_of."""
-    (b, *size, d), (i, j, k) = shape, window
+    """The inverse of windows_of: (B * windows, tokens, d) -> shape, which is (B, D, H, W, d)."""
+    b, *size, d = shape
+    i, j, k = window
     x = x.view(b, size[0] // i, size[1] // j, size[2] // k, i, j, k, d)
     return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(shape)
 
 
 def shift_mask(size, window, shift, device):
-    """(windows, n, n): -100 between tokens that the cyclic shift brought together from opposite borders."""
+    """(windows, n, n): -100 between tokens that the cyclic shift of a grid of this size brought
+    together from opposite borders, else 0."""
+    # Number the regions that belong together: up to three an axis.
     region = torch.zeros(1, *size, 1, device=device)
-    for axis, (p, w, s) in enumerate(zip(size, window, shift, strict=True)):
-        if s:
-            i = torch.arange(p, device=device)
-            label = (i >= p - w).float() + (i >= p - s).float()
-            region = 3 * region + label.view([-1 if a == axis + 1 else 1 for a in range(5)])
+    for axis in range(3):
+        if shift[axis] == 0:
+            continue
+        i = torch.arange(size[axis], device=device)
+        in_last_window = (i >= size[axis] - window[axis]).float()
+        from_other_border = (i >= size[axis] - shift[axis]).float()
+        along_axis = [1] * 5
+        along_axis[axis + 1] = -1
+        region = 3 * region + (in_last_window + from_other_border).view(along_axis)
+
     region = windows_of(region, window)
     return -100.0 * (region != region.transpose(1, 2)).float()
 
@@ -166,11 +182,14 @@ class SwinStage(nn.Module):
 
 
 class SwinEncoder(nn.Module):
-    """(B, C, s^3) -> five hidden states: f at s/2, 2f at s/4, ..., 16f at s/32; normalised over channels."""
+    """(B, C, s^3) -> five hidden states, normalised over channels: f at s/2, 2f at s/4, ..., 16f at
+    s/32."""
 
     def __init__(self, channels, f, merge):
         super().__init__()
-        heads = f // 16  # 16 channels a head at every stage
+        if f % 16:
+            raise UserError(f"features {f}: SwinUNETR needs a multiple of 16, the channels of a head")
+        heads = f // 16  # of the first stage; 16 channels a head at every stage
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv3d(channels, f, 2, 2)))
         self.layers1 = nn.Sequential(SwinStage(f, heads, merge))
         self.layers2 = nn.Sequential(SwinStage(2 * f, 2 * heads, merge))
@@ -181,29 +200,36 @@ class SwinEncoder(nn.Module):
         states = [self.patch_embed(x).movedim(1, -1)]
         for stage in (self.layers1, self.layers2, self.layers3, self.layers4):
             states.append(stage(states[-1]))
-        return [nn.functional.layer_norm(x, x.shape[-1:]).movedim(-1, 1) for x in states]
+        return [F.layer_norm(state, state.shape[-1:]).movedim(-1, 1) for state in states]
 
 
-def plain_conv(channels_in, channels_out, kernel):
-    """MONAI's extra level in the names: conv1.conv.weight."""
-    return nn.Sequential(OrderedDict(conv=nn.Conv3d(channels_in, channels_out, kernel, padding=kernel // 2,
-                                                    bias=False)))
+# ------------------------------------------------------------------------------------ the networks
+def named_conv(channels_in, channels_out, kernel):
+    """A convolution under MONAI's extra level of names: conv1.conv.weight."""
+    conv = nn.Conv3d(channels_in, channels_out, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv))
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions 3^3 with instance norm and leaky ReLU around a shortcut; norms without parameters."""
+    """Two convolutions 3^3 with instance norm and leaky ReLU, and a shortcut around them. Its norms have
+    no parameters."""
 
     def __init__(self, channels_in, channels_out):
         super().__init__()
-        self.conv1 = plain_conv(channels_in, channels_out, 3)
-        self.conv2 = plain_conv(channels_out, channels_out, 3)
-        self.conv3 = plain_conv(channels_in, channels_out, 1) if channels_in != channels_out else None
+        self.conv1 = named_conv(channels_in, channels_out, 3)
+        self.conv2 = named_conv(channels_out, channels_out, 3)
+        self.norm = nn.InstanceNorm3d(channels_out)
+        self.act = nn.LeakyReLU(0.01)
+        self.conv3 = None
+        if channels_in != channels_out:
+            self.conv3 = named_conv(channels_in, channels_out, 1)
 
     def forward(self, x):
-        y = forms.instance_norm(self.conv1(x), slope=0.01)
-        y = forms.instance_norm(self.conv2(y))
-        x = x if self.conv3 is None else forms.instance_norm(self.conv3(x))
-        return nn.functional.leaky_relu(y + x, 0.01, inplace=True)
+        y = self.act(self.norm(self.conv1(x)))
+        y = self.norm(self.conv2(y))
+        if self.conv3 is not None:
+            x = self.norm(self.conv3(x))
+        return self.act(y + x)
 
 
 class SwinUpBlock(nn.Module):
@@ -211,8 +237,8 @@ class SwinUpBlock(nn.Module):
 
     def __init__(self, channels_in, channels_out):
         super().__init__()
-        self.transp_conv = nn.Sequential(OrderedDict(
-            conv=nn.ConvTranspose3d(channels_in, channels_out, 2, 2, bias=False)))
+        up = nn.ConvTranspose3d(channels_in, channels_out, 2, 2, bias=False)
+        self.transp_conv = nn.Sequential(OrderedDict(conv=up))
         self.conv_block = ResidualBlock(2 * channels_out, channels_out)
 
     def forward(self, x, skip):
@@ -224,10 +250,13 @@ def skip_block(channels_in, channels_out):
 
 
 class SwinUNETR(nn.Module):
-    """Segmentation network of [23]: (B, C, s^3) -> (B, channels_out, s^3). Only swinViT, 8 of its 62 million
-    parameters, is ever pretrained."""
+    """Segmentation network of [23]: (B, C, s^3) -> (B, channels_out, s^3).
 
-    size_multiple, encoder_prefix = 32, "swinViT."
+    Only swinViT, 8 of its 62 million parameters, is ever pretrained.
+    """
+
+    size_multiple = 32
+    encoder_prefix = "swinViT."
 
     def __init__(self, channels_in, channels_out, f, merge):
         super().__init__()
@@ -242,8 +271,8 @@ class SwinUNETR(nn.Module):
         self.decoder3 = SwinUpBlock(4 * f, 2 * f)
         self.decoder2 = SwinUpBlock(2 * f, f)
         self.decoder1 = SwinUpBlock(f, f)
-        self.out = nn.Sequential(OrderedDict(conv=nn.Sequential(OrderedDict(
-            conv=nn.Conv3d(f, channels_out, 1)))))
+        conv = nn.Sequential(OrderedDict(conv=nn.Conv3d(f, channels_out, 1)))
+        self.out = nn.Sequential(OrderedDict(conv=conv))
 
     def forward(self, x):
         check_multiple(x, self.size_multiple)
@@ -257,33 +286,42 @@ class SwinUNETR(nn.Module):
 
 class SwinHeads(nn.Module):
     """Pretraining network of [23]: (B, C, s^3) -> rotation logits (B, 4), contrastive vectors (B, 512),
-    reconstruction (B, C, s^3). The first two read one corner token each; [23] pools nothing."""
+    reconstruction (B, C, s^3)."""
 
-    size_multiple, encoder_prefix = 32, "swinViT."
+    size_multiple = 32
+    encoder_prefix = "swinViT."
 
     def __init__(self, channels, f, merge):
         super().__init__()
         self.swinViT = SwinEncoder(channels, f, merge)
         self.rotation_head = nn.Linear(16 * f, 4)
         self.contrastive_head = nn.Linear(16 * f, 512)
+
+        # Five times twice the grid, back to the patch's own.
         layers = []
-        for a, b in ((16 * f, 8 * f), (8 * f, 4 * f), (4 * f, 2 * f), (2 * f, f), (f, f)):
-            layers += [nn.Conv3d(a, b, 3, padding=1), nn.InstanceNorm3d(b), nn.LeakyReLU(0.01),
-                       nn.Upsample(scale_factor=2, mode="trilinear")]
+        widths = (16 * f, 8 * f, 4 * f, 2 * f, f, f)
+        for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Conv3d(width_in, width_out, 3, padding=1), nn.InstanceNorm3d(width_out),
+                       nn.LeakyReLU(0.01), nn.Upsample(scale_factor=2, mode="trilinear")]
         self.conv = nn.Sequential(*layers, nn.Conv3d(f, channels, 1))
 
     def forward(self, x):
         check_multiple(x, self.size_multiple)
         h4 = self.swinViT(x)[-1]
+
+        # Rotation and contrast read one corner token each: [23] pools nothing.
         tokens = h4.flatten(2)
-        return self.rotation_head(tokens[..., 0]), self.contrastive_head(tokens[..., 1]), self.conv(h4)
+        rotation = self.rotation_head(tokens[..., 0])
+        contrast = self.contrastive_head(tokens[..., 1])
+        return rotation, contrast, self.conv(h4)
 
 
 class SwinReconstruction(nn.Module):
-    """AMAES on the SwinUNETR encoder, which the paper leaves open: the decoder of section 3.1 on the hidden
-    states; its last convolution undoes the patch embedding."""
+    """AMAES on the SwinUNETR encoder, which the paper leaves open: the decoder of section 3.1 on the
+    hidden states. The decoder's last convolution undoes the patch embedding."""
 
-    size_multiple, encoder_prefix = 32, "swinViT."
+    size_multiple = 32
+    encoder_prefix = "swinViT."
 
     def __init__(self, encoder, rec_head):
         super().__init__()
@@ -296,6 +334,7 @@ class SwinReconstruction(nn.Module):
 
 
 def check_multiple(x, multiple):
+    """UserError unless every side of (B, C, D, H, W) is a multiple."""
     if any(side % multiple for side in x.shape[2:]):
         raise UserError(f"input {tuple(x.shape[2:])}: choose multiples of {multiple}")
 

@@ -1,7 +1,7 @@
 """Processes in step: how they start, agree, stop together; what a run costs; schedule and compilation."""
 
 import contextlib
-import ctypes
+import importlib.util
 import inspect
 import itertools
 import math
@@ -35,10 +35,6 @@ class Processes(typing.NamedTuple):
     device: torch.device
 
 
-# cuDNN tries its kernels on the first batch of each shape. A guess, until bench/gpu.py has measured it.
-CUDNN_BENCHMARK = True
-
-
 def pick_device(device):
     """auto, cpu or cuda -> torch.device; UserError if that is not to be had."""
     if device not in ("auto", "cpu", "cuda"):
@@ -46,10 +42,8 @@ def pick_device(device):
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but torch sees no GPU; use --device cpu")
     if device != "cpu" and torch.cuda.is_available():
-        torch.backends.cudnn.benchmark = CUDNN_BENCHMARK
         torch.backends.cudnn.allow_tf32 = False  # --precision fp32 is float32, in convolutions, too
         return torch.device("cuda")
-    keep_freed_memory()
     return torch.device("cpu")
 
 
@@ -74,13 +68,25 @@ def init_processes(device):
     return Processes(dist.get_rank(), dist.get_world_size(), device)
 
 
-def keep_freed_memory():
-    """glibc gives every large tensor back to the kernel when it is freed, and each new one costs a page fault
-    for every 4 KB: much of a training step on a CPU. Keep it instead; elsewhere than glibc, do nothing."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing through mmap
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: the top of the heap stays
+def quicken(model, device):
+    """Give a plain network the quick forms of a device, if their file is there: fast_cpu.py, fast_cuda.py.
+    -> the model. Call it before models.recompute."""
+    device = torch.device(device)
+    name = f"fast_{device.type}"
+    if importlib.util.find_spec(name) is None:
+        return model
+
+    fast = importlib.import_module(name)
+    if device.type == "cpu":
+        fast.keep_freed_memory()
+    return fast.install(model)
+
+
+def convolves_contiguous(row):
+    """Does this row of models.py convolve contiguous volumes on CUDA? Without fast_cuda.py all rows do."""
+    if importlib.util.find_spec("fast_cuda") is None:
+        return True
+    return importlib.import_module("fast_cuda").convolves_contiguous(row)
 
 
 def any_process(*flags):

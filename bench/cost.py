@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import models  # noqa: E402
+import training  # noqa: E402
 
 
 def cost(row, task, batch, side, decoder="light"):
@@ -32,6 +33,7 @@ def cost(row, task, batch, side, decoder="light"):
     with torch.device("meta"):
         model = models.build_model(row, task, out_channels=2 if task == "segment" else 1, decoder=decoder)
         x = torch.empty(batch * (2 if task == "swin" else 1), 1, side, side, side)
+    training.quicken(model, "cuda")  # what CUDA keeps is counted
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = {}
 

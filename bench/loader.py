@@ -44,7 +44,7 @@ def steps_a_second(folder, side, workers, steps, rounds=5):
     """(with the loader, from memory): medians over rounds."""
     cfg = pretrain.Config(data=folder, model="unet_demo", patch_size=side)
     cases, device = data.pretraining_cases(folder), torch.device("cpu")
-    model = models.build_model(cfg.model, "pretrain")
+    model = training.quicken(models.build_model(cfg.model, "pretrain"), device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     dataset = data.Crops(cases, side, 0, "all")
 
@@ -138,7 +138,6 @@ def main():
     parser.add_argument("--volumes", type=int, default=45_000)
     arguments = parser.parse_args()
     torch.set_num_threads(max(1, os.cpu_count() - arguments.workers))
-    training.keep_freed_memory()
     with tempfile.TemporaryDirectory() as temporary:
         folder = prepared(temporary)
         loaded, memory = steps_a_second(folder, arguments.side, arguments.workers, arguments.steps)

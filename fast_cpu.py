@@ -1,7 +1,6 @@
 """Optional: the same networks, quicker on a CPU. Delete this file and all works, more slowly.
-
-A plain network (models.py, swin.py) becomes a quick one by `install`. Its parameters stay, and so do its
-outputs and gradients, but for the last bits of rounding. bench/models.py measures what it gains.
+ `install` makes a quick network of a plain one (models.py, swin.py). Outputs and gradients stay
+the same but for rounding. bench/models.py measures what it gains.
 """
 
 import ctypes
@@ -17,23 +16,22 @@ import swin
 def install(model):
     """Turn the modules of a plain network into the quick ones below, in place -> the model.
 
-    A module keeps its parameters and becomes an instance of a subclass of its own class, which computes
-    the same in another way.
+    A module keeps its parameters and becomes an instance of a subclass of its own class.
     """
     for module in model.modules():
         if type(module) in QUICK:
             module.__class__ = QUICK[type(module)]
         if isinstance(module, models.UNetDecoder):
-            for upsample in (module.upsample1, module.upsample2, module.upsample3, module.upsample4):
+            for upsample in (module.upsample1, module.upsample2,
+                             module.upsample3, module.upsample4):
                 upsample.__class__ = Upsample
     return model
 
 
 def keep_freed_memory():
     """Make the allocator of this process keep what is freed. Elsewhere than in glibc, do nothing.
-
-    glibc gives every large tensor back to the kernel when it is freed, and each new one then costs a
-    page fault for every 4 KB: much of a training step on a CPU.
+ glibc gives every large tensor back to the kernel when it is freed, and each new one then costs a
+page fault for every 4 KB: much of a training step on a CPU.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
@@ -48,14 +46,15 @@ def quick_format(x):
     if x[0, 0].numel() <= 8 ** 3:
         return x.contiguous()
 
-    # A single channel is contiguous in both formats. What counts are the strides, which a copy sets.
+    # A single channel is contiguous in both formats. Convolutions look at the strides, and a copy
+    # sets them.
     if x.shape[1] == 1:
         return x.clone(memory_format=torch.channels_last_3d)
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def channels_first(x):
-    """x.contiguous() of a channels-last volume. On a CPU, transposing one matrix per sample is faster."""
+    """x.contiguous(). For channels-last volumes, transposing one matrix per sample is faster."""
     if x.is_contiguous():
         return x
     matrices = [sample.t().contiguous() for sample in x.movedim(1, -1).flatten(1, 3)]
@@ -63,10 +62,10 @@ def channels_first(x):
 
 
 def instance_norm(x, weight=None, bias=None, slope=None, eps=1e-5):
-    """Instance norm, then a leaky ReLU if a slope is given: (B, C, D, H, W) -> the same shape and memory
-    format, which torch's own does not keep."""
+    """Instance norm, then a leaky ReLU if a slope is given, on (B, C, D, H, W). It keeps the memory
+    format of x, which torch's own does not."""
     if x.is_contiguous():
-        # A channel of a sample is a channel of one long sample, on which batch norm is instance norm.
+        # Batch norm is instance norm if all channels of all samples are channels of one sample.
         if weight is not None:
             weight = weight.repeat(len(x))
             bias = bias.repeat(len(x))
@@ -76,8 +75,8 @@ def instance_norm(x, weight=None, bias=None, slope=None, eps=1e-5):
     else:
         y = torch.cat([batch_norm(sample, weight, bias, eps) for sample in x.split(1)])
 
-    # This is done before y becomes a view: the gradient of an operation in place on a view copies it
-    # three times.
+    # In place, but before y becomes a view: through a view, the gradient would be copied three
+    # times.
     if slope is not None:
         y = nn.functional.leaky_relu(y, slope, inplace=True)
     return y.view_as(x)
@@ -105,7 +104,7 @@ class MaxPool(nn.MaxPool3d):
 
 
 class Upsample(nn.ConvTranspose3d):
-    """A transposed convolution whose stride is the size of its kernel. In channels-last order it is one
+    """A transposed convolution whose stride is its kernel's size. In channels-last order it is one
     matrix product, whose columns are then put in their places."""
 
     def forward(self, x):
@@ -132,8 +131,8 @@ class MedNeXtEncoder(models.MedNeXtEncoder):
 
 
 class MedNeXtBlock(models.MedNeXtBlock):
-    """In channels-last order, where a convolution 1^3 is a matrix product. The scale of the norm goes
-    into the matrix of the expansion, its shift into the bias there."""
+    """In channels-last order, where a 1^3 convolution is a matrix product. The scale of the norm
+    goes into the matrix of the expansion, and its shift into the bias."""
 
     def branch(self, x):
         if self.stride == 1:
@@ -141,13 +140,13 @@ class MedNeXtBlock(models.MedNeXtBlock):
         else:
             y = self.conv1(x)
 
-        # Mean and variance of each channel over the voxels: (B, voxels, C), at least in float32.
+        # (B, voxels, C), at least in float32, less the mean of each channel; then the norm's scale.
         v = y.movedim(1, -1).flatten(1, 3)
         v = v.to(torch.promote_types(v.dtype, torch.float32))
         v = v - v.mean(1, keepdim=True)
         scale = self.norm.weight * (v.square().mean(1) + self.norm.eps).rsqrt()
 
-        # Expansion of v * scale + norm.bias: one matrix for each sample.
+        # Expand v * scale + norm.bias, with one matrix per sample.
         expand = self.conv2.weight.flatten(1)
         bias = (expand * self.norm.bias).sum(1) + self.conv2.bias
         h = torch.baddbmm(bias, v, (expand * scale.unsqueeze(1)).transpose(1, 2))
@@ -157,8 +156,9 @@ class MedNeXtBlock(models.MedNeXtBlock):
 
 
 class DepthwiseConv(torch.autograd.Function):
-    """Depthwise convolution 3^3 of a channels-last volume, with quicker gradients than oneDNN's: that of
-    the input is the convolution with the mirrored kernel, that of the kernel is kernel_gradient."""
+    """Depthwise 3^3 convolution of a channels-last volume, with quicker gradients than oneDNN's.
+    The input's is the convolution with the mirrored kernel, and the kernel's is
+    kernel_gradient."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -176,29 +176,31 @@ class DepthwiseConv(torch.autograd.Function):
 
 
 def kernel_gradient(x, grad, side=8):
-    """Gradient of a depthwise kernel, (C, 1, 3, 3, 3): for each of its 27 offsets the sum over all voxels
-    v of grad[v] * x[v + offset]. x, the input, and grad, of the output, are (B, C, D, H, W).
-
-    The planes (H, W) are cut into blocks of side^2 voxels. One matrix product multiplies, for all blocks
-    at once, each voxel of a block's x, with a rim of one voxel, by each voxel of its grad. The products
-    that are wanted, those of voxels an offset apart, lie on diagonals of the result.
+    """Gradient of a depthwise kernel, (C, 1, 3, 3, 3), from the input x and the output's gradient,
+    both (B, C, D, H, W). For each of the 27 offsets it is the sum of grad[v] * x[v + offset] over
+    all voxels v.
+ The planes (H, W) are cut into blocks of side^2 voxels. A matrix product multiplies every voxel of
+x in a block and its rim by every voxel of grad in the block, and sums over all blocks. The sums
+that are wanted, of voxels an offset apart, lie on diagonals of the result.
     """
     channels, depth, height, width = x.shape[1:]
     rim = side + 2
 
-    # Zeros around x, and as many as both need to fill whole blocks.
+    # A rim of zeros around x, and as many zeros behind both as fill whole blocks.
     fill_h = -height % side
     fill_w = -width % side
     x = nn.functional.pad(x, (1, 1 + fill_w, 1, 1 + fill_h, 1, 1))
     if fill_h or fill_w:
         grad = nn.functional.pad(grad, (0, fill_w, 0, fill_h))
 
-    # (C, depth, blocks of all samples, voxels of a block), x with its rims.
+    # x as (C, depth, blocks of all samples, voxels of a block and its rim); grad as (C, blocks of
+    # all planes and samples, voxels of a block).
     rims = x.unfold(3, rim, side).unfold(4, rim, side).permute(1, 2, 0, 3, 4, 5, 6)
     rims = rims.reshape(channels, depth + 2, -1, rim ** 2)
     blocks = grad.unfold(3, side, side).unfold(4, side, side).permute(1, 2, 0, 3, 4, 5, 6)
     blocks = blocks.reshape(channels, -1, side ** 2)
 
+    # An offset between planes is a matrix product, and an offset in the plane a diagonal of it.
     sums = []
     for i in range(3):
         planes = rims[:, i:i + depth].flatten(1, 2)
@@ -214,8 +216,8 @@ def kernel_gradient(x, grad, side=8):
 
 # ---------------------------------------------------------------------------------------- SwinUNETR
 class WindowAttention(swin.WindowAttention):
-    """Computes its n x n matrices, which are most of the memory, again in the backward pass instead of
-    keeping them. The kernel of CUDA does this by itself."""
+    """Computes its n x n matrices again in the backward pass, since they would be most of the
+    memory. CUDA's kernel does so by itself."""
 
     def mix(self, q, k, v, mask):
         return torch.utils.checkpoint.checkpoint(super().mix, q, k, v, mask, use_reentrant=False,

@@ -1,7 +1,6 @@
 """Optional: the same networks, quicker on CUDA. Delete this file and all works, more slowly.
-
-A plain network (models.py, swin.py) becomes a quick one by `install`. Its parameters stay, and so do its
-outputs and gradients, but for rounding. Nothing in it needs a GPU: tests run it on a CPU.
+ `install` makes a quick network of a plain one (models.py, swin.py). Outputs and gradients stay
+the same but for rounding. Nothing here needs a GPU: the tests run it on a CPU.
 """
 
 import itertools
@@ -23,15 +22,15 @@ CUDNN_BENCHMARK = True  # cuDNN tries its kernels on the first batch of each sha
 def install(model):
     """Turn the modules of a plain network into the quick ones below, in place -> the model.
 
-    A module keeps its parameters and becomes an instance of a subclass of its own class, which computes
-    the same in another way.
+    A module keeps its parameters and becomes an instance of a subclass of its own class.
     """
     torch.backends.cudnn.benchmark = CUDNN_BENCHMARK
     for module in model.modules():
         if type(module) in QUICK:
             module.__class__ = QUICK[type(module)]
         if isinstance(module, models.UNetDecoder):
-            for upsample in (module.upsample1, module.upsample2, module.upsample3, module.upsample4):
+            for upsample in (module.upsample1, module.upsample2,
+                             module.upsample3, module.upsample4):
                 upsample.__class__ = Upsample
     return model
 
@@ -47,17 +46,18 @@ def quick_format(x):
     if not CHANNELS_LAST:
         return x.contiguous()
 
-    # A single channel is contiguous in both formats. What counts are the strides, which a copy sets.
+    # A single channel is contiguous in both formats. Convolutions look at the strides, and a copy
+    # sets them.
     if x.shape[1] == 1:
         return x.clone(memory_format=torch.channels_last_3d)
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def instance_norm(x, weight=None, bias=None, slope=None, eps=1e-5):
-    """Instance norm, then a leaky ReLU if a slope is given: (B, C, D, H, W) -> the same shape and memory
-    format, which torch's own does not keep."""
+    """Instance norm, then a leaky ReLU if a slope is given, on (B, C, D, H, W). It keeps the memory
+    format of x, which torch's own does not."""
     if x.is_contiguous():
-        # A channel of a sample is a channel of one long sample, on which batch norm is instance norm.
+        # Batch norm is instance norm if all channels of all samples are channels of one sample.
         if weight is not None:
             weight = weight.repeat(len(x))
             bias = bias.repeat(len(x))
@@ -72,8 +72,8 @@ def instance_norm(x, weight=None, bias=None, slope=None, eps=1e-5):
             y = y * weight.view(-1, 1, 1, 1) + bias.view(-1, 1, 1, 1)
         y = y.to(x.dtype)
 
-    # This is done before y becomes a view: the gradient of an operation in place on a view copies it
-    # three times.
+    # In place, but before y becomes a view: through a view, the gradient would be copied three
+    # times.
     if slope is not None:
         y = nn.functional.leaky_relu(y, slope, inplace=True)
     return y.view_as(x)
@@ -89,7 +89,7 @@ class ConvNormAct(models.ConvNormAct):
 
 
 class Upsample(nn.ConvTranspose3d):
-    """A transposed convolution whose stride is the size of its kernel. In channels-last order it is one
+    """A transposed convolution whose stride is its kernel's size. In channels-last order it is one
     matrix product, whose columns are then put in their places."""
 
     def forward(self, x):
@@ -130,7 +130,8 @@ class MedNeXtBlock(models.MedNeXtBlock):
 
 
 def depthwise_shifts(x, weight, bias):
-    """Depthwise convolution 3^3 as a sum of 27 shifted products, of which a compiler makes one kernel."""
+    """Depthwise 3^3 convolution as a sum of 27 shifted products, which a compiler makes one
+    kernel."""
     depth, height, width = x.shape[2:]
     padded = nn.functional.pad(x, (1,) * 6)
     y = bias.view(-1, 1, 1, 1)
@@ -142,13 +143,14 @@ def depthwise_shifts(x, weight, bias):
 
 # ---------------------------------------------------------------------------------------- SwinUNETR
 class WindowAttention(swin.WindowAttention):
-    """With SDPA as it is: the kernel keeps no n x n matrices for the backward pass. Else as matrix
-    products. Their n x n results are most of the memory: they are computed again in the backward pass
-    instead of kept."""
+    """With SDPA the plain one, else matrix products."""
 
     def mix(self, q, k, v, mask):
         if SDPA:
             return super().mix(q, k, v, mask)
+
+        # Unlike the kernel, products keep their n x n results for the backward pass. These would be
+        # most of the memory, so they are computed again.
         return torch.utils.checkpoint.checkpoint(self.mix_by_products, q, k, v, mask,
                                                  use_reentrant=False, preserve_rng_state=False)
 

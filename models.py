@@ -1,8 +1,8 @@
-"""The networks of the paper (section 4.3, Table 4) as rows of one table, and their decoders (3.1, Table 2).
+"""The paper's networks (section 4.3, Table 4) as rows of one table, with the decoders of Table 2.
 
-Volumes are (B, C, D, H, W). Comments give the channels of a level as a multiple of the width f, and
-its side as a fraction of the patch's side s. Parameter names are the official ones, so that published
-checkpoints load without a map. fast_cpu.py and fast_cuda.py have quicker forms of these modules.
+A network takes a patch (B, C, s, s, s). f is its width, the number of channels of its first level.
+Parameter names are the official ones, so that published checkpoints load without a map. fast_cpu.py
+and fast_cuda.py hold quicker forms of these modules.
 """
 
 import difflib
@@ -27,14 +27,13 @@ class Row(NamedTuple):
     decoder: str = "unet"  # of segmentation: unet or mednext; SwinUNETR has its own
 
 
-MEDNEXT_M = Row("mednext", 32, blocks=(3, 4, 4, 4, 4), expansion=(2, 3, 4, 4, 4))
 MEDNEXT_L = Row("mednext", 32, blocks=(3, 4, 8, 8, 8), expansion=(3, 4, 8, 8, 8))
 
 ROWS = {
     "unet_demo": Row("unet", 8),  # not in the paper: for demonstrations and tests
     "unet_b": Row("unet", 32),
     "unet_xl": Row("unet", 64),
-    "mednext_m": MEDNEXT_M,
+    "mednext_m": Row("mednext", 32, blocks=(3, 4, 4, 4, 4), expansion=(2, 3, 4, 4, 4)),
     "mednext_l": MEDNEXT_L,
     "mednext_l_mednextdec": MEDNEXT_L._replace(decoder="mednext"),
     "swinunetr": Row("swin", 48),
@@ -70,15 +69,16 @@ class Block(nn.Module):
 
 
 class UNetEncoder(nn.Module):
-    """(B, C, s^3) -> five levels: f at s, 2f at s/2, 4f at s/4, 8f at s/8, 16f at s/16."""
+    """(B, channels, s, s, s) -> five levels, the first with f channels at the side s. From each
+    level to the next the channels double and the side halves."""
 
     def __init__(self, channels, f):
         super().__init__()
-        self.in_conv = Block(channels, f)
-        self.encoder_conv1 = Block(f, 2 * f)
-        self.encoder_conv2 = Block(2 * f, 4 * f)
-        self.encoder_conv3 = Block(4 * f, 8 * f)
-        self.encoder_conv4 = Block(8 * f, 16 * f)
+        self.in_conv = Block(channels, f)  # at the side s
+        self.encoder_conv1 = Block(f, 2 * f)  # s/2
+        self.encoder_conv2 = Block(2 * f, 4 * f)  # s/4
+        self.encoder_conv3 = Block(4 * f, 8 * f)  # s/8
+        self.encoder_conv4 = Block(8 * f, 16 * f)  # s/16
         self.pool = nn.MaxPool3d(2)
 
     def forward(self, x):
@@ -90,11 +90,11 @@ class UNetEncoder(nn.Module):
 
 
 class UNetDecoder(nn.Module):
-    """Five levels -> (B, channels, s^3).
+    """Five levels of an encoder -> (B, channels, s, s, s).
 
-    light: one convolution per level instead of two (Table 2). skips: each level of the encoder is
-    concatenated to the upsampled one. stem: the stride of the encoder's first convolution, which the
-    last one here undoes; 1 for all encoders but Swin's.
+    light: one convolution per level instead of two (Table 2). skips: the encoder's level is
+    concatenated to the upsampled one. stem: the stride of the encoder's first convolution, which
+    the last one here undoes. It is 1 for all encoders except Swin's.
     """
 
     def __init__(self, channels, f, light, skips, stem=1):
@@ -102,6 +102,8 @@ class UNetDecoder(nn.Module):
         self.skips = skips
         wide = 2 if skips else 1
         convolutions = 1 if light else 2
+
+        # From s/16 to s: each level doubles the side and halves the channels.
         self.upsample1 = nn.ConvTranspose3d(16 * f, 8 * f, 2, 2)
         self.decoder_conv1 = Block(8 * f * wide, 8 * f, convolutions)
         self.upsample2 = nn.ConvTranspose3d(8 * f, 4 * f, 2, 2)
@@ -110,6 +112,7 @@ class UNetDecoder(nn.Module):
         self.decoder_conv3 = Block(2 * f * wide, 2 * f, convolutions)
         self.upsample4 = nn.ConvTranspose3d(2 * f, f, 2, 2)
         self.decoder_conv4 = Block(f * wide, f, convolutions)
+
         if stem > 1:
             self.out_conv = nn.ConvTranspose3d(f, channels, stem, stem)
         else:
@@ -131,10 +134,9 @@ class UNetDecoder(nn.Module):
 
 # ----------------------------------------------------------- MedNeXt, M and L, kernel 3 (no UpKern)
 class MedNeXtBlock(nn.Module):
-    """Depthwise convolution 3^3, group norm with one group per channel, expansion, GELU, compression;
-    around all of it a shortcut.
+    """Depthwise convolution, group norm, expansion, GELU, compression, and a shortcut around them.
 
-    With stride 2 the block halves the grid, or doubles it with `up`; then the shortcut is a
+    With stride 2 the block halves the side, or doubles it with `up`. The shortcut is then a
     convolution, too.
     """
 
@@ -143,9 +145,8 @@ class MedNeXtBlock(nn.Module):
         self.stride = stride
         self.up = up
         convolution = nn.ConvTranspose3d if up else nn.Conv3d
-        self.conv1 = convolution(channels_in, channels_in, 3, stride, padding=1,
-                                 groups=channels_in)
-        self.norm = nn.GroupNorm(channels_in, channels_in)
+        self.conv1 = convolution(channels_in, channels_in, 3, stride, 1, groups=channels_in)
+        self.norm = nn.GroupNorm(channels_in, channels_in)  # one group per channel
         self.conv2 = nn.Conv3d(channels_in, channels_in * expansion, 1)
         self.act = nn.GELU()
         self.conv3 = nn.Conv3d(channels_in * expansion, channels_out, 1)
@@ -160,8 +161,8 @@ class MedNeXtBlock(nn.Module):
     def forward(self, x):
         y = self.branch(x) + self.res_conv(x)
 
-        # A transposed convolution makes 2n - 1 voxels of n. As in the official code, a plane of
-        # zeros before them on each axis makes it 2n.
+        # The transposed convolution makes 2n - 1 voxels of n. As in the official code, a plane of
+        # zeros before them on each axis completes 2n.
         if self.up:
             y = nn.functional.pad(y, (1, 0, 1, 0, 1, 0))
         return y
@@ -172,7 +173,7 @@ def mednext_level(channels, blocks, expansion):
 
 
 class MedNeXtEncoder(nn.Module):
-    """(B, C, s^3) -> five levels, as the U-Net's: f at s, ..., 16f at s/16."""
+    """(B, channels, s, s, s) -> five levels, shaped like the U-Net's."""
 
     def __init__(self, channels, f, blocks, expansion):
         super().__init__()
@@ -196,9 +197,9 @@ class MedNeXtEncoder(nn.Module):
 
 
 class MedNeXtDecoder(nn.Module):
-    """MedNeXt's own decoder (Table 4, "MedNeXt dec"): five levels -> (B, channels, s^3).
+    """MedNeXt's own decoder (Table 4, "MedNeXt dec"): five levels -> (B, channels, s, s, s).
 
-    Skips are added, not concatenated.
+    It adds the skips instead of concatenating them.
     """
 
     def __init__(self, channels, f, blocks, expansion):
@@ -223,10 +224,8 @@ class MedNeXtDecoder(nn.Module):
 
 # -------------------------------------------------------------------------------------- networks
 class Network(nn.Module):
-    """An encoder and one decoder: `rec_head` in pretraining, `pred_head` in segmentation.
-
-    (B, C, D, H, W) -> (B, channels, D, H, W).
-    """
+    """An encoder and one decoder, `rec_head` in pretraining and `pred_head` in segmentation:
+    (B, in_channels, D, H, W) -> (B, out_channels, D, H, W)."""
 
     size_multiple = 16  # the encoder halves every side four times
     encoder_prefix = "encoder."
@@ -247,13 +246,11 @@ def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skip
                 merge="legacy", features=None):
     """A row of ROWS for a task: (B, in_channels, D, H, W) -> (B, out_channels, D, H, W).
 
-    task: "pretrain" has the `decoder` light or standard (Table 2), with `skips` or without (section
-    3.1). "segment" has the row's own decoder, with skips (section 3.2). "swin" is SwinUNETR's encoder
-    under the three heads of [23].
-    merge: SwinUNETR's patch merging, "legacy" as in MONAI 1.3.2, which the paper used, or "fixed" as
-    in MONAI >= 1.5.
-    features: another width f.
-    Raises UserError for an unknown name.
+    task: "pretrain" has the `decoder` "light" or "standard" (Table 2), with `skips` or without
+    (section 3.1). "segment" has the row's own decoder, with skips (section 3.2). "swin" is the
+    encoder of SwinUNETR under the three heads of [23].
+    merge: SwinUNETR's patch merging, "legacy" as in the paper's MONAI 1.3.2 or "fixed" as in 1.5.
+    features: another width f than the row's. Raises UserError for an unknown name.
     """
     check_choice("model", name, ROWS)
     check_choice("task", task, ("pretrain", "segment", "swin"))
@@ -263,8 +260,8 @@ def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skip
     f = features or row.features
     light = decoder == "light"
 
-    # The baseline has networks of its own. The paper leaves open what AMAES on its encoder is: here,
-    # the same decoder on its hidden states.
+    # The baseline has networks of its own. How AMAES pretrains its encoder, the paper leaves open:
+    # here the decoder is the one of section 3.1.
     if row.family == "swin":
         if task == "swin":
             return swin.SwinHeads(in_channels, f, merge)
@@ -275,7 +272,7 @@ def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skip
     if task == "swin":
         raise UserError(f"objective swin pretrains swinunetr, not {name}")
 
-    # All other rows are an encoder and a decoder.
+    # All others are an encoder and a decoder.
     if row.family == "unet":
         encoder = UNetEncoder(in_channels, f)
     else:
@@ -288,7 +285,7 @@ def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skip
 
 
 def check_choice(what, value, known):
-    """UserError, which names the nearest known value, unless the value is a known one."""
+    """UserError unless the value is a known one. It names the nearest."""
     if value in known:
         return
     near = difflib.get_close_matches(str(value), known, n=1)
@@ -297,11 +294,8 @@ def check_choice(what, value, known):
 
 
 def recompute(model):
-    """Activation checkpointing: every block computes its activations again in the backward pass
-    instead of keeping them. The results are the same; bench/models.py measures memory and time.
-
-    Call it after training.quicken, since it wraps each block's `forward` as it finds it.
-    """
+    """Activation checkpointing, after training.quicken: in the backward pass every block computes
+    its activations again instead of keeping them. bench/models.py measures memory and time."""
     for module in model.modules():
         if isinstance(module, (Block, MedNeXtBlock, swin.SwinBlock, swin.ResidualBlock)):
             module.forward = functools.partial(torch.utils.checkpoint.checkpoint, module.forward,
@@ -330,20 +324,18 @@ def largest_tensor(model, x):
 
 
 def check_patch(model, size, device, precision):
-    """UserError unless the model takes patches of this side, in voxels.
-
-    The side must be a multiple of size_multiple, and at least twice that, since instance norm needs
-    more than one voxel at the coarsest level.
-    """
+    """UserError unless the model takes patches of this side, in voxels."""
+    # Instance norm needs more than one voxel at the coarsest level.
     least = 2
     where = ""
 
-    # oneDNN's weight gradient of a convolution 3^3 over 2^3 voxels is not finite in bf16 (torch 2.13).
+    # In bf16, oneDNN's weight gradient of a 3^3 convolution over 2^3 voxels is not finite (torch
+    # 2.13).
     if device.type == "cpu" and precision == "bf16":
         least = 3
         where = " in bf16 on a CPU"
 
     multiple = model.size_multiple
     if size % multiple or size < least * multiple:
-        raise UserError(f"patch_size {size}: choose a multiple of {multiple}, at least {least} times "
-                        f"that{where}")
+        raise UserError(f"patch_size {size}: choose a multiple of {multiple}, at least {least} "
+                        f"times that{where}")

@@ -1,4 +1,4 @@
-"""The baseline: SwinUNETR, with the names of MONAI, and its pretraining [23] (section 4.3, Appendix D)."""
+"""The baseline: SwinUNETR, in MONAI's names, and its pretraining [23] (section 4.3, Appendix D)."""
 
 import math
 from collections import OrderedDict
@@ -18,16 +18,19 @@ WINDOW = 7  # tokens a side
 
 # Order of the eight sub-lattices in patch merging. The state dicts do not tell the two apart.
 MERGE = {
-    "fixed": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)),
-    # MONAI up to 1.4, so the weights of [23] and the paper's run: two of them twice, two not at all.
-    "legacy": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)),
+    "fixed": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1),
+              (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)),
+    # As MONAI had it up to 1.4, so in the weights of [23] and in the paper's run: two sub-lattices
+    # twice, two not at all.
+    "legacy": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1),
+               (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)),
 }
 
 
 # --------------------------------------------------------------------------------- the transformer
 class WindowAttention(nn.Module):
-    """Self-attention inside windows of up to 7^3 tokens, (windows, n, d) -> the same, with a learned
-    bias for each offset between two tokens of a window."""
+    """Self-attention inside windows of up to 7^3 tokens, with a learned bias for each offset
+    between two tokens: (windows, n, d) -> (windows, n, d)."""
 
     def __init__(self, d, heads):
         super().__init__()
@@ -45,31 +48,34 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(d, d)
 
     def forward(self, x, mask):
+        # Queries, keys and values of each head: (windows, heads, n, channels of a head).
         windows, n, d = x.shape
         qkv = self.qkv(x).view(windows, n, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
+
         y = self.mix(q, k, v, mask)
         return self.proj(y.transpose(1, 2).reshape(windows, n, d))
 
     def mix(self, q, k, v, mask):
-        """Mean of v, weighted by the softmax of scores and bias: (windows, heads, n, channels)."""
+        """The mean of v, weighted by the softmax of the scores: (windows, heads, n, channels)."""
         return attention(q, k, v, self.pair_bias(q.shape[2], mask).to(q.dtype))
 
     def pair_bias(self, n, mask):
-        """What is added to the scores: (1, heads, n, n), with a mask (windows of a sample, heads, n, n)."""
-        # A window under 7^3 takes the corner of the 7^3 index, though its tokens lie otherwise: this
-        # is MONAI's way.
+        """What is added to the scores: (1, heads, n, n), or with a mask one for each window of a
+        sample."""
+        # A window under 7^3 takes the corner of the index of 7^3, as in MONAI, though its tokens
+        # lie otherwise.
         index = self.relative_position_index[:n, :n]
         bias = self.relative_position_bias_table[index].permute(2, 0, 1)[None]
         return bias if mask is None else bias + mask[:, None]
 
 
 def attention(q, k, v, bias):
-    """torch's attention on (windows, heads, n, channels) with a bias as of WindowAttention.pair_bias."""
+    """torch's attention on (windows, heads, n, channels), with a bias from pair_bias."""
     if len(bias) == 1:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
-    # The bias differs between the windows of a sample. Sample by sample, it is not repeated in memory.
+    # The bias differs between the windows of a sample. Sample by sample, it need not be repeated.
     windows = len(bias)
     samples = zip(q.split(windows), k.split(windows), v.split(windows), strict=True)
     return torch.cat([F.scaled_dot_product_attention(*sample, attn_mask=bias)
@@ -165,6 +171,7 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(8 * d)
 
     def forward(self, x):
+        # Each sub-lattice holds one of the eight neighbours.
         x = torch.cat([x[:, i::2, j::2, k::2] for i, j, k in self.order], -1)
         return self.reduction(self.norm(x))
 
@@ -182,13 +189,14 @@ class SwinStage(nn.Module):
 
 
 class SwinEncoder(nn.Module):
-    """(B, C, s^3) -> five hidden states, normalised over channels: f at s/2, 2f at s/4, ..., 16f at
-    s/32."""
+    """(B, C, s, s, s) -> five hidden states, normalised over channels: f at the side s/2, 2f at
+    s/4, ..., 16f at s/32."""
 
     def __init__(self, channels, f, merge):
         super().__init__()
         if f % 16:
-            raise UserError(f"features {f}: SwinUNETR needs a multiple of 16, the channels of a head")
+            raise UserError(f"features {f}: SwinUNETR needs a multiple of 16, the channels of a "
+                            "head")
         heads = f // 16  # of the first stage; 16 channels a head at every stage
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv3d(channels, f, 2, 2)))
         self.layers1 = nn.Sequential(SwinStage(f, heads, merge))
@@ -197,6 +205,7 @@ class SwinEncoder(nn.Module):
         self.layers4 = nn.Sequential(SwinStage(8 * f, 8 * heads, merge))
 
     def forward(self, x):
+        # The transformer has the channels last.
         states = [self.patch_embed(x).movedim(1, -1)]
         for stage in (self.layers1, self.layers2, self.layers3, self.layers4):
             states.append(stage(states[-1]))
@@ -211,14 +220,13 @@ def named_conv(channels_in, channels_out, kernel):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions 3^3 with instance norm and leaky ReLU, and a shortcut around them. Its norms have
-    no parameters."""
+    """Two 3^3 convolutions with instance norm and leaky ReLU, and a shortcut around them."""
 
     def __init__(self, channels_in, channels_out):
         super().__init__()
         self.conv1 = named_conv(channels_in, channels_out, 3)
         self.conv2 = named_conv(channels_out, channels_out, 3)
-        self.norm = nn.InstanceNorm3d(channels_out)
+        self.norm = nn.InstanceNorm3d(channels_out)  # without parameters, so one serves all
         self.act = nn.LeakyReLU(0.01)
         self.conv3 = None
         if channels_in != channels_out:
@@ -227,6 +235,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x):
         y = self.act(self.norm(self.conv1(x)))
         y = self.norm(self.conv2(y))
+
+        # The shortcut is a convolution where the number of channels changes.
         if self.conv3 is not None:
             x = self.norm(self.conv3(x))
         return self.act(y + x)
@@ -250,7 +260,7 @@ def skip_block(channels_in, channels_out):
 
 
 class SwinUNETR(nn.Module):
-    """Segmentation network of [23]: (B, C, s^3) -> (B, channels_out, s^3).
+    """Segmentation network of [23]: (B, C, s, s, s) -> (B, channels_out, s, s, s).
 
     Only swinViT, 8 of its 62 million parameters, is ever pretrained.
     """
@@ -277,6 +287,8 @@ class SwinUNETR(nn.Module):
     def forward(self, x):
         check_multiple(x, self.size_multiple)
         h0, h1, h2, h3, h4 = self.swinViT(x)
+
+        # From the coarsest state up; all skips but h3 pass a block of their own.
         y = self.decoder5(self.encoder10(h4), h3)
         y = self.decoder4(y, self.encoder4(h2))
         y = self.decoder3(y, self.encoder3(h1))
@@ -285,8 +297,8 @@ class SwinUNETR(nn.Module):
 
 
 class SwinHeads(nn.Module):
-    """Pretraining network of [23]: (B, C, s^3) -> rotation logits (B, 4), contrastive vectors (B, 512),
-    reconstruction (B, C, s^3)."""
+    """Pretraining network of [23]: (B, C, s, s, s) -> rotation logits (B, 4), contrastive vectors
+    (B, 512), reconstruction (B, C, s, s, s)."""
 
     size_multiple = 32
     encoder_prefix = "swinViT."
@@ -297,7 +309,7 @@ class SwinHeads(nn.Module):
         self.rotation_head = nn.Linear(16 * f, 4)
         self.contrastive_head = nn.Linear(16 * f, 512)
 
-        # Five times twice the grid, back to the patch's own.
+        # Doubles the side five times, from s/32 to s.
         layers = []
         widths = (16 * f, 8 * f, 4 * f, 2 * f, f, f)
         for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
@@ -317,8 +329,8 @@ class SwinHeads(nn.Module):
 
 
 class SwinReconstruction(nn.Module):
-    """AMAES on the SwinUNETR encoder, which the paper leaves open: the decoder of section 3.1 on the
-    hidden states. The decoder's last convolution undoes the patch embedding."""
+    """AMAES on the SwinUNETR encoder, which the paper leaves open: the decoder of section 3.1 takes
+    the hidden states, and its last convolution undoes the patch embedding."""
 
     size_multiple = 32
     encoder_prefix = "swinViT."

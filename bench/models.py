@@ -1,14 +1,13 @@
 """Forward and backward of every row, as the scripts run it, beside the plain network.
 
-    python bench/models.py [--rows mednext_m,unet_b] [--side 64] [--threads 2] [--rounds 2] [--compile]
-
-Plain is models.py in eager float32, with the allocator as it comes. Ours has the forms of fast_cpu.py.
-`recompute` is bf16 with activation checkpointing, as --recompute. Each variant runs in a process of its
-own, one step at a time, turn by turn, so that all of them meet the same machine. The table has medians
-and ratios.
-
-Ours keeps freed memory, as the scripts do (fast_cpu.keep_freed_memory), which costs some of it. So the
-peak of what is alive at once is measured in processes that give freed memory back at once.
+    python bench/models.py [--rows mednext_m,unet_b] [--side 64] [--threads 2] [--rounds 2]
+                           [--compile]
+ Plain is models.py in eager float32, with the allocator as it comes. Ours has the forms of
+fast_cpu.py. `recompute` is bf16 with activation checkpointing, as --recompute. Each variant runs
+in a process of its own, one step at a time, turn by turn, so that all of them meet the same
+machine. The table has medians and ratios.
+ Ours keeps freed memory, as the scripts do (fast_cpu.keep_freed_memory), which costs some of it.
+So the peak of what is alive at once is measured in processes that give freed memory back at once.
 """
 
 import argparse
@@ -46,7 +45,8 @@ def build(row, variant):
 
 
 def serve(row, variant, side, threads, compiled):
-    """A process that makes one step for each line it reads, and answers with seconds and peak GiB."""
+    """A process that makes one step for each line it reads, and answers with seconds and peak
+    GiB."""
     torch.set_num_threads(threads)
     model = build(row, variant)
     ours = not variant.startswith("plain")
@@ -114,8 +114,9 @@ def main():
     mode = "compiled" if arguments.compile else "eager"
     print(f"Segmentation network, batch 1, {arguments.side}^3, {arguments.threads} threads, torch "
           f"{torch.__version__}, ours {mode}; forward + backward, median of {arguments.rounds}\n")
-    print("| row | plain fp32 s | ours fp32 s | ours bf16 s | recompute s | fp32 faster | bf16 faster | "
-          "recompute faster | peak GiB: plain, fp32, bf16, recompute |\n" + "|---" * 9 + "|")
+    print("| row | plain fp32 s | ours fp32 s | ours bf16 s | recompute s | fp32 faster | "
+          "bf16 faster | recompute faster | peak GiB: plain, fp32, bf16, recompute |")
+    print("|---" * 9 + "|")
 
     for row in arguments.rows.split(","):
         found = measure(row, VARIANTS, arguments, arguments.rounds)

@@ -154,7 +154,8 @@ def test_estimate_measures_and_writes_nothing(prepared, tmp_path):
 def test_every_network_is_one_graph(row, task):
     if task == "swin" and row != "swinunetr":
         pytest.skip("the objective of [23] is SwinUNETR's")
-    counter, model = CompileCounter(), models.build_model(row, task, features=16)
+    counter = CompileCounter()
+    model = training.quicken(models.build_model(row, task, features=16), "cpu")
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -1,67 +1,90 @@
-"""AMAES (paper, section 3.1, Figure 2): hide 60 % of the 4x4x4 tokens of an augmented patch, and reconstruct
-it as it was before the intensity augmentations and the mask.
+"""AMAES (paper, section 3.1 and Figure 2): reconstruct an augmented, masked patch.
+
+The input of the network is a patch after all augmentations, with 60 % of its 4 x 4 x 4 tokens set to 0. The
+target is the same patch after the spatial augmentations alone. So the network learns to undo the intensity
+augmentations ("augmentation reversal") and to fill in what is hidden (masked image modelling).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
 import augment
-import data
 import resample
-import training
 
 
-def random_mask(seeds, shape, token_size, ratio, device):
-    """Tokens of token_size^3 voxels hidden at random, an exact count each: (B, 1, D, H, W), True = hidden.
+class Views(NamedTuple):
+    image: torch.Tensor  # (B, C, D, H, W): what the network sees
+    target: torch.Tensor  # (B, C, D, H, W): what it should return
+    mask: torch.Tensor  # (B, 1, D, H, W) bool: True where a voxel is hidden
 
-    One seed a sample, drawn on the CPU. The paper says "with probability 0.6"; like its code we keep exactly
-    int(L * (1 - ratio)) of L tokens: 19,661 of 32,768 hidden at 128^3. ValueError if a side is no
-    multiple."""
+
+def make_views(crops, draws, mask_seeds, token_size=4, mask_ratio=0.6, dtype=torch.float32):
+    """Figure 2: from the crops of a batch, (C, D, H, W) each, to input, target and mask."""
+    # Spatial augmentations move image and target together.
+    target, _ = augment.spatial(crops, None, draws)
+
+    # Intensity augmentations change the image only.
+    image = augment.intensity(target, draws)
+
+    # Hidden voxels are set to 0.
+    mask = random_mask(mask_seeds, image.shape[2:], token_size, mask_ratio, image.device)
+    return Views(image.to(dtype).masked_fill(mask, 0), target.to(dtype), mask)
+
+
+def random_mask(seeds, shape, token_size=4, ratio=0.6, device="cpu"):
+    """One random mask a seed: (B, 1, D, H, W) bool, True = hidden.
+
+    The paper hides each token "with probability 0.6". We follow the official code, which keeps exactly
+    int(tokens * (1 - ratio)) tokens: at 128^3, 19,661 of 32,768 tokens are hidden.
+    ValueError if a side is no multiple of the token's.
+    """
     if any(side % token_size for side in shape):
         raise ValueError(f"patch {tuple(shape)} is not a multiple of the token size {token_size}")
     grid = [side // token_size for side in shape]
-    length = math.prod(grid)
-    hidden = torch.ones(len(seeds), length, dtype=torch.bool)
-    for row, seed in zip(hidden, seeds, strict=True):
-        order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
-        row[order[:int(length * (1 - ratio))]] = False
-    hidden = resample.upload(hidden.view(-1, 1, *grid), device)
+    tokens = math.prod(grid)
+    visible = int(tokens * (1 - ratio))
+
+    # Drawn on the CPU, so that a seed gives the same mask on every device.
+    hidden = torch.ones(len(seeds), tokens, dtype=torch.bool)
+    for sample, seed in enumerate(seeds):
+        order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))
+        hidden[sample, order[:visible]] = False
+
+    # From one value per token to one value per voxel.
+    mask = resample.upload(hidden.view(len(seeds), 1, *grid), device)
     for axis in (2, 3, 4):
-        hidden = hidden.repeat_interleave(token_size, axis)
-    return hidden
+        mask = mask.repeat_interleave(token_size, dim=axis)
+    return mask
 
 
-def reconstruction_loss(output, target, mask, region):
-    """Mean squared error against the clean target, over all voxels or the masked; in the target's precision.
+def reconstruction_loss(output, target, mask, region="all"):
+    """Mean squared error between output and target, in the target's precision.
 
-    All voxels is what the official code does; its masked option divides by all voxels, ours by the masked."""
+    region: "all" voxels, as in the official code, or the "masked" ones only. The official code divides the
+    error of the masked voxels by the number of all voxels, we by the number of the masked ones.
+    """
     error = (output.to(target.dtype) - target) ** 2
     if region == "all":
         return error.mean()
     return (error * mask).sum() / (mask.sum() * error.shape[1])
 
 
+@torch.no_grad()
 def error_sums(output, target, mask):
-    """Sum of squared errors and number of voxels, where the mask hides, then where it does not: (4,)."""
-    error = (output.detach().to(target.dtype) - target) ** 2
+    """Sums for the log, to be added over micro-batches and processes: squared error and number of voxels of
+    the hidden part, then of the visible part. Their ratio is the mean squared error of that part."""
+    error = (output.to(target.dtype) - target) ** 2
     hidden = mask.expand_as(error)
     return torch.stack([(error * hidden).sum(), hidden.sum(), (error * ~hidden).sum(), (~hidden).sum()])
 
 
-def make_views(cfg, batch, device, dtype):
-    """One batch on the device: input (augmented, masked), target (only moved in space), mask. Figure 2."""
-    crops, _ = data.to_device(batch, device)
-    target, _ = augment.spatial(crops, None, batch.draws)
-    image = augment.intensity(target, batch.draws).to(dtype)
-    mask = random_mask(batch.mask_seeds, image.shape[2:], cfg.token_size, cfg.mask_ratio, device)
-    return image.masked_fill(mask, 0), target.to(dtype), mask
+def losses_from_sums(sums, region="all"):
+    """error_sums, added up -> the numbers of a log line."""
+    hidden_error, hidden, visible_error, visible = sums.tolist()
+    losses = {"masked": hidden_error / max(1, hidden), "visible": visible_error / max(1, visible)}
 
-
-def amaes(cfg, model, batch, device, dtype, logging):
-    """Loss of one micro-batch, and what a log line is made of (or None)."""
-    image, target, mask = make_views(cfg, batch, device, dtype)
-    with training.autocast(cfg, device):
-        output = model(image)
-    sums = error_sums(output, target, mask) if logging else None
-    return reconstruction_loss(output, target, mask, cfg.loss_region), sums
+    if region == "masked":
+        return {"loss": losses["masked"]} | losses
+    return {"loss": (hidden_error + visible_error) / (hidden + visible)} | losses

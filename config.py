@@ -1,4 +1,4 @@
-"""A dataclass, YAML files and the command line -> the settings of a script; a mistake is one line."""
+"""A dataclass, YAML files, the command line -> the settings of a script; a mistake is one line."""
 
 import dataclasses
 import difflib
@@ -19,167 +19,261 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A mistake the user can mend. Its message is one line: what is wrong, where, and the likely fix."""
+    """A mistake the user can mend, in one line: what is wrong, where, and the likely fix."""
 
 
-# What torch says when a loader process was killed, or found no room for what it hands over.
+# Messages of torch when a loader worker was killed or ran out of shared memory.
 LOADER_ERRORS = ("DataLoader worker (pid", "shared memory(shm)", "shared memory object")
 
 # How torch, cuDNN, cuBLAS, NCCL and the C library spell that memory has run out.
 NO_MEMORY = ("out of memory", "can't allocate memory", "status_alloc_failed")
 
+# Settings that may help then.
+MEMORY = ("micro_batch", "batch_size", "batch", "patch_size", "recompute")
 
+# Numbers start at 0, but for these.
+RANGES = dict.fromkeys(("batch_size", "micro_batch", "batch", "patch_size", "token_size",
+                        "log_every", "save_every", "val_every", "preview"), (1, math.inf))
+RANGES["overlap"] = (0, 0.95)
+
+
+# ------------------------------------------------------------------------------ running a script
 def run(main, config_class):
-    """Entry point of every script: command line -> main(cfg). A UserError is one line and exit code 2."""
+    """Entry point of all scripts: command line -> main(cfg). A UserError is one line and code 2."""
     # A file name that is not UTF-8 is printed with an escape, as Python does on stderr.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    message, cfg = "", None
+
+    message = ""
+    started = False
     try:
         cfg = parse_config(config_class, sys.argv[1:])
+        started = True
         code = main(cfg) or 0
     except UserError as error:
-        message, code = str(error), 2
+        message = str(error)
+        code = 2
     except (RuntimeError, MemoryError) as error:
-        if ran_out_of_memory(error):
-            names = [field.name for field in dataclasses.fields(config_class) if field.name in MEMORY]
-            message, code = f"out of memory; what helps, see --help: {', '.join(names)}", 1
-        elif "gloo/transport" in str(error) or isinstance(error, dist.DistBackendError):
-            message, code = "stopped: another process ended, see its own message", 1
-        elif any(words in str(error) for words in LOADER_ERRORS):
-            message = "a loader process was lost, for want of memory or of /dev/shm (docker: --shm-size)?"
-            message, code = f"{message} Try fewer --workers", 1
-        else:
+        # What has no explanation is a mistake in the code, and is shown whole.
+        message = explain(error, config_class)
+        code = 1
+        if not message:
             raise
-    if message and (cfg or os.environ.get("LOCAL_RANK", "0") == "0"):  # a command line is the same on a node
-        tqdm.write("error: " + " ".join(message.split()), file=sys.stderr)  # on a line beside its bars
+
+    # All processes of a node got the same command line: a mistake in it is reported once.
+    if message and (started or os.environ.get("LOCAL_RANK", "0") == "0"):
+        # tqdm prints beside its progress bars, not into them.
+        one_line = " ".join(message.split())
+        tqdm.write(f"error: {one_line}", file=sys.stderr)
+    leave(code)
+
+
+def leave(code):
+    """End this process, and its part in the process group."""
+    # An orderly end of gloo's threads (torch 2.13) aborts one process in twenty.
     if dist.is_initialized() and dist.get_world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # the end of gloo's threads (torch 2.13) aborts one process in twenty
+        os._exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
 
 
+def explain(error, config_class):
+    """One line for an error of torch that is no mistake in the code; "" for any other."""
+    if ran_out_of_memory(error):
+        names = [field.name for field in dataclasses.fields(config_class) if field.name in MEMORY]
+        return f"out of memory; what helps, see --help: {', '.join(names)}"
+    if "gloo/transport" in str(error) or isinstance(error, dist.DistBackendError):
+        return "stopped: another process ended, see its own message"
+    if any(words in str(error) for words in LOADER_ERRORS):
+        return ("a loader process was lost, for want of memory or of /dev/shm (docker: "
+                "--shm-size)? Try fewer --workers")
+    return ""
+
+
 def ran_out_of_memory(error):
-    """Is that what an exception says? torch's own class is not the only spelling."""
+    """Does an exception say so? torch's own class is not the only spelling."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return any(words in str(error).lower() for words in NO_MEMORY)
 
 
+# ------------------------------------------------------------------------ the command line and YAML
 def parse_config(config_class, argv):
-    """`[file.yaml ...] [--key value ...] [--switch]` -> config_class; later files win over earlier, the
-    command line over files.
+    """`[file.yaml ...] [--key value ...] [--switch]` -> config_class.
 
-    Words that are neither go to the field `inputs`. Raises UserError for an unknown key (naming the nearest
-    known one), a value of the wrong type, or a missing file."""
+    Later files win over earlier ones, and the command line wins over files. Words that are neither
+    go to the field `inputs`. UserError for an unknown key (naming the nearest known one), a value
+    of the wrong type, or a missing file."""
     if "-h" in argv or "--help" in argv:
-        print(_help(config_class))
+        print(help_text(config_class))
         sys.exit(0)
-    values, given, inputs, rest = {}, {}, [], list(argv)
-    switches = {field.name for field in dataclasses.fields(config_class) if field.type is bool}
-    while rest:
-        word = rest.pop(0)
+
+    # Files are read as they come; what --key says is kept apart, to win in the end.
+    kinds = {field.name: field.type for field in dataclasses.fields(config_class)}
+    from_files = {}
+    given = {}
+    inputs = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
         if word.startswith("--"):
-            key, equals, value = word[2:].partition("=")
-            key = key.replace("-", "_")
-            if not equals and key in switches and (not rest or rest[0].startswith("--")):
-                value = "true"
-            elif not equals and not rest:
-                raise UserError(f"{word} needs a value: {word} VALUE")
-            given[key] = value if equals or value else rest.pop(0)
+            key, value = read_option(word, words, kinds)
+            given[key] = value
         elif word.endswith((".yaml", ".yml")):
-            values |= read_yaml(config_class, word)
+            from_files |= read_yaml(config_class, word)
         else:
             inputs.append(word)
-    if inputs and not any(field.name == "inputs" for field in dataclasses.fields(config_class)):
+
+    if inputs and "inputs" not in kinds:
         raise UserError(f"{inputs[0]!r} is neither a --key nor a .yaml file")
-    given |= {"inputs": inputs} if inputs else {}
-    return build_config(config_class, values | cast_values(config_class, given, "the command line"))
+    if inputs:
+        given["inputs"] = inputs
+    given = cast_values(config_class, given, "the command line")
+    return build_config(config_class, from_files | given)
+
+
+def read_option(word, words, kinds):
+    """--key=value, --key value, --switch value, or --switch -> (key, value). `words` are those that
+    follow; the value is taken off them."""
+    key, equals, value = word[2:].partition("=")
+    key = key.replace("-", "_")
+    if equals:
+        return key, value
+
+    # A switch alone is true. Of any other key the next word is the value, whatever it looks like.
+    alone = not words or words[0].startswith("--")
+    if alone and kinds.get(key) is bool:
+        return key, "true"
+    if not words:
+        raise UserError(f"{word} needs a value: {word} VALUE")
+    return key, words.pop(0)
 
 
 def read_yaml(config_class, path):
-    """A YAML file of `key: value` lines -> {key: value cast to the type of config_class's field}."""
+    """A YAML file of `key: value` lines -> {key: value, cast to the type of its field}."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
+
+        # Events come before anything is built: a few aliases of aliases would fill any memory.
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise yaml.YAMLError("aliases (*name) are not read: a few lines of them can fill any memory")
+            raise yaml.YAMLError("aliases (*name) are not read: a few lines of them can fill any "
+                                 "memory")
+
+        # An empty file has no values.
         values = yaml.safe_load(text) or {}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 from byte {error.start} on: save it as UTF-8") from None
+        raise UserError(f"{path} is not UTF-8 from byte {error.start} on: save it as "
+                        "UTF-8") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
+
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected lines of `key: value`, found {type(values).__name__}")
+        found = type(values).__name__
+        raise UserError(f"{path}: expected lines of `key: value`, found {found}")
     return cast_values(config_class, values, path)
 
 
 def cast_values(config_class, values, where):
     """Each value to its field's declared type (PyYAML reads 1e-4 as a string)."""
     kinds = {field.name: field.type for field in dataclasses.fields(config_class)}
+
+    # A name that is not known is most often misspelt. One that is far from all known ones gets the
+    # list of them.
     for key in values:
         if key not in kinds:
-            near = difflib.get_close_matches(str(key), kinds, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(kinds)}"
+            hint = did_you_mean(key, kinds, cutoff=0.4) or f"known keys: {', '.join(kinds)}"
             raise UserError(f"unknown key {key!r} in {where}; {hint}")
-    return {key: _cast(value, kinds[key], key, where) for key, value in values.items()}
-
-
-RANGES = {"overlap": (0, 0.95)} | dict.fromkeys(  # of numbers; all others start at 0
-    ("batch_size", "micro_batch", "batch", "patch_size", "token_size", "log_every", "save_every", "val_every",
-     "preview"), (1, math.inf))
-
-MEMORY = ("micro_batch", "batch_size", "batch", "patch_size", "recompute")  # what may help
+    return {key: cast(value, kinds[key], key, where) for key, value in values.items()}
 
 
 def build_config(config_class, values):
-    missing = [f.name for f in dataclasses.fields(config_class) if f.name not in values
-               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    """config_class(**values). UserError if a field without a default is not among the values."""
+    missing = [field.name for field in dataclasses.fields(config_class)
+               if field.name not in values and field.default is dataclasses.MISSING
+               and field.default_factory is dataclasses.MISSING]
     if missing:
-        raise UserError(f"{', '.join('--' + name for name in missing)} must be given; see --help")
+        options = ", ".join(f"--{name}" for name in missing)
+        raise UserError(f"{options} must be given; see --help")
     return config_class(**values)
 
 
-def _cast(value, kind, key, where):
-    """bool, int, float, str, dict, tuple[T, ...], or one of these | None."""
+def cast(value, kind, key, where):
+    """A value as a bool, int, float, str, dict, tuple[T, ...], or one of these | None."""
+    # Of T | None and tuple[T, ...] it is the T that is cast.
+    if isinstance(kind, types.UnionType):
+        inner = next(part for part in typing.get_args(kind) if part is not types.NoneType)
+        if value in (None, "none", "None", "null") or (value == "auto" and inner is bool):
+            return None
+        return cast(value, inner, key, where)
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        return tuple(cast(part, inner, key, where) for part in parts_of(value))
+
+    # All others are what they are, or the words that say it.
     wrong = UserError(f"{key} in {where}: expected {getattr(kind, '__name__', kind)}, got "
                       f"{reprlib.repr(value)}")
-    if isinstance(kind, types.UnionType):
-        inner = next(k for k in typing.get_args(kind) if k is not types.NoneType)
-        nothing = (None, "none", "None", "null", *(["auto"] if inner is bool else []))
-        return None if value in nothing else _cast(value, inner, key, where)
-    if typing.get_origin(kind) is tuple:
-        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
-        return tuple(_cast(part, typing.get_args(kind)[0], key, where) for part in parts)
+
+    # bool("false") would be true.
     if kind is bool:
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         if str(value).lower() not in words:
             raise wrong
         return words[str(value).lower()]
+
+    # A bool is an int to Python, but true is no number of steps.
     accepted = {int: (int, str), float: (int, float, str)}.get(kind, kind)
     if isinstance(value, bool) or not isinstance(value, accepted):
         raise wrong
     try:
-        number = kind(value)
-    except ValueError:
+        result = kind(value)
+    except (ValueError, OverflowError):
         raise wrong from None
-    if kind is float and not math.isfinite(number):
+
+    # Of numbers, neither nan nor what lies out of the range makes sense.
+    if kind is float and not math.isfinite(result):
         raise wrong
     low, high = RANGES.get(key, (0, math.inf))
-    if kind in (int, float) and not low <= number <= high:
-        raise UserError(f"{key} in {where}: {number} is out of range, {low} to {high}")
-    return number
+    if kind in (int, float) and not low <= result <= high:
+        raise UserError(f"{key} in {where}: {result} is out of range, {low} to {high}")
+    return result
 
 
-def _help(config_class):
-    """The script's docstring, then each field with its default and the comment that stands beside it."""
+def parts_of(value):
+    """The parts of a tuple's value: of "1,2" on the command line, a list in YAML, or one alone."""
+    if isinstance(value, str):
+        return value.split(",")
+    if isinstance(value, list):
+        return value
+    return [value]
+
+
+def check_choice(key, value, known):
+    """UserError unless `value` is one of the `known` words; it lists them and names the nearest."""
+    if value not in known:
+        hint = did_you_mean(value, known)
+        end = f"; {hint}" if hint else ""
+        raise UserError(f"{key} {value!r}: choose {', '.join(known)}{end}")
+
+
+def did_you_mean(word, known, cutoff=0.6):
+    """The question after the nearest of the `known` words; "" if none is as near as `cutoff`."""
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=cutoff)
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
+# ------------------------------------------------------------------------------------------ texts
+def help_text(config_class):
+    """The script's docstring, then each field with its default and the comment beside it."""
     doc = sys.modules[config_class.__module__].__doc__ or ""
     lines = [doc.strip(), "", "--key value, or key: value in a YAML file:"]
+
+    # Python forgets comments, so they are read from the source: `name: kind = default  # comment`.
     field = re.compile(r"^    (\w+): [^=#\n]+?(?: = ([^#\n]*?))?\s*(?:#\s*(.*))?$", re.MULTILINE)
     for name, default, comment in field.findall(inspect.getsource(config_class)):
         lines.append(f"  --{name:<16} {default or 'required':<12} {comment}")

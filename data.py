@@ -1,16 +1,18 @@
-"""Prepared folder -> crops: the index, splits by subject, the stateless sample stream, memory-mapped reading.
+"""The prepared folder: its index and its files, the cases in it, and the stream of crops.
 
-Every draw is a function of (seed, epoch, sample, purpose) alone, so the stream of samples, crops,
-augmentations and masks is the same with any number of processes or workers, and after a restart. """
+Every draw is a function of (seed, epoch, sample, purpose) alone. So the stream of samples, crops,
+augmentations and masks is the same with any number of processes or workers, and after a restart.
+"""
 
 import csv
 import functools
 import glob
 import hashlib
 import json
+import math
 import os
 import signal
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import nibabel
@@ -25,325 +27,487 @@ from config import UserError
 
 
 def derive_seed(*parts):
-    """Seed of one draw: a 63-bit hash of (seed, epoch, sample, purpose), the same on every machine."""
+    """The seed of one draw: a hash of (seed, epoch, sample, purpose), the same on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return int.from_bytes(digest, "little") >> 1  # 63 bits
 
 
-IGNORE = 255  # class of voxels that neither the loss nor the score looks at
-UNKNOWN = 254  # class of label values that a task does not name
-
-
+# ----------------------------------------------------------------------------------- the index
 class Volume(NamedTuple):
-    """One row of the index, as prepare_data.py writes it; all text."""
-    path: str
-    source: str
+    """One row of the index, as prepare_data.py writes it. Every field is text."""
+    path: str  # of the volume, below the prepared folder
+    source: str  # the dataset
     subject: str
     session: str
     sequence: str
-    split: str
-    label: str
-    shape: str
-    spacing: str
-    sha256: str
-    label_sha256: str = ""  # of the raw label file
-    label_values: str = ""  # value:voxels native/prepared, sorted by value: "0:87120/87040 1:257/254"
-
-
-class Case(NamedTuple):
-    """What one sample is cut from: its channels (files on one grid), its label file or None."""
-    name: str
-    subject: str
-    images: tuple[str, ...]
-    label: str | None
-    volumes: tuple[Volume, ...]
-
-
-class Sample(NamedTuple):
-    crop: torch.Tensor  # (C, *context) float16, as stored
-    label: torch.Tensor | None  # (*context) uint8 classes
-    draw: augment.Draw
-    mask_seed: int
-    name: str
-    fault: str  # why this sample could not be read, or ""
-
-
-class Batch(NamedTuple):
-    crops: list
-    labels: list | None
-    draws: list
-    mask_seeds: list
-    names: list
-    fault: str
+    split: str  # pretrain, train or test, as the paper uses the source
+    label: str  # path of the label map, or ""
+    shape: str  # of the prepared volume, as "150x180x160"
+    spacing: str  # of the raw scan in mm, as "0.9x0.9x3"
+    sha256: str  # of the raw scan
+    label_sha256: str = ""  # of the raw label map
+    label_values: str = ""  # value:voxels native/prepared, by value: "0:87120/87040 1:257/254"
 
 
 def read_index(folder):
-    """All index parts of a prepared folder as one list of Volume, sorted by path. UserError for a damaged
-    part, or one that points out of the folder."""
+    """All parts of a prepared folder's index as one list of Volume, sorted by path.
+
+    Raises UserError if there is no index, or if it is damaged or points out of the folder."""
     parts = sorted(glob.glob(os.path.join(glob.escape(folder), "index", "*.csv")))
     if not parts:
-        raise UserError(f"{folder} has no index/*.csv: not a prepared folder, as prepare_data.py makes")
+        raise UserError(f"{folder} has no index/*.csv: not a prepared folder, as prepare_data.py "
+                        "makes")
 
+    # A volume that several parts name is of the last one.
     volumes = {}
     for part in parts:
-        try:
-            with open(part, newline="", encoding="utf-8") as file:
-                volumes |= {volume.path: volume for volume in read_part(part, csv.reader(file))}
-        except FileNotFoundError as error:
-            # A preparation in other shards may have replaced it meanwhile; a link to nowhere is a loss.
-            if os.path.lexists(part):
-                raise UserError(f"cannot read {part}: {error.strerror}; prepare it again") from None
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"cannot read {part}: {error}; prepare it again") from None
+        for volume in read_part(part):
+            volumes[volume.path] = volume
 
+    # An index may come from anybody, so it must not lead to other files.
     for volume in volumes.values():
         for path in (volume.path, volume.label):
-            if ".." in path.split("/") or os.path.isabs(path):
+            if os.path.isabs(path) or ".." in path.split("/"):
                 raise UserError(f"the index of {folder} points outside of it: {path}")
+
     return [volumes[path] for path in sorted(volumes)]
 
 
-def read_part(part, rows):
-    """Yields the Volumes of one index part, whose rows csv has split."""
+def read_part(part):
+    """The Volumes of one part of the index, a csv file. Raises UserError if it is damaged."""
+    try:
+        with open(part, newline="", encoding="utf-8") as file:
+            return list(parse_rows(part, csv.reader(file)))
+    except FileNotFoundError as error:
+        # A preparation in other shards may have removed the part since it was listed. A link to
+        # nowhere is still listed, and is a loss.
+        if not os.path.lexists(part):
+            return []
+        raise UserError(f"cannot read {part}: {error.strerror}; prepare it again") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {part}: {error}; prepare it again") from None
+
+
+def parse_rows(part, rows):
+    """Yields the Volume of each row. rows: the header, then lists of cells."""
     header = next(rows, [])
     missing = set(Volume._fields) - set(Volume._field_defaults) - set(header)
     if missing:
         raise UserError(f"{part} lacks the columns {', '.join(sorted(missing))}; prepare it again")
 
-    # A column that older versions did not write is read from behind the row's end, where "" stands.
-    places = [header.index(field) if field in header else len(header) for field in Volume._fields]
+    # Older versions wrote fewer columns: those fields keep their defaults.
+    columns = {field: header.index(field) for field in Volume._fields if field in header}
     for row in rows:
-        if len(row) == len(header):
-            row.append("")
-            yield Volume._make([row[place] for place in places])
-        elif row:
+        if not row:
+            continue  # an empty line
+        if len(row) != len(header):
             raise UserError(f"{part} is damaged at the volume {row[0]}; prepare it again")
+        yield Volume(**{field: row[column] for field, column in columns.items()})
+
+
+# --------------------------------------------------------------------------------------- cases
+class Case(NamedTuple):
+    """What one sample is cut from."""
+    name: str
+    subject: str  # with its source: sources may number their subjects alike
+    images: tuple[str, ...]  # a file for each channel, all on one grid
+    label: str | None  # file of the label map
+    volumes: tuple[Volume, ...]  # the channels' rows of the index
 
 
 def pretraining_cases(folder):
-    """Each volume the paper pretrains on is a sample of its own (section 2); test cases are left out."""
-    return [Case(v.path, f"{v.source}/{v.subject}", (os.path.join(folder, v.path),), None, (v,))
-            for v in read_index(folder) if v.split != "test"]
+    """A Case for each volume, since the paper pretrains on every sequence alone (section 2).
 
-
-def labelled_cases(folder, source, sequences):
-    """Subjects' sessions that have a label and every one of `sequences`, the channels, in that order;
-    not those whose split is pretrain, which the paper sets aside (63 of ISLES22)."""
-    sessions = {}
-    for volume in read_index(folder):
-        if volume.label and source in (None, volume.source) and volume.split != "pretrain":
-            session = sessions.setdefault((volume.source, volume.subject, volume.session), {})
-            session.setdefault(volume.sequence, []).append(volume)
-
+    Test cases are left out."""
     cases = []
-    for (origin, subject, session), found in sorted(sessions.items()):
-        if all(sequence in found for sequence in sequences):
-            channels = choose_channels([found[sequence] for sequence in sequences])
-            cases.append(Case("_".join(p for p in (subject, session) if p), f"{origin}/{subject}",
-                              tuple(os.path.join(folder, v.path) for v in channels),
-                              os.path.join(folder, channels[0].label), channels))
-
-    if twice := [name for name, n in Counter(case.name for case in cases).items() if n > 1]:
-        raise UserError(f"{folder} has {twice[0]} in several sources: name one in the task, as "
-                        "`source`")
+    for volume in read_index(folder):
+        if volume.split != "test":
+            image = os.path.join(folder, volume.path)
+            subject = f"{volume.source}/{volume.subject}"
+            cases.append(Case(volume.path, subject, (image,), None, (volume,)))
     return cases
 
 
-def choose_channels(candidates):
-    """One volume a sequence, of lists of labelled ones. A sequence may have several runs, each with a
-    label map of its own: the first whose label map most channels share, so that runs do not mix."""
-    best, most = None, 0
-    for first in candidates[0]:
-        channels = []
-        for volumes in candidates:
-            same = [v for v in volumes if v.label_sha256 == first.label_sha256]
-            channels.append((same or volumes)[0])
-        channels[0] = first
+def sessions_of(folder, source):
+    """What a task may take from a folder: {(source, subject, session): {sequence: its volumes}}.
 
-        shared = sum(v.label_sha256 == first.label_sha256 for v in channels)
-        if shared > most:
-            best, most = tuple(channels), shared
-    return best
+    These are the volumes of one source, or of all where source is None, without those of the split
+    pretrain, which the paper sets aside (63 of ISLES22). A sequence may have been scanned several
+    times in a session, and each of these runs is a volume."""
+    sessions = defaultdict(lambda: defaultdict(list))
+    for volume in read_index(folder):
+        if source not in (None, volume.source) or volume.split == "pretrain":
+            continue
+        session = sessions[volume.source, volume.subject, volume.session]
+        session[volume.sequence].append(volume)
+    return sessions
 
 
-def class_table(labels, ignore=()):
-    """256 numbers, raw label value -> class. Values that the task does not name are errors: class 254."""
-    table = np.full(256, UNKNOWN, np.uint8)
-    for value, number in labels.items():
-        table[int(value)] = number
-    table[list(ignore)] = IGNORE
-    return table
+def labelled_cases(folder, source, sequences):
+    """A Case for each session that has all of `sequences` with a label: these are its channels.
+
+    Raises UserError if two sources have a case of one name."""
+    cases = []
+    for (origin, subject, number), session in sorted(sessions_of(folder, source).items()):
+        # The runs of each sequence that have a label.
+        runs = []
+        for sequence in sequences:
+            runs.append([volume for volume in session.get(sequence, []) if volume.label])
+        if not all(runs):
+            continue
+
+        # A case is named after its subject, and its session if that has a name.
+        name = "_".join(part for part in (subject, number) if part)
+        channels = choose_channels(runs)
+        images = tuple(os.path.join(folder, volume.path) for volume in channels)
+        label = os.path.join(folder, channels[0].label)
+        cases.append(Case(name, f"{origin}/{subject}", images, label, channels))
+
+    # A run files its scores under the names of its cases.
+    counts = Counter(case.name for case in cases)
+    for name, count in counts.items():
+        if count > 1:
+            raise UserError(f"{folder} has {name} in several sources: name one in the task, as "
+                            "`source`")
+    return cases
+
+
+def choose_channels(runs):
+    """One volume for each sequence, out of the labelled runs of each.
+
+    Every run may have a label map of its own. Runs of one label map belong together, so the label
+    map is chosen that most of the sequences share; of several such, the first."""
+    choices = []
+    for first in runs[0]:
+        # Of every other sequence, the run with the same label map, or else its first.
+        channels = [first]
+        for volumes in runs[1:]:
+            same = [volume for volume in volumes if volume.label_sha256 == first.label_sha256]
+            channels.append(same[0] if same else volumes[0])
+        choices.append(tuple(channels))
+
+    def sharing(channels):
+        return sum(volume.label_sha256 == channels[0].label_sha256 for volume in channels)
+
+    return max(choices, key=sharing)
 
 
 def split_subjects(subjects, fraction, seed):
-    """Sorted unique subjects -> (kept, held out): a seeded ceil(fraction) of them, at least one."""
+    """Subjects, in any order -> (kept, held out), both sorted, each subject once.
+
+    A seeded ceil(fraction) of them is held out, at least one."""
+    # The order in which they are given must not matter.
     subjects = sorted(set(subjects))
+    count = max(1, math.ceil(fraction * len(subjects)))
     order = np.random.default_rng(seed).permutation(len(subjects))
-    held = {subjects[i] for i in order[:max(1, int(np.ceil(fraction * len(subjects))))]}
-    return [s for s in subjects if s not in held], sorted(held)
+
+    held_out = {subjects[i] for i in order[:count]}
+    kept = [subject for subject in subjects if subject not in held_out]
+    return kept, sorted(held_out)
 
 
-@functools.lru_cache(maxsize=2)
+# ---------------------------------------------------------------------------- the sample stream
+@functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
 def epoch_order(n, seed, epoch):
     """The order of n samples in one epoch."""
     return np.random.default_rng(derive_seed(seed, epoch, "order")).permutation(n)
 
 
 class SampleStream(Sampler):
-    """Batches of (epoch, index) for one process: an endless stream, each sample once an epoch, that wraps
-    into the next epoch inside a batch. Step s takes positions s * batch_size ... of it, process r every
-    world-th of those."""
+    """The batches of one process, lists of (epoch, index), from first_step until `steps`.
+
+    All processes share one endless stream, in which each of the n samples comes once an epoch; the
+    last batch of an epoch goes on into the next. Step s takes the batch_size positions from
+    s * batch_size on, and the process of `rank` takes every world-th of them."""
 
     def __init__(self, n, seed, batch_size, first_step, steps, rank=0, world=1):
-        self.n, self.seed, self.batch_size = n, seed, batch_size
-        self.first_step, self.steps, self.rank, self.world = first_step, steps, rank, world
+        self.n = n
+        self.seed = seed
+        self.batch_size = batch_size
+        self.first_step = first_step
+        self.steps = steps
+        self.rank = rank
+        self.world = world
 
     def __iter__(self):
         for step in range(self.first_step, self.steps):
-            positions = range(step * self.batch_size, (step + 1) * self.batch_size)[self.rank::self.world]
-            yield [(p // self.n, int(epoch_order(self.n, self.seed, p // self.n)[p % self.n]))
-                   for p in positions]
+            # The processes take turns, so that together they take the whole batch.
+            start = step * self.batch_size
+            positions = range(start + self.rank, start + self.batch_size, self.world)
+            yield [self.sample_at(position) for position in positions]
+
+    def sample_at(self, position):
+        """(epoch, index) of the sample at a position of the stream."""
+        epoch, place = divmod(position, self.n)
+        return epoch, int(epoch_order(self.n, self.seed, epoch)[place])
+
+
+# --------------------------------------------------------------------------------------- crops
+IGNORE = 255  # the class of voxels that neither the loss nor the score looks at
+UNKNOWN = 254  # the class of label values that a task does not name
+
+
+def class_table(labels, ignore=()):
+    """The class of every label value: (256,) uint8.
+
+    labels: {value: class}. ignore: values that become IGNORE. All others become UNKNOWN."""
+    table = np.full(256, UNKNOWN, np.uint8)
+    for value, number in labels.items():
+        table[int(value)] = number
+    for value in ignore:
+        table[value] = IGNORE
+    return table
+
+
+class Sample(NamedTuple):
+    """One crop, or why there is none."""
+    crop: torch.Tensor | None  # (C, *context) float16, as stored
+    label: torch.Tensor | None  # (*context) uint8 classes
+    draw: augment.Draw
+    mask_seed: int
+    name: str  # of the case
+    fault: str  # why this sample could not be read, or ""
 
 
 class Crops(Dataset):
-    """(epoch, index) -> Sample: one randomly placed patch of one case, with the context its augmentation
-    needs.
+    """(epoch, index) -> Sample: a random patch of case `index`, and what lies around it.
 
-    classes: 256 numbers, raw label value -> class (IGNORE where the task ignores it); None without labels.
-    oversample: probability that the patch holds a foreground voxel (0.33 in finetuning, per sample).
-    """
+    preset: of augment.draw. A patch that is turned or shrunk needs voxels from beyond its border;
+    so what is read is a larger box, its context.
+    classes: a class_table; None where there are no labels.
+    oversample: the probability that the patch must hold foreground (0.33 in finetuning)."""
 
     def __init__(self, cases, patch_size, seed, preset, classes=None, oversample=0.0):
-        self.cases, self.patch, self.seed, self.preset = cases, (patch_size,) * 3, seed, preset
-        self.classes, self.oversample = classes, oversample
+        self.cases = cases
+        self.patch = (patch_size,) * 3
+        self.seed = seed
+        self.preset = preset
+        self.classes = classes
+        self.oversample = oversample
 
     def __getitem__(self, key):
         epoch, index = key
         case = self.cases[index]
-        draw = augment.draw(derive_seed(self.seed, epoch, index, "augment"), self.preset, self.patch)
+
+        # The draw comes first: it decides how large the context must be.
+        draw = augment.draw(derive_seed(self.seed, epoch, index, "augment"), self.preset,
+                            self.patch)
+        crop_seed = derive_seed(self.seed, epoch, index, "crop")
         mask_seed = derive_seed(self.seed, epoch, index, "mask")
+
+        # A file that cannot be read is noted, not raised: all processes have to stop together.
         try:
-            crop, label = self.read(case, draw.context, derive_seed(self.seed, epoch, index, "crop"))
-        except (OSError, EOFError, ValueError) as error:  # as a value, so that all processes stop together
-            return Sample(None, None, draw, mask_seed, case.name, f"cannot read {case.name}: {error}")
-        return Sample(crop, label, draw, mask_seed, case.name, "")
+            crop, label = self.read(case, draw.context, crop_seed)
+        except (OSError, EOFError, ValueError) as error:
+            fault = f"cannot read {case.name}: {error}"
+            return Sample(None, None, draw, mask_seed, case.name, fault)
+        return Sample(crop, label, draw, mask_seed, case.name, fault="")
 
     def read(self, case, context, seed):
-        """Crop (C, *context) float16 and label (*context) uint8 around one placed patch; 0 beyond the
-        volume."""
+        """A random patch in its context: crop (C, *context) float16 and label (*context) uint8.
+
+        Beyond the volume both are 0. Raises ValueError if the files do not fit each other or the
+        task."""
+        # Nothing is read of a memory-mapped file yet.
         volumes = [np.load(path, mmap_mode="r") for path in case.images]
-        label = np.load(case.label, mmap_mode="r") if self.classes is not None else None
-        grids = {v.shape for v in volumes} | ({label.shape} if label is not None else set())
-        if len(grids) > 1:
-            raise ValueError(f"channels and label differ in shape: {sorted(grids)}")
-        rng = np.random.default_rng(seed)
-        start = self.patch_start(volumes[0].shape, label, rng)
-        start = [s - (c - p) // 2 for s, c, p in zip(start, context, self.patch, strict=True)]
-        crop = torch.from_numpy(np.stack([read_box(v, start, context) for v in volumes]))
+        shapes = {volume.shape for volume in volumes}
+        label = None
+        if self.classes is not None:
+            label = np.load(case.label, mmap_mode="r")
+            shapes.add(label.shape)
+        if len(shapes) > 1:
+            raise ValueError(f"channels and label differ in shape: {sorted(shapes)}")
+
+        # The patch lies in the middle of its context.
+        start = self.patch_start(volumes[0].shape, label, np.random.default_rng(seed))
+        margin = np.subtract(context, self.patch) // 2
+        start = np.subtract(start, margin)
+
+        crop = np.stack([read_box(volume, start, context) for volume in volumes])
+        crop = torch.from_numpy(crop)
         if label is None:
             return crop, None
+
+        # From the source's label values to the task's classes.
         label = self.classes[read_box(label, start, context)]
         if (label == UNKNOWN).any():
-            raise ValueError(f"{case.label} holds a value that the task's `labels` and `ignore` do not name")
+            raise ValueError(f"{case.label} holds a value that the task's `labels` and `ignore` "
+                             "do not name")
         return crop, torch.from_numpy(label)
 
     def patch_start(self, shape, label, rng):
-        """First voxel of the patch: uniform over the volume, or around a random foreground voxel. A volume
-        smaller than the patch is centred in it. The reference's lower bound, voxel - patch, could just miss
-        the voxel."""
-        forced = rng.random() < self.oversample
-        fraction = rng.random(3)
-        low, high = [0, 0, 0], [s - p for s, p in zip(shape, self.patch, strict=True)]
-        if label is not None and forced:
-            foreground = np.flatnonzero((self.classes > 0) & (self.classes < UNKNOWN))
-            voxels = np.flatnonzero(np.isin(label, foreground))
-            if len(voxels):  # an empty label is placed uniformly; the reference crashes
-                voxel = np.unravel_index(voxels[rng.integers(len(voxels))], shape)
-                low = [max(0, v - p + 1) for v, p in zip(voxel, self.patch, strict=True)]
-                high = [min(v, h) for v, h in zip(voxel, high, strict=True)]
-        return [-((p - s) // 2) if s <= p else int(lo + f * (h - lo + 1))
-                for lo, h, f, s, p in zip(low, high, fraction, shape, self.patch, strict=True)]
+        """The first voxel of a random patch in a volume, [d, h, w] (section 4.2 does not say how).
+
+        All positions inside the volume are equally likely, or, where the patch must hold
+        foreground, all that hold one random voxel of it. (The official code's lowest position just
+        misses that voxel.) Where a volume is smaller than the patch, the start is negative."""
+        needs_foreground = rng.random() < self.oversample
+        fractions = rng.random(3)
+        voxel = None
+        if label is not None and needs_foreground:
+            voxel = self.foreground_voxel(label, rng)
+
+        start = []
+        for axis in range(3):
+            size = shape[axis]
+            patch = self.patch[axis]
+            if size <= patch:
+                # The volume is centred in the patch.
+                start.append(-((patch - size) // 2))
+                continue
+
+            # Along this axis, the patch may start at any voxel from lowest to highest.
+            lowest = 0
+            highest = size - patch
+            if voxel is not None:
+                lowest = max(lowest, voxel[axis] - patch + 1)
+                highest = min(highest, voxel[axis])
+            start.append(int(lowest + fractions[axis] * (highest - lowest + 1)))
+        return start
+
+    def foreground_voxel(self, label, rng):
+        """A random voxel of any class but the background, (d, h, w); None if there is none.
+
+        (The official code crashes on an empty label.)"""
+        # Voxels that the task ignores are not looked for.
+        is_foreground = (self.classes > 0) & (self.classes < UNKNOWN)
+        voxels = np.flatnonzero(np.take(is_foreground, label))
+        if len(voxels) == 0:
+            return None
+        chosen = voxels[rng.integers(len(voxels))]
+        return np.unravel_index(chosen, label.shape)
 
 
+def read_box(array, start, size):
+    """A copy of the box [start, start + size) of an array; voxels outside the array are 0."""
+    box = np.zeros(size, array.dtype)
+    inside = []  # where the overlap lies in the array, as slices
+    target = []  # where it lies in the box
+    for first, length, n in zip(start, size, array.shape, strict=True):
+        low = max(first, 0)
+        high = min(first + length, n)
+        if low >= high:
+            return box  # there is no overlap
+        inside.append(slice(low, high))
+        target.append(slice(low - first, high - first))
+
+    box[tuple(target)] = array[tuple(inside)]
+    return box
+
+
+# ------------------------------------------------------------------------------------- batches
+class Batch(NamedTuple):
+    """Samples, field by field. Crops differ in size, since their contexts do: they are a list."""
+    crops: list
+    labels: list | None
+    draws: list
+    mask_seeds: list
+    names: list
+    fault: str  # the first of its samples' faults, or ""
+
+
+def collate(samples):
+    """Samples -> Batch. It is augment.spatial that makes one tensor of the crops."""
+    labels = [sample.label for sample in samples]
+    faults = [sample.fault for sample in samples if sample.fault]
+    return Batch(
+        crops=[sample.crop for sample in samples],
+        labels=None if labels[0] is None else labels,
+        draws=[sample.draw for sample in samples],
+        mask_seeds=[sample.mask_seed for sample in samples],
+        names=[sample.name for sample in samples],
+        fault=faults[0] if faults else "",
+    )
+
+
+def micro_batches(batch, size):
+    """Yields the micro-batches of a batch, `size` samples each, in order."""
+    for start in range(0, len(batch.crops), size):
+        part = slice(start, start + size)
+        yield batch._replace(
+            crops=batch.crops[part],
+            labels=None if batch.labels is None else batch.labels[part],
+            draws=batch.draws[part],
+            mask_seeds=batch.mask_seeds[part],
+            names=batch.names[part],
+        )
+
+
+def make_loader(dataset, stream, workers, device):
+    """The batches of a SampleStream, read ahead by `workers` processes."""
+    return DataLoader(dataset, batch_sampler=stream, collate_fn=collate, num_workers=workers,
+                      pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+
+
+def ignore_signals(_):
+    """Ctrl-C and Slurm signal all processes of a job. A loader process goes on, since the trainer
+    finishes its step and then ends it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def training_loader(crops, batch_size, first_step, steps, processes, workers):
+    """The batches of this process from first_step on. The stream of samples depends on the seed of the crops
+    and on the step, not on the number of processes or workers."""
+    stream = SampleStream(len(crops.cases), crops.seed, batch_size, first_step, steps, processes.rank,
+                          processes.world)
+    return make_loader(crops, stream, workers, processes.device)
+
+
+def to_device(batch, device):
+    """Crops and labels of a batch on the device, as stored: float16 is half the bytes to copy."""
+    crops = [resample.upload(crop, device) for crop in batch.crops]
+    if batch.labels is None:
+        return crops, None
+    return crops, [resample.upload(label, device) for label in batch.labels]
+
+
+# ---------------------------------------------------------------------------- files of a folder
 def geometry_of(volume):
-    """Where the geometry of a prepared volume stands: out/volumes/x.npy -> out/geometry/x.json."""
+    """Path of the geometry of a prepared volume: out/volumes/x.npy -> out/geometry/x.json."""
     folder, _, name = volume.removesuffix(".npy").rpartition("volumes/")
     return f"{folder}geometry/{name}.json"
 
 
 def native_of(label):
-    """Where a prepared label stands as it was, on the scan's own grid."""
+    """Path of a label map as it was, on the scan's own grid, beside the prepared one."""
     return label.removesuffix(".npy") + "_native.nii.gz"
 
 
 def read_case(case):
-    """A whole case: (volume (C, D, H, W) float16 tensor, geometry, label values on the scan's own grid)."""
+    """A whole case, to be segmented and scored.
+
+    -> volume (C, D, H, W) float16 tensor, its geometry, label values on the scan's own grid."""
     volume = np.stack([np.load(path) for path in case.images])
     with open(geometry_of(case.images[0]), encoding="utf-8") as file:
         geometry = json.load(file)
+
+    # Scores are taken on the scan's own grid, so the label map is read as it was.
     label = nibabel.load(native_of(case.label))
-    return torch.from_numpy(volume), geometry, preprocess.on_axes(label, np.array(geometry["affine"]))
-
-
-def read_box(array, start, size):
-    """Copy the box [start, start + size) out of a memory-mapped array; voxels outside the array are 0."""
-    box = np.zeros(size, array.dtype)
-    inside = tuple(slice(max(0, s), max(0, min(n, s + e)))
-                   for s, e, n in zip(start, size, array.shape, strict=True))
-    target = tuple(slice(i.start - s, i.stop - s) for i, s in zip(inside, start, strict=True))
-    if all(i.stop > i.start for i in inside):
-        box[target] = array[inside]
-    return box
-
-
-def collate(samples):
-    """Crops of unequal context travel as a list; augment.spatial makes the batch."""
-    labels = [s.label for s in samples]
-    fault = next((s.fault for s in samples if s.fault), "")
-    return Batch([s.crop for s in samples], None if labels[0] is None else labels, [s.draw for s in samples],
-                 [s.mask_seed for s in samples], [s.name for s in samples], fault)
-
-
-def micro_batch(batch, start, size):
-    """Micro-batch: `size` samples of a batch."""
-    part = slice(start, start + size)
-    labels = None if batch.labels is None else batch.labels[part]
-    return batch._replace(crops=batch.crops[part], labels=labels, draws=batch.draws[part],
-                          mask_seeds=batch.mask_seeds[part])
-
-
-def ignore_signals(_):
-    """A loader process goes on when all of a job are signalled (Ctrl-C, Slurm): its trainer ends it, after
-    the step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def make_loader(dataset, stream, workers, device):
-    return DataLoader(dataset, batch_sampler=stream, collate_fn=collate, num_workers=workers,
-                      pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
-
-
-def to_device(batch, device):
-    """Crops to the device as stored (float16, half the bytes), labels likewise."""
-    crops = [resample.upload(crop, device) for crop in batch.crops]
-    labels = None if batch.labels is None else [resample.upload(label, device) for label in batch.labels]
-    return crops, labels
+    truth = preprocess.on_axes(label, np.array(geometry["affine"]))
+    return torch.from_numpy(volume), geometry, truth
 
 
 def check_files(folder, paths):
-    """UserError unless all these files of a prepared folder are there. Each of its folders is listed once,
-    which is quick for 45,000 files on a network disk, too."""
-    listed, missing = {}, []
+    """Raises UserError unless all these files of a prepared folder are there."""
+    # To list each folder once is quick for 45,000 files, even on a network disk.
+    missing = []
+    names_in = {}  # {folder: names of its files}
     for path in paths:
         parent, name = os.path.split(path)
-        if parent not in listed:
-            try:
-                listed[parent] = {entry.name for entry in os.scandir(parent)}
-            except OSError:
-                listed[parent] = set()
-        if name not in listed[parent]:
+        if parent not in names_in:
+            names_in[parent] = list_folder(parent)
+        if name not in names_in[parent]:
             missing.append(path)
+
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} files that its index names, the first "
                         f"{min(missing)}: copy the whole folder, or prepare it again")
+
+
+def list_folder(folder):
+    """The names in a folder; none if it cannot be listed."""
+    try:
+        return set(os.listdir(folder))
+    except OSError:
+        return set()

@@ -5,7 +5,6 @@ Parameter names are the official ones, so that published checkpoints load withou
 and fast_cuda.py hold quicker forms of these modules.
 """
 
-import difflib
 import functools
 from collections import OrderedDict
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import swin
-from config import UserError
+from config import UserError, check_choice
 
 
 class Row(NamedTuple):
@@ -282,15 +281,6 @@ def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skip
     if row.decoder == "unet":
         return Network(encoder, pred_head=UNetDecoder(out_channels, f, light=False, skips=True))
     return Network(encoder, pred_head=MedNeXtDecoder(out_channels, f, row.blocks, row.expansion))
-
-
-def check_choice(what, value, known):
-    """UserError unless the value is a known one. It names the nearest."""
-    if value in known:
-        return
-    near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(f"unknown {what} {value!r}: {hint}known are {', '.join(known)}")
 
 
 def recompute(model):

@@ -44,7 +44,7 @@ from sources import note, readable, say
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    source: str | None = None  # layout of the input: a row of sources.SOURCES, or manifest
+    source: str | None = None  # a name in configs/sources, a .yaml of your own, or manifest
     input: str | None = None  # folder with the raw scans, or the manifest's csv file
     out: str = "datasets/brains45k"  # prepared folder; several sources may share one
     name: str | None = None  # what the index calls it, for several inputs of one source; default: the source
@@ -82,7 +82,7 @@ def prepare_session(source, name, root, out, scans):
             boxes[label] = shared_box(root, [scan for scan, _ in sharing])
 
     done, rejected, labels = [], [], {}
-    rule = source in sources.SOURCES and sources.SOURCES[source].rule
+    rule = source != "manifest" and sources.read_layout(source).no_negatives
     for scan, geometry in zip(scans, before, strict=True):
         path = os.path.join(root, scan.path)
         try:
@@ -471,9 +471,11 @@ def table_1(folder):
 
 def check_settings(cfg):
     """Raises UserError for what no preparation can start with."""
-    if cfg.source not in (*sources.SOURCES, "manifest") or not cfg.input:
+    if not cfg.source or not cfg.input:
         raise UserError(f"source {cfg.source!r}, input {cfg.input!r}: give --input, and choose --source from "
                         f"{', '.join(sources.SOURCES)} and manifest")
+    if cfg.source != "manifest":
+        sources.read_layout(cfg.source)
     if not cfg.workers:
         raise UserError("workers 0: give 1 or more")
     shard, _, shards = cfg.shard.partition("/")
@@ -496,8 +498,8 @@ def main(cfg):
         sessions, skipped, findings = sources.read_manifest(cfg.input)
     else:
         sessions, skipped, findings = sources.find_scans(cfg.source, root, cfg.dry_run)
-    name = cfg.name or (os.path.basename(os.path.abspath(root)) if cfg.source == "nnunet" else cfg.source)
-    name = re.sub(r"[^A-Za-z0-9.-]+", "_", name)
+    name = os.path.basename(os.path.abspath(root)) if cfg.source == "nnunet" else sources.name_of(cfg.source)
+    name = re.sub(r"[^A-Za-z0-9.-]+", "_", cfg.name or name)
     if cfg.source == "nnunet":
         channels, task = sources.read_dataset(root)
         sessions = [[scan._replace(sequence=channels.get(scan.sequence, scan.sequence)) for scan in scans]

@@ -6,19 +6,20 @@ Beside it, `objective: swin`, the pretraining of SwinUNETR [23] that the paper c
     python pretrain.py configs/unet_b.yaml --data datasets/mine --batch_size 4
 """
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
-import time
 
 import nibabel as nib
 import numpy as np
 import torch
 import yaml
-from tqdm import tqdm
 
 import amaes
+import augment
 import checkpoint
 import config
 import data
@@ -65,268 +66,266 @@ class Config:
     out: str | None = None  # run folder; by default runs/<model>. A run that was cut off continues there
     estimate: bool = False  # time a few steps, print what the run will cost, write nothing
 
+    def __post_init__(self):
+        """UserError for values that would only fail later, or silently."""
+        choices = {"objective": ("amaes", "swin"), "decoder": ("light", "standard"),
+                   "augment": ("none", "spatial", "all"), "loss_region": ("all", "masked"),
+                   "precision": tuple(training.PRECISIONS)}
+        for key, known in choices.items():
+            config.check_choice(key, getattr(self, key), known)
+        if self.preview and self.objective != "amaes":
+            raise UserError("preview shows the objective amaes; log.jsonl has the losses of [23]")
+        if not 0 < self.mask_ratio < 1 or self.patch_size % self.token_size:
+            raise UserError(f"mask_ratio {self.mask_ratio} must lie between 0 and 1, and patch_size "
+                            f"{self.patch_size} be a multiple of token_size {self.token_size}")
+
 
 # Keys that may change between a run and its continuation: they do not touch what is computed.
 RESUMABLE_KEYS = ("data", "workers", "device", "out", "save_every", "log_every", "val_every", "compile",
                   "micro_batch", "estimate", "preview", "recompute")
 
 
-# --------------------------------------------------------------------------------------------------- the data
-def open_data(cfg):
-    """Training and validation cases: a seeded share of the subjects is held out (official code: volumes)."""
-    cases = data.pretraining_cases(cfg.data)
+# --------------------------------------------------------------------------------------------- the data
+def open_data(folder, val_fraction, seed):
+    """Training cases, validation cases, and the subjects held out: a seeded share of all.
+
+    The official code holds out volumes instead, so that it validates on subjects that it trains on.
+    """
+    cases = data.pretraining_cases(folder)
     if not cases:
-        raise UserError(f"{cfg.data} has no volume to pretrain on: all are of the split test")
-    data.check_files(cfg.data, [path for case in cases for path in case.images])
-    kept, held = data.split_subjects([c.subject for c in cases], cfg.val_fraction, cfg.seed)
+        raise UserError(f"{folder} has no volume to pretrain on: all are of the split test")
+    data.check_files(folder, [path for case in cases for path in case.images])
+
+    kept, held_out = data.split_subjects([case.subject for case in cases], val_fraction, seed)
     kept = set(kept)
-    train = [c for c in cases if c.subject in kept]
+    train = [case for case in cases if case.subject in kept]
+    validation = [case for case in cases if case.subject not in kept]
     if not train:
-        raise UserError(f"{cfg.data} holds {len(cases)} volumes of {len(held)} subjects, and val_fraction "
-                        f"{cfg.val_fraction} holds out all of them: none is left to train on")
-    return train, [c for c in cases if c.subject not in kept], held
+        raise UserError(f"{folder} holds {len(cases)} volumes of {len(held_out)} subjects, and val_fraction "
+                        f"{val_fraction} holds out all of them: none is left to train on")
+    return train, validation, held_out
 
 
-def made_of(train, validation):
-    """What a continued run compares beside the raw files that it trains on; see check_same_inputs."""
+def contents_of(cfg_values, train, validation):
+    """What the run's checkpoints hold beside weights, optimizer and step: its settings, and what the network
+    has seen: subjects, raw files, and the inputs of checkpoint.check_same_inputs."""
     shapes = "".join(case.volumes[0].shape for case in train)
-    return {"the training set": {"shape": hashlib.sha256(shapes.encode()).hexdigest()},
-            "the held-out set": {"sha256": [case.volumes[0].sha256 for case in validation],
-                                 "shape": [case.volumes[0].shape for case in validation]}}
+    inputs = {"the training set": {"shape": hashlib.sha256(shapes.encode()).hexdigest()},
+              "the held-out set": {"sha256": [case.volumes[0].sha256 for case in validation],
+                                   "shape": [case.volumes[0].shape for case in validation]}}
+    return {"kind": "pretrain", "row": cfg_values["model"], "config": cfg_values,
+            "subjects": sorted({case.subject for case in train}),
+            "sha256": [volume.sha256 for case in train for volume in case.volumes],
+            "inputs": inputs}
 
 
-def print_shared(train, validation):
-    """Say it if the raw file of a held-out volume is trained on, too, under another subject."""
+def shared_files(train, validation):
+    """A line if the raw file of a held-out volume is trained on, too, under another subject: [line] or []."""
     trained = {case.volumes[0].sha256: case.subject for case in train}
     shared = [case for case in validation if case.volumes[0].sha256 in trained]
-    if shared:
-        twin = trained[shared[0].volumes[0].sha256]
-        print(f"{len(shared)} of {len(validation)} held-out volumes are trained on, too: the first is "
-              f"{shared[0].name}, the same file as one of {twin}")
+    if not shared:
+        return []
+    twin = trained[shared[0].volumes[0].sha256]
+    return [f"{len(shared)} of {len(validation)} held-out volumes are trained on, too: the first is "
+            f"{shared[0].name}, the same file as one of {twin}"]
+
+
+# --------------------------------------------------------------------------------------- the objectives
+def amaes_loss(network, batch, device, precision, token_size, mask_ratio, region, logging):
+    """Section 3.1 on one micro-batch: its loss, and sums for the log (0 unless logging)."""
+    crops, _ = data.to_device(batch, device)
+    image, target, mask = amaes.make_views(crops, batch.draws, batch.mask_seeds, token_size, mask_ratio,
+                                           training.PRECISIONS[precision])
+    with training.autocast(precision, device):
+        output = network(image)
+
+    sums = amaes.error_sums(output, target, mask) if logging else 0
+    return amaes.reconstruction_loss(output, target, mask, region), sums
+
+
+def swin_loss(network, batch, device, precision, share, logging):
+    """The pretraining of [23] on one micro-batch: its loss, and sums for the log (0 unless logging)."""
+    crops, _ = data.to_device(batch, device)
+    patches, _ = augment.spatial(crops, None, batch.draws)
+    patches = augment.intensity(patches, batch.draws).to(training.PRECISIONS[precision])
+
+    # Two views of each patch, cut and rotated in different ways.
+    seeds = [[data.derive_seed(seed, view) for seed in batch.mask_seeds] for view in (0, 1)]
+    views = swin.make_views(patches, seeds, share)
+    with training.autocast(precision, device):
+        outputs = network(views.image)
+
+    losses = swin.losses(outputs, views)
+    return losses.sum(), swin.loss_sums(losses, len(patches)) if logging else 0
 
 
 @torch.no_grad()
-def validate(cfg, model, cases, micro, processes, dtype):
-    """The objective on the held-out subjects: always the same crops and masks, no augmentation. Every
-    process takes its share; sums are reduced."""
-    dataset = data.Crops(cases, cfg.patch_size, data.derive_seed(cfg.seed, "validation"), "none")
-    mine = [(0, index) for index in range(processes.rank, len(cases), processes.world)]
-    model.eval()
+def validate(model, objective, losses_from_sums, crops, size, processes):
+    """The losses on the held-out subjects: always the same crops and masks, no augmentation.
+
+    Every process takes its share, `size` samples at a time. -> {"val_loss": ..., ...}
+    """
+    shares = range(processes.rank, len(crops.cases), processes.world)
     sums = torch.zeros(4, dtype=torch.float64)
+    model.eval()
     with training.stop_all_on_error():
-        for i in range(0, len(mine), micro):
-            batch = data.collate([dataset[key] for key in mine[i:i + micro]])
+        for first in range(0, len(shares), size):
+            batch = data.collate([crops[0, index] for index in shares[first:first + size]])
             if batch.fault:
                 raise UserError(batch.fault)
-            sums += OBJECTIVES[cfg.objective](cfg, model, batch, processes.device, dtype, True)[1].to("cpu")
+            _, parts = objective(model, batch, logging=True)
+            sums += parts.to("cpu")
     model.train()
-    return losses_of(cfg, training.sum_over_processes(sums))
+
+    losses = losses_from_sums(training.sum_over_processes(sums))
+    return {f"val_{name}": value for name, value in losses.items()}
 
 
 @torch.no_grad()
-def write_preview(cfg, model, cases, stem, device, dtype):
-    """Figure 2 on held-out patches, always the same: input (augmented, masked), reconstruction, target."""
-    dataset = data.Crops(cases, cfg.patch_size, data.derive_seed(cfg.seed, "preview"), cfg.augment)
-    batch = data.collate([dataset[0, index] for index in range(min(3, len(cases)))])
-    if batch.fault:
-        raise UserError(batch.fault)
-    image, target, _ = amaes.make_views(cfg, batch, device, dtype)
-    with training.autocast(cfg, device):
-        output = model.eval()(image)
-    model.train()
-    for name, volumes in (("input", image), ("reconstruction", output), ("target", target)):
-        for number, volume in enumerate(volumes.float().cpu().numpy()):
-            with checkpoint.atomic(f"{stem}_{number}_{name}.nii.gz") as temporary:
-                nib.Nifti1Image(volume[0], np.eye(4)).to_filename(temporary)
+def write_preview(run, crops, precision, token_size, mask_ratio):
+    """Figure 2 on held-out patches, always the same: input (augmented, masked), reconstruction, target.
+
+    Process 0 writes them as NIfTI, in the run folder.
+    """
+    with training.stop_all_on_error():
+        if run.processes.rank:
+            return
+        batch = data.collate([crops[0, index] for index in range(min(3, len(crops.cases)))])
+        if batch.fault:
+            raise UserError(batch.fault)
+        patches, _ = data.to_device(batch, run.processes.device)
+        image, target, _ = amaes.make_views(patches, batch.draws, batch.mask_seeds, token_size, mask_ratio,
+                                            training.PRECISIONS[precision])
+        run.model.eval()
+        with training.autocast(precision, run.processes.device):
+            output = run.model(image)
+        run.model.train()
+
+        for name, volumes in (("input", image), ("reconstruction", output), ("target", target)):
+            for number, volume in enumerate(volumes.float().cpu().numpy()):
+                path = f"{run.folder}/preview/step{run.step:07}_{number}_{name}.nii.gz"
+                with checkpoint.atomic(path) as temporary:
+                    nib.Nifti1Image(volume[0], np.eye(4)).to_filename(temporary)
 
 
-def losses_of(cfg, sums):
-    """The sums of an objective -> the numbers of a log line: the loss, and its parts apart."""
-    if cfg.objective == "swin":
-        rotation, contrast, l1 = (sums[:3] / sums[3]).tolist()
-        return {"loss": rotation + contrast + l1, "rotation": rotation, "contrast": contrast, "l1": l1}
-    masked, hidden, visible, seen = sums.tolist()
-    return {"loss": (masked + visible) / (hidden + seen) if cfg.loss_region == "all" else masked / hidden,
-            "masked": masked / max(1, hidden), "visible": visible / max(1, seen)}
+# ---------------------------------------------------------------------------------------------- the run
+def choose_objective(name, device, precision, token_size, mask_ratio, region):
+    """-> the task of build_model, objective(network, batch, logging=...), and its losses_from_sums(sums)."""
+    if name == "swin":
+        objective = functools.partial(swin_loss, device=device, precision=precision, share=mask_ratio)
+        return "swin", objective, swin.losses_from_sums
+
+    objective = functools.partial(amaes_loss, device=device, precision=precision, token_size=token_size,
+                                  mask_ratio=mask_ratio, region=region)
+    return "pretrain", objective, functools.partial(amaes.losses_from_sums, region=region)
 
 
-OBJECTIVES = {"amaes": amaes.amaes, "swin": swin.swin}
+def most_samples(model, patch_size):
+    """How many samples a forward pass may hold, so that none of its tensors has 2^31 elements or more.
+
+    From there on kernels count in 64 bits, or not at all. On the device meta nothing is computed for it.
+    """
+    patch = torch.empty(1, 1, patch_size, patch_size, patch_size, device="meta")
+    return max(1, (2 ** 31 - 1) // models.largest_tensor(copy.deepcopy(model).to("meta"), patch))
 
 
-# ---------------------------------------------------------------------------------------------------- the run
-def most_samples(cfg, device):
-    """How many samples of AMAES a forward pass may hold, so that none of its tensors has 2^31 elements or
-    more: from there on kernels count in 64 bits, or not at all."""
-    with torch.device("meta"):
-        model = models.build_model(cfg.model, "pretrain", decoder=cfg.decoder, skips=cfg.skips,
-                                   merge=cfg.merge, features=cfg.features)
-        patch = torch.empty(1, 1, *(cfg.patch_size,) * 3)
-    models.check_patch(model, cfg.patch_size, device, cfg.precision)
-    return (2 ** 31 - 1) // models.largest_tensor(model, patch)
+def plan_batch(batch_size, micro_batch, world, objective, most_samples):
+    """How many samples a process holds at once, and a line that says how a batch is made of them.
 
+    micro_batch: as given; None is as many as most_samples() allows. The objective of [23] is not bounded so:
+    it contrasts the samples that are held at once, and another number of them would change it.
+    """
+    if batch_size % world:
+        raise UserError(f"batch_size {batch_size} cannot be shared by {world} processes evenly")
+    local = batch_size // world
 
-def plan(cfg, n, processes):
-    """The arithmetic of a run, checked and printed: steps, warm-up steps, size of a micro-batch.
+    why = ""
+    micro = min(micro_batch or local, local)
+    if objective == "amaes" and not micro_batch and most_samples() < local:
+        micro = max(size for size in range(1, most_samples() + 1) if local % size == 0)
+        why = f" (micro_batch {micro}, so that no tensor has 2^31 elements)"
 
-    Where that size is not given, most_samples bounds it. Not so for the objective of [23], which another
-    size would change."""
-    if cfg.batch_size % processes.world:
-        raise UserError(f"batch_size {cfg.batch_size} cannot be shared by {processes.world} processes evenly")
-    local = cfg.batch_size // processes.world
-    micro, why = min(cfg.micro_batch or local, local), ""
-    if not cfg.micro_batch and cfg.objective == "amaes":
-        most = max(1, most_samples(cfg, processes.device))
-        if local > most:
-            micro = max(size for size in range(1, most + 1) if local % size == 0)
-            why = f" (micro_batch {micro}, so that no tensor has 2^31 elements)"
     if local % micro:
         raise UserError(f"micro_batch {micro} does not divide the {local} samples of a process")
-    if cfg.objective == "swin" and micro < 2:
+    if objective == "swin" and micro < 2:
         raise UserError("objective swin contrasts the samples that a process holds at once, here one: give "
-                        f"--batch_size {2 * processes.world} or more, or fewer processes")
-    steps = cfg.steps or math.ceil(cfg.epochs * n / cfg.batch_size)
-    warmup = math.ceil(cfg.warmup_epochs * n / cfg.batch_size)
-    if processes.rank == 0:
-        print(f"{n} volumes, batch {cfg.batch_size} = {processes.world} processes x {local // micro} micro-"
-              f"batches x {micro}{why}: {steps} steps ({steps * cfg.batch_size / n:.1f} epochs), {warmup} of "
-              "them warm-up" + (" (all: the rate never reaches its base)" if warmup >= steps else ""))
-    return steps, warmup, micro
+                        f"--batch_size {2 * world} or more, or fewer processes")
+    return micro, f"batch {batch_size} = {world} processes x {local // micro} micro-batches x {micro}{why}"
 
 
-def check(cfg):
-    """Values that would only fail later, or silently."""
-    choices = {"objective": tuple(OBJECTIVES), "decoder": ("light", "standard"),
-               "augment": ("none", "spatial", "all"), "loss_region": ("all", "masked"),
-               "precision": ("bf16", "fp32", "fp64")}
-    for key, known in choices.items():
-        if getattr(cfg, key) not in known:
-            raise UserError(f"{key} {getattr(cfg, key)!r}: choose {', '.join(known)}")
-    if cfg.preview and cfg.objective != "amaes":
-        raise UserError("preview shows the objective amaes; log.jsonl has the losses of [23]")
-    if not 0 < cfg.mask_ratio < 1 or cfg.patch_size % cfg.token_size:
-        raise UserError(f"mask_ratio {cfg.mask_ratio} must lie between 0 and 1, and patch_size "
-                        f"{cfg.patch_size} be a multiple of token_size {cfg.token_size}")
+def plan_steps(volumes, batch_size, steps, epochs, warmup_epochs):
+    """Optimizer steps, how many of them are warm-up, and a line that says so."""
+    steps = steps or math.ceil(epochs * volumes / batch_size)
+    warmup = math.ceil(warmup_epochs * volumes / batch_size)
+    never = " (all: the rate never reaches its base)" if warmup >= steps else ""
+    passes = steps * batch_size / volumes
+    return steps, warmup, f"{steps} steps ({passes:.1f} epochs), {warmup} of them warm-up{never}"
 
 
 def main(cfg):
     processes = training.init_processes(cfg.device)
-    rank, device = processes.rank, processes.device
-    stop = training.catch_signals()
-    out = cfg.out or f"runs/{cfg.model}"
-    dtype = torch.float64 if cfg.precision == "fp64" else torch.float32
+    device = processes.device
+    task, objective, losses_from_sums = choose_objective(
+        cfg.objective, device, cfg.precision, cfg.token_size, cfg.mask_ratio, cfg.loss_region)
 
-    with training.stop_all_on_error():  # nobody goes on before the folder is there
-        check(cfg)
-        objective = OBJECTIVES[cfg.objective]
-        train, validation, held_out = open_data(cfg)
-        steps, warmup, micro = plan(cfg, len(train), processes)
-        val_every = cfg.val_every or max(1, len(train) // cfg.batch_size)
+    # What is wrong is found before anything is written, and stops all processes.
+    with training.stop_all_on_error():
+        train, validation, held_out = open_data(cfg.data, cfg.val_fraction, cfg.seed)
         torch.manual_seed(cfg.seed)
-        task = {"amaes": "pretrain", "swin": "swin"}[cfg.objective]
         model = models.build_model(cfg.model, task, decoder=cfg.decoder, skips=cfg.skips, merge=cfg.merge,
-                                   features=cfg.features).to(device, dtype)
-        training.quicken(model, device)
+                                   features=cfg.features)
         models.check_patch(model, cfg.patch_size, device, cfg.precision)
-        if cfg.recompute:
-            models.recompute(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
-                                      eps=cfg.eps, amsgrad=cfg.amsgrad, fused=True)
-        raw = [v.sha256 for case in train for v in case.volumes]
-        inputs = made_of(train, validation)
-        step, hours = checkpoint.resume(f"{out}/last.pt", cfg, RESUMABLE_KEYS, model, optimizer, raw, inputs)
-        if rank == 0:
-            print_shared(train, validation)
-            print(f"{cfg.model}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-                  f"{processes.world} x {device}, {cfg.precision}\n"
-                  f"{training.say_compile(cfg.compile, cfg.model, device)}\n{checkpoint.versions()}\n"
-                  f"run folder {out}" + (f", continues at step {step}" if step else ""))
-            training.warn_of_cudnn(device, cfg.precision, training.convolves_contiguous(cfg.model))
-        if rank == 0 and not cfg.estimate:
-            checkpoint.lock(out)
-            settings = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
-            checkpoint.write_text(f"{out}/config.yaml", settings)
-            checkpoint.write_text(f"{out}/held_out.json", json.dumps(held_out, indent=1))
-            checkpoint.cut_log(out, step)
-    training.check_same(f"{out} or {cfg.data} differs between the nodes: share or copy them", step,
-                        len(train))
-    ddp = training.distribute(model)
-    # `model` is saved and evaluated, `train_model` takes the steps.
-    compiled = training.choose_compile(cfg.compile, cfg.model, device)
-    train_model = training.compile_or_warn(ddp, compiled, device)
-    losses = []  # on their way to the host; read a step late, so that the device never waits
+        micro, batch_line = plan_batch(cfg.batch_size, cfg.micro_batch, processes.world, cfg.objective,
+                                       functools.partial(most_samples, model, cfg.patch_size))
+        steps, warmup, steps_line = plan_steps(len(train), cfg.batch_size, cfg.steps, cfg.epochs,
+                                               cfg.warmup_epochs)
+    training.quicken(model.to(device, training.PRECISIONS[cfg.precision]), device)
+    if cfg.recompute:
+        models.recompute(model)
+    optimizer = training.adamw(model, cfg.lr, cfg.weight_decay, cfg.eps, cfg.amsgrad)
 
-    def save(step):
-        """last.pt: all that a continuation or a finetuning needs, with what the network has seen."""
-        # Never weights that a loss which is not finite has touched.
-        training.raise_if_not_finite(losses, keep=0)
-        with training.stop_all_on_error():
-            if rank == 0:
-                checkpoint.save_checkpoint(f"{out}/last.pt", {
-                    "kind": "pretrain", "row": cfg.model, "step": step, "config": dataclasses.asdict(cfg),
-                    "hours": hours + (time.perf_counter() - began) / 3600,  # over all continuations
-                    "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "versions": checkpoint.versions(),
-                    "subjects": sorted({c.subject for c in train}), "sha256": raw, "inputs": inputs})
+    # The run goes on from last.pt if it is there, and refuses the folder of another run.
+    run = training.Run(cfg.out or f"runs/{cfg.model}", processes, model, optimizer, steps, cfg.save_every,
+                       contents_of(dataclasses.asdict(cfg), train, validation), RESUMABLE_KEYS,
+                       training.catch_signals(), dry=cfg.estimate)
+    run.write("config.yaml", yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
+    run.write("held_out.json", json.dumps(held_out, indent=1))
+    lines = [f"{len(train)} volumes, {batch_line}: {steps_line}", *shared_files(train, validation)]
+    training.print_header(lines + run.describe(), cfg.model, cfg.compile, cfg.precision, processes)
 
-    stream = data.SampleStream(len(train), cfg.seed, cfg.batch_size, step, steps, rank, processes.world)
-    dataset = data.Crops(train, cfg.patch_size, cfg.seed, cfg.augment)
-    batches = data.make_loader(dataset, stream, cfg.workers, device)
-    if cfg.estimate:
-        batches = training.estimate(batches, cfg.workers, steps - step, device)
-    progress = tqdm(total=steps, initial=step, disable=rank != 0, desc="pretrain")
-    began, first, saved, unreadable = time.perf_counter(), step, step, False
-    for batch in batches:
-        # All processes stop together or not at all: a signal, an unreadable file, a loss not finite.
-        signalled, unreadable = training.raise_if_not_finite(losses, stop.is_set(), batch.fault)
-        if signalled or unreadable:
-            break
-        rate = training.learning_rate(step, steps, warmup, cfg.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        logging = (step + 1) % cfg.log_every == 0 or step + 1 == steps
-        sums, local = torch.zeros(4, dtype=torch.float64, device=device), len(batch.crops)
-        for start in range(0, local, micro):
-            ddp.require_backward_grad_sync = start + micro == local
-            part = data.micro_batch(batch, start, micro)
-            loss, parts = objective(cfg, train_model, part, device, dtype, logging)
-            (loss * micro / local).backward()
-            losses.append(training.to_host(step, batch.names, loss))
-            if logging:
-                sums += parts
+    network = run.network(cfg.compile)
+    loader = data.training_loader(data.Crops(train, cfg.patch_size, cfg.seed, cfg.augment), cfg.batch_size,
+                                  run.step, steps, processes, cfg.workers)
+    same_crops = data.Crops(validation, cfg.patch_size, data.derive_seed(cfg.seed, "validation"), "none")
+    shown_crops = data.Crops(validation, cfg.patch_size, data.derive_seed(cfg.seed, "preview"), cfg.augment)
+    val_every = cfg.val_every or max(1, len(train) // cfg.batch_size)
+
+    for batch in run.batches(loader):  # ends after the last step, or on all processes together
+        rate = training.learning_rate(run.step, steps, warmup, cfg.lr)
+        run.set_learning_rate(rate)
+        logging = run.will_be_due(cfg.log_every)
+
+        # The gradients of the micro-batches add up to those of the batch's mean loss.
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        for part in run.accumulate(data.micro_batches(batch, micro)):
+            loss, parts = objective(network, part, logging=logging)
+            run.watch(loss, part.names)
+            (loss * len(part.crops) / len(batch.crops)).backward()
+            sums += parts
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
-        progress.update()
-        if cfg.estimate:
-            continue
+        run.step_done()
 
         record = {}
         if logging:
-            record = losses_of(cfg, training.sum_over_processes(sums)) | {"lr": rate}
-        if step % val_every == 0 or step == steps:
-            scores = validate(cfg, model, validation, micro, processes, dtype)
-            record |= {f"val_{key}": value for key, value in scores.items()}
+            record |= losses_from_sums(training.sum_over_processes(sums)) | {"lr": rate}
+        if run.is_due(val_every):
+            record |= validate(model, objective, losses_from_sums, same_crops, micro, processes)
         if record:
-            record = {"step": step} | record | {"seconds": (time.perf_counter() - began) / (step - first)}
-            with training.stop_all_on_error():
-                if rank == 0:
-                    checkpoint.append_log(out, record)
-                    progress.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
-        if cfg.preview and step % cfg.preview == 0:
-            with training.stop_all_on_error():
-                if rank == 0:
-                    write_preview(cfg, model, validation, f"{out}/preview/step{step:07}", device, dtype)
-        if step % cfg.save_every == 0:
-            save(step)
-            saved = step
-    progress.close()
-    if step > saved and not cfg.estimate:
-        save(step)
-    if unreadable:
-        training.stop_all(batch.fault)
-    if rank == 0 and not cfg.estimate:
-        print(f"{out}/last.pt holds step {step} of {steps}" if step else "stopped before the first step",
-              end="\n" if step == steps else "; the same command goes on from there\n")
+            run.say(run.log(record))
+        if cfg.preview and run.is_due(cfg.preview):
+            write_preview(run, shown_crops, cfg.precision, cfg.token_size, cfg.mask_ratio)
+    run.print_end()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# The whole paper, from raw scans to its tables, in their order. What is done is not done again: the same
-# command goes on where it was cut off.
+# The whole paper, from raw scans to its tables, in their order. What is done is not done again: the
+# same command goes on where it was cut off.
 #
 #   RAW=/raw ./reproduce.sh       # the paper's runs, on two GPUs
 #   DRY=1 ./reproduce.sh          # print the commands, run none
-#   SCALE=tiny ./reproduce.sh     # every command for two steps of a narrow network on synthetic scans, on the
-#                                 # CPU, in tiny/: shows that the commands work; its Dice means nothing
+#   SCALE=tiny ./reproduce.sh     # every command for two steps, on synthetic scans, in tiny/
 #
-# Hours: 31 and 39 are the paper's, for U-Net XL on two H100. Those with ~ are calculated: pretraining by
-# bench/cost.py; finetuning, on one H100, six folds of 10,000 patches and their evaluation, by FLOPs alone, so
-# low for MedNeXt and SwinUNETR. In all ~230 h of two GPUs and ~75 of one. What the machine at hand takes:
+# SCALE=tiny takes a narrow network, on the CPU. It shows that the commands work; its Dice means
+# nothing.
+#
+# Hours: 31 and 39 are the paper's, for U-Net XL on two H100. Those with ~ are calculated. For
+# pretraining bench/cost.py calculates them. For finetuning they are six folds of 10,000 patches and
+# their evaluation on one H100, by FLOPs: too low for MedNeXt and SwinUNETR. The sum is ~230 h of
+# two GPUs and ~75 h of one. What the machine at hand takes:
 # pretrain.py configs/unet_xl.yaml --estimate.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -26,7 +29,7 @@ run() {
     echo
     [ -n "${DRY:-}" ] || "$@"
 }
-prepare() {               # source, folder in RAW. Exit code 1: done, but for damaged scans, which it lists
+prepare() {               # source, its folder in RAW. Exit code 1: done, except for damaged scans
     run "$PYTHON" "${CODE}prepare_data.py" --source "$1" --input "$RAW/$2" --out "$DATA" \
         --workers "$WORKERS" || [ $? = 1 ]
 }
@@ -36,7 +39,7 @@ pretrain() {              # model, processes, its configs
     run "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$2" "${CODE}pretrain.py" \
         "${configs[@]}" --data "$DATA" $(tiny "$1" --val_fraction 0.05)
 }
-finetune() {              # model, task, options. Run folder: runs/<task>-<model>-<scratch, amaes or swin>
+finetune() {              # model, task, options. It writes runs/<task>-<model>-<origin>
     run "$PYTHON" "${CODE}finetune.py" --task "$(task "$2")" "${@:3}" --data "$DATA" \
         $(tiny "$1" --folds 0,1)
 }
@@ -64,7 +67,9 @@ if [ "${SCALE:-paper}" = tiny ]; then
     if [ -z "${DRY:-}" ]; then
         mkdir -p "${WORK:=tiny}/tasks"
         cd "$WORK"
-        for path in "$CODE"configs/tasks/*.yaml; do sed '$a n_train: 3' "$path" >"tasks/${path##*/}"; done
+        for path in "$CODE"configs/tasks/*.yaml; do
+            sed '$a n_train: 3' "$path" >"tasks/${path##*/}"
+        done
     fi
     phantoms adni ADNI 1 0
     phantoms oasis3 OASIS3 1 0
@@ -77,7 +82,7 @@ if [ "${SCALE:-paper}" = tiny ]; then
     phantoms msd Task01_BrainTumour 1 1
 fi
 
-# ---- Table 1: BRAINS-45K. The paper gives no time; bench/prepare.py measures a scan.
+# ---- Table 1: BRAINS-45K. The paper gives no time for it; bench/prepare.py measures single scans.
 prepare adni ADNI
 prepare oasis3 OASIS3
 prepare oasis4 OASIS4
@@ -89,8 +94,8 @@ prepare msseg1 MSSEG1
 prepare msd Task01_BrainTumour
 run "$PYTHON" "${CODE}prepare_data.py" --out "$DATA" --table true
 
-# ---- Table 2, and the skips of section 3.1: choice of decoder, without augmentation. Each is finetuned on
-# BraTS21 and evaluated on its other training cases, 918 a fold (~2 h).
+# ---- Table 2, and the skips of section 3.1: the choice of decoder, without augmentation. Each
+# network is finetuned on BraTS21 and evaluated on its other training cases, 918 a fold (~2 h).
 pretrain unet_xl "$GPUS" ablations/standard_decoder    # 39 h
 pretrain unet_xl "$GPUS" ablations/no_augment          # 31 h
 pretrain unet_xl "$GPUS" ablations/skips               # over 39 h
@@ -108,10 +113,11 @@ compare table3 --table 3 runs/brats21_cv-{no_augment,unet_xl-amaes}
 pretrain unet_b "$GPUS"                                # ~11 h
 pretrain mednext_m "$GPUS"                             # ~33 h
 pretrain mednext_l "$GPUS"                             # ~48 h
-pretrain swinunetr 1                                   # ~40 h; on one GPU: [23] contrasts its two samples
+pretrain swinunetr 1                                   # ~40 h; one GPU contrasts its two samples
 runs=()
-for task in brats21 isles22 wmh wmh_ood; do            # wmh_ood evaluates the networks of wmh: minutes
-    # ~1.7 h a task for U-Net XL, 0.4 B, 0.5 MedNeXt M, 0.6 L, 0.7 L with its own decoder, 0.7 SwinUNETR
+for task in brats21 isles22 wmh wmh_ood; do            # wmh_ood uses the networks of wmh: minutes
+    # ~1.7 h a task for U-Net XL, 0.4 for B; MedNeXt 0.5 for M, 0.6 for L, 0.7 for L with its own
+    # decoder; 0.7 for SwinUNETR
     for model in unet_xl unet_b mednext_m mednext_l mednext_l_mednextdec swinunetr; do
         finetune "$model" "$task" --model "$model"
         runs+=("runs/$task-$model-scratch")
@@ -126,8 +132,8 @@ done
 compare table4 --table 4 "${runs[@]}"
 compare table6 --table 6 "${runs[@]}"
 
-# ---- Section 4.3 compares networks from scratch with all augmentations and pretrained ones with spatial ones
-# alone. The other half of that 2x2, for U-Net XL (~10 h in all).
+# ---- Section 4.3 compares networks from scratch, with all augmentations, and pretrained networks,
+# with spatial ones alone. Here each start gets the other's augmentation, for U-Net XL (~10 h).
 for task in brats21 isles22 wmh; do
     start="runs/$task-unet_xl"
     finetune unet_xl "$task" --model unet_xl --augment spatial --out "$start-scratch-spatial"

@@ -1,6 +1,18 @@
-"""From a folder or a table to its scans and their label maps: nine datasets, BIDS, nnU-Net, manifest."""
+r"""From a folder or a table to its scans and label maps: nine datasets, BIDS, nnU-Net, manifest.
+
+Where a source keeps its files is written in configs/sources/, one layout a file. A layout of your
+own is used by its path, as --source my_layout.yaml, and the index then calls the source my_layout:
+
+    # my/scans/P001/2020-01-31/{flair,t1_post}.nii.gz, and lesion.nii.gz beside them
+    pattern: (?P<subject>P\d+)/(?P<session>[\d-]+)/(?P<suffix>flair|t1_post)$
+    label: (?P<subject>P\d+)/(?P<session>[\d-]+)/lesion$
+    suffixes: {t1_post: T1ce}
+"""
 
 import csv
+import dataclasses
+import difflib
+import functools
 import io
 import json
 import os
@@ -8,93 +20,53 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
+import config
 import data
+import names
 from config import UserError
+from names import ENDING, Series, classify, readable
+
+CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs")
+
+# The sources that are known by name, a file each.
+SOURCES = tuple(sorted(name.removesuffix(".yaml") for name in os.listdir(f"{CONFIGS}/sources")
+                       if name.endswith(".yaml")))
 
 
-class Source(NamedTuple):
-    """A native layout. The patterns are searched in the path below --input, without its ending .nii
-    or .nii.gz; a match of the group `test` marks what the paper does not pretrain on."""
-    pattern: str  # of a volume: groups subject, session, suffix, text (free); site in front of the subject
-    label: str = ""  # of a label map: the same subject, session and site
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the files of a source are called.
+
+    A pattern is a regular expression in which blanks do not count; a blank is written as [ ]. It is
+    searched in the path below --input, without its ending. Its groups: subject; session, 1 where
+    there is none; site, put before the subject; suffix, a word for the sequence; text, from which
+    the sequence is guessed; channel, a number that nnU-Net's dataset.json explains; test, which is
+    found only in what the paper does not pretrain on."""
+    pattern: str = ""  # of a volume
+    label: str = ""  # pattern of a label map: with the subject, session and site of its volumes
+    suffixes: dict = dataclasses.field(default_factory=dict)  # {suffix: sequence}, see series.yaml
+    series: tuple[dict, ...] = ()  # rows as in configs/series.yaml, which come after these
     volumes: tuple[str, ...] = ()  # the sequences in a 4-D file
-    rule: bool = False  # the official code takes no volume with negative values from here
-    hold_out: str = ""  # split of a random quarter of the labelled subjects, by sklearn's count: ceil(n / 4)
+    hold_out: str = ""  # split of a random quarter of the labelled subjects: test or pretrain
+    no_negatives: bool = False  # the official code takes no volume with negative values from here
 
 
-LONI = (r"/(?P<text>[^/]+)/(?P<session>\d{4}-\d\d-\d\d)_[\d_.]+/[IS]\d+/([^/]+/)?[^/]+$")
-
-OASIS = (r"(?P<subject>OAS[34]\d{4})_MR_(?P<session>d\d{4})/(scans/)?(?P<text>[^/]+)/(.*/)?"
-         r"([^/]*_)?(?P<suffix>[A-Za-z0-9]+)$")
-
-WMH = r"(training|(?P<test>test))/(?P<site>Utrecht|Singapore|Amsterdam/[^/]+)/(?P<subject>\d+)/"
-
-BIDS = r"(?P<subject>sub-[A-Za-z0-9+]+)/((?P<session>ses-[A-Za-z0-9+]+)/)?"
-
-LABEL_NAMES = ("lesion", "mask", "msk", "seg", "dseg", "label", "roi")  # how label maps end, after _
-
-MSSEG = r"(?P<site>((?P<test>[Tt]esting)/)?Center_\d\d)/(?P<subject>Patient_\d\d)/"
-
-SOURCES = {
-    "adni": Source(r"(^|/)(?P<subject>\d{3}_S_\d{4})" + LONI, rule=True),
-    "oasis3": Source(OASIS, rule=True),
-    "oasis4": Source(OASIS, rule=True),
-    "ppmi": Source(r"(^|/)(?P<subject>\d{4,6})" + LONI, rule=True),
-    # 1,251 -> 938 to train on and 313 to test; the text's "20 %" would be 251.
-    "brats21": Source(r"(?P<subject>BraTS2021_\d{5})/(?P=subject)_(?P<suffix>flair|t1|t1ce|t2)$",
-                      r"(?P<subject>BraTS2021_\d{5})_seg$", hold_out="test"),
-    # 250 -> 187, 20 of them to train on, 167 to evaluate; the 63 set aside are pretrained on all
-    # the same.
-    "isles22": Source(r"(?P<subject>sub-[^/]+)/(?P<session>ses-[^/]+)/((anat|dwi)/)?[^/]+_"
-                      r"(?P<suffix>FLAIR|flair|dwi|adc)$",
-                      r"(?P<subject>sub-[^/]+)/(?P<session>ses-[^/]+)/[^/]+_msk$", hold_out="pretrain"),
-    "wmh": Source(WMH + "pre/(?P<suffix>FLAIR|T1)$", WMH + "wmh$"),
-    # Numbers of patients start again in Testing, so that its centres go by another name.
-    "msseg1": Source(MSSEG + r"Preprocessed_Data/(?P<suffix>FLAIR|T1|T2|DP|GADO)_preprocessed$",
-                     MSSEG + "Masks/Consensus$"),
-    # Table 1 says "train", but its 266 are imagesTs.
-    "msd": Source(r"(imagesTs|(?P<test>imagesTr))/(?P<subject>BRATS_\d{3})$",
-                  r"labelsTr/(?P<subject>BRATS_\d{3})$", volumes=("FLAIR", "T1", "T1ce", "T2")),
-    "fomo60k": Source(r"(?P<subject>sub_[^/]+)/(?P<session>ses_[^/]+)/(?P<text>[^/]+)$"),
-    "bids": Source(rf"{BIDS}((anat|dwi|swi|perf)/)?(?P=subject)(_[a-z]+-[A-Za-z0-9+]+)*"
-                   r"_(?P<suffix>[A-Za-z0-9]+)$",
-                   rf"{BIDS}([^/]+/)?(?P=subject)[^/]*"
-                   rf"_(?i:{'|'.join(LABEL_NAMES)}|lesion[A-Za-z0-9+-]*)$"),
-    "nnunet": Source(r"(imagesTr|(?P<test>imagesTs))/(?P<subject>[^/]+)_(?P<suffix>\d{4})$",
-                     r"labels(Tr|Ts)/(?P<subject>[^/]+)$"),
-}
-
-SUFFIXES = {"t1": "T1", "t1w": "T1", "t2": "T2", "t2w": "T2", "flair": "FLAIR", "t1ce": "T1ce", "t1c": "T1ce",
-            "gado": "T1ce", "pdw": "PD", "dp": "PD", "t2star": "T2star", "t2starw": "T2star", "t2s": "T2star",
-            "gre": "T2star", "swi": "SWI", "minip": "SWI", "dwi": "DWI", "adc": "ADC", "angio": "TOF"}
-
-# Series names as scanners write them: the first match wins; "-" in front of what is no volume of
-# the brain. What matches nothing is taken: training ignores the name, but a scan that is left out
-# is lost.
-SERIES = (
-    ("-derivative", r"_derivatives_"), ("-localizer", r"localiz|scout|survey|_3_?pl(ane)?_|_loc_"),
-    ("-calibration", r"calib|_cal_|_field|b[01]_?map|phase_?(map|diff)|magnitude|shim"),
-    ("-fMRI", r"fmri|bold|_rs_?mri|rest(ing)?_|_func|_task_"), ("-perfusion", r"asl_|perf|cbf|moco|_dsc_"),
-    ("-PET", r"_pet\d*_|fdg|amyloid|av45|av1451|_pib_|datscan"), ("-derived map", r"_(col)?fa_|tensor"),
-    ("-mask", r"_masks?_|_seg(mentation)?_|_labels?_|harp"), ("-magnetisation transfer", r"_mt_|_nm_|_nmmt_"),
-    ("FLAIR", r"flair|dark_fluid"), ("ADC", r"_adc_"), ("DWI", r"dwi|dti|diff|trace|_dw_|_dt_"),
-    ("-EPI", r"_epi_"), ("SWI", r"swi|swan|min_?ip"), ("T1ce", r"t1ce|t1gd|gado|_t1c_"),
-    ("T1", r"t1|mp_?rage|spgr|bravo|mpr_|_tfe"), ("T2star", r"star|gre_|t2s_|hemo"),
-    ("T2", r"t2|tse|fse|space|ciss|cube"), ("TOF", r"_tof|angio|_mra_"), ("PD", r"_pd|proton"), ("other", ""))
+GROUPS = ("subject", "session", "site", "suffix", "text", "channel", "test")
+# How label maps end in BIDS, after _; configs/sources/bids.yaml has the same.
+LABEL_NAMES = ("lesion", "mask", "msk", "seg", "dseg", "label", "roi")
 
 
 class Identity(NamedTuple):
-    """What a path says of its file. skip: why it is no volume to prepare ("label" if it is a label
-    map), or ""."""
+    """What a path says of its file."""
     subject: str = ""
     session: str = "1"
     sequences: tuple[str, ...] = ()
     test: bool = False
-    skip: str = ""
+    skip: str = ""  # why it is no volume to prepare, "label" if it is a label map; or ""
 
 
 class Scan(NamedTuple):
-    """One volume to prepare."""
+    """One volume to prepare; paths are below the input."""
     path: str
     subject: str
     session: str
@@ -106,24 +78,8 @@ class Scan(NamedTuple):
     elsewhere: str = ""  # path of its session's label map, which is on another grid
 
 
-# What a name says of a label map. A mask of the head is none, unless the name speaks of a lesion.
-LESION = re.compile("lesion|wmh|tumou?r|stroke|infarct|plaque", re.IGNORECASE)
-
-HEAD = re.compile(r"(?<![a-z])(bet|brain|head|skull)(?![a-z])|(brain|head|skull)_?mask",
-                  re.IGNORECASE)
-
-LIKE_LABEL = re.compile("lesion|seg|mask|wmh|tumou?r", re.IGNORECASE)
-
+HIDDEN = (".", "_", "0AS_data_files")  # how folders and files begin that no source means
 NO_VALUE = ("", "na", "n/a", "nan", "none", "null")  # cells of a manifest, in lower case
-
-# How a file ends that can be read. An .img goes with its .hdr.
-ENDING = re.compile(r"\.(nii|mgh|hdr)(\.gz)?$|\.mgz$", re.IGNORECASE)
-
-
-def readable(text):
-    """A name whose bytes are no UTF-8, which os.walk hands over in surrogates: its bytes read as
-    Latin-1."""
-    return re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xDC00), text)
 
 
 def say(text):
@@ -136,47 +92,119 @@ def note(findings, kind, path, number=0):
     findings.setdefault(kind, {})[path] = number
 
 
-def own_name(path, subject):
-    """The last part of a path without its subject."""
-    return os.path.basename(path).replace(subject, "")
+def name_of(source):
+    """What the index calls a source: its name, or that of its .yaml file."""
+    return os.path.splitext(os.path.basename(source))[0]
 
 
-def classify(text):
-    """Free text of a series -> its sequence, or "-" and the reason it is none; see SERIES."""
-    words = f"_{re.sub('[^a-z0-9]+', '_', text.lower().replace('t2*', 't2_star'))}_"
-    return next(name for name, pattern in SERIES if re.search(pattern, words))
+@functools.cache
+def read_layout(source):
+    """The Layout of a source, by its name or by the path of a .yaml file. Raises UserError."""
+    own_file = source.endswith((".yaml", ".yml"))
+    path = source if own_file else f"{CONFIGS}/sources/{source}.yaml"
+    if not own_file and source not in SOURCES:
+        known = (*SOURCES, "manifest")
+        near = difflib.get_close_matches(source, known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"unknown source {source!r}: {hint}choose from {', '.join(known)}, or give "
+                        "the path of a .yaml file with your own layout")
+
+    layout = Layout(**config.read_yaml(Layout, path))
+    check_layout(layout, path)
+
+    # What all sources share comes after what the layout says itself. Capitals do not count.
+    common = config.read_yaml(Layout, f"{CONFIGS}/series.yaml")
+    own = {str(suffix).lower(): str(name) for suffix, name in layout.suffixes.items()}
+    return dataclasses.replace(layout, suffixes=common["suffixes"] | own,
+                               series=layout.series + common["series"])
+
+
+def check_layout(layout, path):
+    """UserError for a layout that cannot be followed."""
+    for row in layout.series:
+        keys = {key for key, text in row.items() if isinstance(text, str)}
+        if keys != row.keys() or keys not in ({"pattern", "sequence"}, {"pattern", "skip"}):
+            raise UserError(f"{path}: {row} in series needs pattern, and sequence or skip")
+        groups_of(row["pattern"], path)
+
+    # Who was scanned must be known, of volumes and of label maps.
+    groups = groups_of(layout.pattern, path)
+    label_groups = groups_of(layout.label, path) if layout.label else {"subject"}
+    if unknown := (groups | label_groups) - set(GROUPS):
+        raise UserError(f"{path}: unknown group {min(unknown)!r}; choose from {', '.join(GROUPS)}")
+    if "subject" not in groups & label_groups:
+        raise UserError(f"{path}: pattern and label need a group subject, as (?P<subject>P[0-9]+)")
+
+    # So must be the sequences, and the split.
+    if not layout.volumes and not groups & {"suffix", "text", "channel"}:
+        raise UserError(f"{path}: pattern needs a group suffix or text, as (?P<suffix>flair|t1)")
+    if layout.hold_out not in ("", "pretrain", "test"):
+        raise UserError(f"{path}: hold_out {layout.hold_out!r}: choose test or pretrain")
+
+
+def groups_of(pattern, path):
+    """The names of the groups in a pattern of the file `path`. UserError if it does not compile."""
+    try:
+        return set(re.compile(pattern, re.VERBOSE).groupindex)
+    except re.error as error:
+        raise UserError(f"{path}: {pattern} is no regular expression: {error}") from None
 
 
 def identify(source, path):
     """Path of a NIfTI file below the input of a source -> Identity."""
-    row, stem = SOURCES[source], ENDING.sub("", path)
-    if any(part.startswith((".", "_", "0AS_data_files")) for part in path.split("/")):
+    layout = read_layout(source)
+    if any(part.startswith(HIDDEN) for part in path.split("/")):
         return Identity(skip="hidden")
-    label = re.search(row.label, stem) if row.label else None
-    match = label or re.search(row.pattern, stem)
-    if not match:
-        reason = classify(path)
-        return Identity(skip=reason[1:] if reason[0] == "-" else "name not of this source")
-    groups = match.groupdict()
-    site = (groups.get("site") or "").replace("/", "-").replace(" ", "").rstrip(".")
-    who = Identity("_".join(filter(None, (site, groups["subject"]))), groups.get("session") or "1",
-                   test=bool(groups.get("test")))
+
+    # A label map may fit the pattern of volumes, too, so that its own is asked first.
+    stem = ENDING.sub("", path)
+    label = re.search(layout.label, stem, re.VERBOSE) if layout.label else None
+    match = label or re.search(layout.pattern, stem, re.VERBOSE)
+    if not match or not match["subject"]:
+        return Identity(skip=classify(path, layout.series).skip or "name not of this source")
+
+    # Who was scanned, and when.
+    groups = match.groupdict("")
+    site = groups.get("site", "").replace("/", "-").replace(" ", "").rstrip(".")
+    subject = f"{site}_{groups['subject']}" if site else groups["subject"]
+    who = Identity(subject, groups.get("session") or "1", test=bool(groups.get("test")))
+
     if label:
-        rest = re.sub(r"ses-[A-Za-z0-9+]+", "", own_name(stem, groups["subject"]))
-        head = HEAD.search(rest) and not LESION.search(rest)
-        return who._replace(skip="mask of the head" if head else "label")
-    suffix, text = groups.get("suffix") or "", groups.get("text")
-    if row.volumes or source == "nnunet":
-        return who._replace(sequences=row.volumes or (suffix,))
-    sequence = SUFFIXES.get((suffix or text).lower())
-    if "_ce-" in stem and sequence == "T1":
+        is_mask = names.is_mask_of_the_head(stem, groups["subject"])
+        return who._replace(skip="mask of the head" if is_mask else "label")
+
+    # The layout may know what a file holds.
+    if layout.volumes:
+        return who._replace(sequences=layout.volumes)
+    if "channel" in groups:
+        return who._replace(sequences=(groups["channel"],))
+
+    series = series_of(layout, groups, stem)
+    if series.skip:
+        return who._replace(skip=series.skip)
+    return who._replace(sequences=(series.sequence,))
+
+
+def series_of(layout, groups, stem):
+    """The Series of a volume, by its suffix, or else by its free text."""
+    if "derivatives" in os.path.dirname(stem).split("/"):
+        return Series(skip="derivative")
+
+    # A word that is known decides.
+    suffix = groups.get("suffix", "")
+    text = groups.get("text", "")
+    sequence = layout.suffixes.get((suffix or text).lower(), "")
+    if sequence == "T1" and "_ce-" in stem:  # BIDS: a contrast agent was given
         sequence = "T1ce"
-    if text and not sequence:
-        sequence = classify(f"{text}_{os.path.basename(stem)}" if suffix else text)
-    reason = "-derivative" if "derivatives" in path.split("/") else sequence or classify(suffix)
-    if reason[0] == "-":
-        return who._replace(skip=reason[1:])
-    return who._replace(sequences=(sequence,)) if sequence else who._replace(skip=f"suffix {suffix}")
+    if sequence:
+        return Series(sequence)
+
+    # Free text is always some sequence; a suffix that nobody knows is not.
+    if not text:
+        return Series(skip=classify(suffix, layout.series).skip or f"suffix {suffix}")
+    if suffix:
+        text = f"{text}_{os.path.basename(stem)}"
+    return classify(text, layout.series)
 
 
 def find_nifti_files(folder):
@@ -191,9 +219,10 @@ def find_nifti_files(folder):
             if ENDING.search(name):
                 found += 1
                 yield os.path.relpath(os.path.join(top, name), folder)
+
     if not found:
-        raise UserError(f"no .nii or .nii.gz file under {folder}" + (
-            f", but {dicom} of DICOM: run dcm2niix first" if dicom else "; for DICOM, run dcm2niix first"))
+        hint = f", but {dicom} of DICOM:" if dicom else "; for DICOM,"
+        raise UserError(f"no .nii or .nii.gz file under {folder}{hint} run dcm2niix first")
     if dicom:
         say(f"{dicom} DICOM files are not read: run dcm2niix on those without a NIfTI beside them")
 
@@ -201,159 +230,97 @@ def find_nifti_files(folder):
 def find_scans(source, folder, dry_run=False):
     """Walk a folder -> (a list of the Scans of each session, {reason: number of files skipped},
     findings)."""
-    row = SOURCES[source]
-    sessions, labels, skipped, findings = {}, {}, Counter(), {}
-    for path in find_nifti_files(folder):
-        who = identify(source, path)
-        key = readable(who.subject), readable(who.session)
+    layout = read_layout(source)
+    sessions, labels, skipped, like_labels = sort_files(source, folder, dry_run)
+    labels = names.labels_by_session(labels, sessions)
 
-        if who.skip:
-            skipped[who.skip] += 1
-            if dry_run:
-                say(f"skip {path}: {who.skip}")
-            if who.skip == "label":
-                labels.setdefault(key, []).append(path)
-            elif row.label and who.skip != "hidden" and is_like_label(path, who.skip):
-                note(findings, "like label", path)
+    # A file that only sounds like a label map matters where a session has none.
+    findings = {}
+    if not sessions.keys() <= labels.keys():
+        for path in like_labels:
+            note(findings, "like label", path)
 
-        for channel, sequence in enumerate(who.sequences):
-            scan = Scan(path, *key, readable(sequence), "", "test" if who.test else "",
-                        channel if row.volumes else None)
-            sessions.setdefault(key, []).append(scan)
+    # A random quarter of the labelled subjects, rounded up as by sklearn.
+    held_out = set()
+    if layout.hold_out and labels:
+        held_out = set(data.split_subjects([subject for subject, _ in labels], 0.25, 0)[1])
 
-    labels = labels_by_session(labels, sessions)
-    if sessions.keys() <= labels.keys():
-        findings.pop("like label", None)  # nothing is missing
-
-    held = ()
-    if row.hold_out and labels:
-        held = set(data.split_subjects([subject for subject, _ in labels], 0.25, 0)[1])
+    # Where some have a label, the challenge keeps those of the others: these are for testing, too.
+    unlabelled = "test" if held_out and layout.hold_out == "test" else "pretrain"
 
     for key, scans in sessions.items():
-        # Without a label where others have one: those that the challenge holds back are for
-        # testing, too.
-        split = "test" if held and row.hold_out == "test" else "pretrain"
-        if key in labels:
-            split = "train"
-        if key[0] in held:
-            split = row.hold_out
+        split = "train" if key in labels else unlabelled
+        if key[0] in held_out:
+            split = layout.hold_out
         scans = [scan._replace(split=scan.split or split) for scan in scans]
-        sessions[key] = pair_labels(scans, labels.pop(key, []), findings, dry_run)
+        paths = labels.get(key, [])
+        sessions[key], used = names.pair_labels(scans, paths)
 
-    for paths in labels.values():
-        for path in paths:
+        # Label maps that no scan took.
+        why = f"{min(used)} is the label map of its session" if used else "it fits no scan"
+        for path in sorted(set(paths) - used):
+            note(findings, "unused" if used else "orphan", path)
+            if dry_run:
+                say(f"{path} is not used: {why}")
+
+    for key in labels.keys() - sessions.keys():
+        for path in labels[key]:
             note(findings, "orphan", path)
     return [sessions[key] for key in sorted(sessions)], skipped, findings
 
 
-def is_like_label(path, reason):
-    """Does the name of a skipped file sound like a label map's? A mask of the head does not, but a
-    segmentation that is called the head's may be meant for one."""
-    name = os.path.basename(path)
-    if reason == "mask of the head" and re.search(r"(mask|msk|bet)$", ENDING.sub("", name), re.IGNORECASE):
-        return False
-    return bool(LIKE_LABEL.search(name))
+def sort_files(source, folder, dry_run):
+    """Walk a folder -> ({(subject, session): Scans}, {(subject, session): paths of label maps},
+    {reason: number of files skipped}, paths of skipped files that sound like label maps)."""
+    layout = read_layout(source)
+    sessions, labels = {}, {}
+    skipped, like_labels = Counter(), []
+    for path in find_nifti_files(folder):
+        identity = identify(source, path)
+        key = readable(identity.subject), readable(identity.session)
 
+        if reason := identity.skip:
+            skipped[reason] += 1
+            if dry_run:
+                say(f"skip {path}: {reason}")
+            if reason == "label":
+                labels.setdefault(key, []).append(path)
+            elif layout.label and reason != "hidden" and names.is_like_label(path, reason):
+                like_labels.append(path)
 
-def labels_by_session(labels, sessions):
-    """{(subject, session): label maps}: where only one of the two trees names sessions, a subject's
-    label maps belong to its only session."""
-    by_subject = {}
-    for subject, session in sessions:
-        by_subject.setdefault(subject, []).append(session)
-
-    placed = {}
-    for (subject, session), paths in labels.items():
-        key, own = (subject, session), by_subject.get(subject, ())
-        if len(own) == 1 and "1" in (session, own[0]):
-            key = subject, own[0]
-        placed.setdefault(key, []).extend(paths)
-    return placed
-
-
-def entities(path):
-    """{"run": "1", "acq": "sag", ...} of a BIDS name, but for what only says how it was made; and
-    its words without a key."""
-    name = ENDING.sub("", os.path.basename(path))
-    pairs = re.findall(r"(?<![^_])([a-z]+)-([A-Za-z0-9+]+)", name)
-    keys = {key: value.lstrip("0") for key, value in pairs if key not in ("desc", "label")}
-    return keys, {word.lower() for word in name.split("_") if "-" not in word}
-
-
-def keep_best(paths, points):
-    """Those of `paths` with the most points."""
-    most = max(map(points, paths), default=0)
-    return [path for path in paths if points(path) == most]
-
-
-def label_candidates(scan, paths):
-    """Which of a session's label maps could be a scan's: one, none, or several that nothing tells
-    apart.
-
-    A label map whose entities (run, acq, echo, ...) contradict the scan's is another scan's. Of the
-    others, those that are named a lesion's win, then those that share most entities, then those
-    that name the scan's sequence."""
-    ours, words = entities(scan.path)
-    fitting = []
-    for path in paths:
-        theirs, _ = entities(path)
-        if all(theirs.get(key, value) == value for key, value in ours.items()):
-            fitting.append(path)
-
-    # A subject may be called sub-stroke01: that says nothing of a file.
-    fitting = keep_best(fitting, lambda path: bool(LESION.search(own_name(path, scan.subject))))
-    fitting = keep_best(fitting, lambda path: len(ours.items() & entities(path)[0].items()))
-    return keep_best(fitting, lambda path: len(words & entities(path)[1]))
-
-
-def pair_labels(scans, paths, findings, dry_run=False):
-    """The scans of one session, each with its label map of `paths`, or with a fault that names
-    several."""
-    # Where one label map of a session is named a lesion's, the others are of tissues: never labels.
-    lesions = [path for path in paths if LESION.search(own_name(path, scans[0].subject))]
-    paired, used = [], set()
-    for scan in scans:
-        candidates = label_candidates(scan, lesions or paths)
-        used.update(candidates)
-        if len(candidates) > 1:
-            names = ", ".join(candidates)
-            scan = scan._replace(fault=f"several label maps could be its own: {names}")
-        elif candidates:
-            scan = scan._replace(label=candidates[0])
-        paired.append(scan)
-
-    for path in sorted(set(paths) - used):
-        note(findings, "unused" if used else "orphan", path)
-        if dry_run:
-            better = f"{min(used)} is the label map of its session" if used else "it fits no scan"
-            say(f"{path} is not used: {better}")
-    return paired
+        # The folder may say the split; otherwise it is settled when all are known.
+        split = "test" if identity.test else ""
+        for number, sequence in enumerate(identity.sequences):
+            channel = number if layout.volumes else None
+            scan = Scan(path, *key, readable(sequence), "", split, channel)
+            sessions.setdefault(key, []).append(scan)
+    return sessions, labels, skipped, like_labels
 
 
 def read_manifest(path):
-    """csv with the columns path, subject, session, sequence and optionally label, split -> like
-    find_scans. A delimiter of , ; tab or | is found; capitals and blanks are forgiven."""
+    """csv with the columns path, subject, session, sequence[,label][,split] -> like find_scans. Its
+    delimiter is one of , ; tab and |. Capitals and blanks are forgiven."""
     table = read_table(path)
     header = [column.lower() for column in table[0]]
     sessions, skipped, seen = {}, Counter(), {}
     for number, cells in enumerate(table[1:], start=2):
+        where = f"{path}, row {number}"
         if all(cell.lower() in NO_VALUE for cell in cells):
             continue
         if any(cells[len(header):]):
-            raise UserError(f"{path}, row {number}: {len(cells)} cells, but {len(header)} columns: "
-                            "a name with the delimiter in it needs quotes")
+            raise UserError(f"{where}: {len(cells)} cells, but {len(header)} columns: a name with "
+                            "the delimiter in it needs quotes")
 
-        row = dict.fromkeys(("label", "split"), "") | dict.fromkeys(header, "")
+        # A short row, and a column that is not there, are empty.
+        row = dict.fromkeys(("label", "split", *header), "")
         row |= dict(zip(header, cells, strict=False))
-        for column in ("path", "subject"):
-            if not row[column]:
-                raise UserError(f"{path}, row {number}: no {column}")
-        scan = scan_of_row(row, f"{path}, row {number}", os.path.dirname(path))
+        scan = scan_of_row(row, where, os.path.dirname(path))
 
+        # A scan may be listed twice, if both rows say the same.
         first = seen.setdefault((scan.path, scan.subject, scan.session, scan.sequence), scan)
         if first != scan:
-            raise UserError(f"{path}, row {number}: {row['path']} is listed twice, with different "
-                            "labels or splits")
+            raise UserError(f"{where}: {row['path']} is listed twice, with different labels or "
+                            "splits")
         if first is not scan:
             skipped["listed twice"] += 1
         else:
@@ -365,8 +332,13 @@ def read_manifest(path):
 
 
 def scan_of_row(row, where, root):
-    """{column: cell} -> Scan. In a table that is no UTF-8, a path is the bytes of a file's name, or
-    else the letters that they stand for in Latin-1."""
+    """{column: cell} -> Scan."""
+    for column in ("path", "subject"):
+        if not row[column]:
+            raise UserError(f"{where}: no {column}")
+
+    # In a table that is no UTF-8, a path is the bytes of a file's name, or else the letters that
+    # they stand for in Latin-1.
     paths = []
     for cell in (row["path"], row["label"]):
         cell = "" if cell.lower() in NO_VALUE else cell
@@ -385,17 +357,16 @@ def scan_of_row(row, where, root):
 
 
 def read_table(path):
-    """The rows of a manifest, cells stripped; the first has the columns. UserError naming what it
-    found.
-
-    What no UTF-8 is comes back in surrogates, as the names of files do. A spreadsheet may write
-    UTF-16."""
+    """The rows of a manifest, cells stripped; the first has the columns. Raises UserError."""
     try:
         with open(path, "rb") as file:
             content = file.read()
+
+        # A spreadsheet may write UTF-16, and begin with "sep=;". What is no UTF-8 comes back in
+        # surrogates, as the names of files do.
         encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         text = content.decode(encoding, "surrogateescape")
-        text = re.sub(r"\A\s*(sep=.\s*\n)?\s*", "", text)  # Excel may begin with "sep=;"
+        text = re.sub(r"\A\s*(sep=.\s*\n)?\s*", "", text)
 
         tables = []
         for delimiter in ",;\t|":
@@ -403,9 +374,9 @@ def read_table(path):
             rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
             tables.append([[cell.strip() for cell in cells] for cells in rows])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the manifest {path}: {reason}") from None
+        raise UserError(f"cannot read the manifest {path}: {config.reason(error)}") from None
 
+    # The delimiter is the one that finds the columns.
     needed = {"path", "subject", "session", "sequence"}
     for table in tables:
         if table and needed <= {column.lower() for column in table[0]}:
@@ -425,17 +396,25 @@ def read_dataset(root):
         channels = {int(key): str(value) for key, value in channels.items()}
         labels = dict(known["labels"])
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"cannot read {path} (channel_names and labels of nnU-Net): {error!r}") from None
+        raise UserError(f"cannot read {path} (channel_names and labels of nnU-Net): "
+                        f"{error!r}") from None
+
+    # Channels of one name are told apart by their numbers.
     if len(set(channels.values())) < len(channels):
         channels = {key: f"{key}-{value}" for key, value in channels.items()}
-    if all(str(key).isdigit() for key in labels):  # version 1: {"0": "background"}; version 2 the other way
-        labels = {value: int(key) for key, value in labels.items()}
+
+    # Version 1 writes {"0": "background"}; version 2 the other way round, and a region as a list.
+    if all(str(key).isdigit() for key in labels):
+        labels = {name: int(value) for value, name in labels.items()}
     ignore = [labels.pop("ignore")] if "ignore" in labels else []
-    regions = {key: value for key, value in labels.items() if isinstance(value, list)}
-    names = {value: key for key, value in labels.items() if isinstance(value, int)}
-    values = sorted({0, *names, *(v for region in regions.values() for v in region)})
+    regions = {name: value for name, value in labels.items() if isinstance(value, list)}
+    class_names = {value: name for name, value in labels.items() if isinstance(value, int)}
+
+    # Classes count from 0 in the order of the values, where 0 is always one.
+    values = {0, *class_names}.union(*regions.values())
+    classes = {value: number for number, value in enumerate(sorted(values))}
+    names_in_order = [class_names.get(value, f"label {value}") for value in classes]
     task = {"sequences": [channels[key] for key in sorted(channels)], "ignore": ignore,
-            "classes": [names.get(v, f"label {v}") for v in values],
-            "labels": {v: i for i, v in enumerate(values)},
-            "regions": {key: [values.index(v) for v in region] for key, region in regions.items()}}
+            "classes": names_in_order, "labels": classes,
+            "regions": {name: [classes[v] for v in region] for name, region in regions.items()}}
     return {f"{key:04}": sequence for key, sequence in channels.items()}, task

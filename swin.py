@@ -2,16 +2,14 @@
 
 import math
 from collections import OrderedDict
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import augment
-import data
 import resample
-import training
 from config import UserError
 
 WINDOW = 7  # tokens a side
@@ -20,11 +18,15 @@ WINDOW = 7  # tokens a side
 MERGE = {
     "fixed": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1),
               (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)),
-    # As MONAI had it up to 1.4, so in the weights of [23] and in the paper's run: two sub-lattices
-    # twice, two not at all.
+    # MONAI up to 1.4, so the weights of [23] and the paper's run: two twice, two not at all.
     "legacy": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1),
                (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)),
 }
+
+
+def under(name, module):
+    """The module under one more name, as MONAI has it: `conv1.conv.weight`."""
+    return nn.Sequential(OrderedDict([(name, module)]))
 
 
 # --------------------------------------------------------------------------------- the transformer
@@ -58,28 +60,23 @@ class WindowAttention(nn.Module):
 
     def mix(self, q, k, v, mask):
         """The mean of v, weighted by the softmax of the scores: (windows, heads, n, channels)."""
-        return attention(q, k, v, self.pair_bias(q.shape[2], mask).to(q.dtype))
+        bias = self.pair_bias(q.shape[2], mask).to(q.dtype)
+        if mask is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+        # The bias differs between the windows of a sample. Sample by sample, it is not repeated.
+        windows = len(mask)
+        samples = zip(q.split(windows), k.split(windows), v.split(windows), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*sample, attn_mask=bias)
+                          for sample in samples])
 
     def pair_bias(self, n, mask):
-        """What is added to the scores: (1, heads, n, n), or with a mask one for each window of a
-        sample."""
+        """What is added to the scores: (1, heads, n, n), or with a mask (its windows, heads, n, n)."""
         # A window under 7^3 takes the corner of the index of 7^3, as in MONAI, though its tokens
         # lie otherwise.
         index = self.relative_position_index[:n, :n]
         bias = self.relative_position_bias_table[index].permute(2, 0, 1)[None]
         return bias if mask is None else bias + mask[:, None]
-
-
-def attention(q, k, v, bias):
-    """torch's attention on (windows, heads, n, channels), with a bias from pair_bias."""
-    if len(bias) == 1:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-
-    # The bias differs between the windows of a sample. Sample by sample, it need not be repeated.
-    windows = len(bias)
-    samples = zip(q.split(windows), k.split(windows), v.split(windows), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*sample, attn_mask=bias)
-                      for sample in samples])
 
 
 class SwinBlock(nn.Module):
@@ -143,19 +140,15 @@ def grid_of(x, shape, window):
 
 
 def shift_mask(size, window, shift, device):
-    """(windows, n, n): -100 between tokens that the cyclic shift of a grid of this size brought
-    together from opposite borders, else 0."""
-    # Number the regions that belong together: up to three an axis.
+    """(windows, n, n): -100 between tokens that the cyclic shift brought together from opposite
+    borders of a grid of this size, else 0."""
+    # Number the regions whose tokens belong together. There are three on each axis: what lies
+    # before the last window, the last window's own tokens, and those from the opposite border.
     region = torch.zeros(1, *size, 1, device=device)
-    for axis in range(3):
-        if shift[axis] == 0:
-            continue
-        i = torch.arange(size[axis], device=device)
-        in_last_window = (i >= size[axis] - window[axis]).float()
-        from_other_border = (i >= size[axis] - shift[axis]).float()
-        along_axis = [1] * 5
-        along_axis[axis + 1] = -1
-        region = 3 * region + (in_last_window + from_other_border).view(along_axis)
+    for axis, side in enumerate(size):
+        i = torch.arange(side, device=device)
+        label = (i >= side - window[axis]).float() + (i >= side - shift[axis]).float()
+        region = 3 * region + label.view(-1, *[1] * (3 - axis))
 
     region = windows_of(region, window)
     return -100.0 * (region != region.transpose(1, 2)).float()
@@ -198,7 +191,7 @@ class SwinEncoder(nn.Module):
             raise UserError(f"features {f}: SwinUNETR needs a multiple of 16, the channels of a "
                             "head")
         heads = f // 16  # of the first stage; 16 channels a head at every stage
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv3d(channels, f, 2, 2)))
+        self.patch_embed = under("proj", nn.Conv3d(channels, f, 2, 2))
         self.layers1 = nn.Sequential(SwinStage(f, heads, merge))
         self.layers2 = nn.Sequential(SwinStage(2 * f, 2 * heads, merge))
         self.layers3 = nn.Sequential(SwinStage(4 * f, 4 * heads, merge))
@@ -213,24 +206,18 @@ class SwinEncoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------ the networks
-def named_conv(channels_in, channels_out, kernel):
-    """A convolution under MONAI's extra level of names: conv1.conv.weight."""
-    conv = nn.Conv3d(channels_in, channels_out, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(OrderedDict(conv=conv))
-
-
 class ResidualBlock(nn.Module):
     """Two 3^3 convolutions with instance norm and leaky ReLU, and a shortcut around them."""
 
     def __init__(self, channels_in, channels_out):
         super().__init__()
-        self.conv1 = named_conv(channels_in, channels_out, 3)
-        self.conv2 = named_conv(channels_out, channels_out, 3)
+        self.conv1 = under("conv", nn.Conv3d(channels_in, channels_out, 3, padding=1, bias=False))
+        self.conv2 = under("conv", nn.Conv3d(channels_out, channels_out, 3, padding=1, bias=False))
         self.norm = nn.InstanceNorm3d(channels_out)  # without parameters, so one serves all
         self.act = nn.LeakyReLU(0.01)
         self.conv3 = None
         if channels_in != channels_out:
-            self.conv3 = named_conv(channels_in, channels_out, 1)
+            self.conv3 = under("conv", nn.Conv3d(channels_in, channels_out, 1, bias=False))
 
     def forward(self, x):
         y = self.act(self.norm(self.conv1(x)))
@@ -248,15 +235,11 @@ class SwinUpBlock(nn.Module):
     def __init__(self, channels_in, channels_out):
         super().__init__()
         up = nn.ConvTranspose3d(channels_in, channels_out, 2, 2, bias=False)
-        self.transp_conv = nn.Sequential(OrderedDict(conv=up))
+        self.transp_conv = under("conv", up)
         self.conv_block = ResidualBlock(2 * channels_out, channels_out)
 
     def forward(self, x, skip):
         return self.conv_block(torch.cat([self.transp_conv(x), skip], 1))
-
-
-def skip_block(channels_in, channels_out):
-    return nn.Sequential(OrderedDict(layer=ResidualBlock(channels_in, channels_out)))
 
 
 class SwinUNETR(nn.Module):
@@ -271,18 +254,17 @@ class SwinUNETR(nn.Module):
     def __init__(self, channels_in, channels_out, f, merge):
         super().__init__()
         self.swinViT = SwinEncoder(channels_in, f, merge)
-        self.encoder1 = skip_block(channels_in, f)
-        self.encoder2 = skip_block(f, f)
-        self.encoder3 = skip_block(2 * f, 2 * f)
-        self.encoder4 = skip_block(4 * f, 4 * f)
-        self.encoder10 = skip_block(16 * f, 16 * f)
+        self.encoder1 = under("layer", ResidualBlock(channels_in, f))
+        self.encoder2 = under("layer", ResidualBlock(f, f))
+        self.encoder3 = under("layer", ResidualBlock(2 * f, 2 * f))
+        self.encoder4 = under("layer", ResidualBlock(4 * f, 4 * f))
+        self.encoder10 = under("layer", ResidualBlock(16 * f, 16 * f))
         self.decoder5 = SwinUpBlock(16 * f, 8 * f)
         self.decoder4 = SwinUpBlock(8 * f, 4 * f)
         self.decoder3 = SwinUpBlock(4 * f, 2 * f)
         self.decoder2 = SwinUpBlock(2 * f, f)
         self.decoder1 = SwinUpBlock(f, f)
-        conv = nn.Sequential(OrderedDict(conv=nn.Conv3d(f, channels_out, 1)))
-        self.out = nn.Sequential(OrderedDict(conv=conv))
+        self.out = under("conv", under("conv", nn.Conv3d(f, channels_out, 1)))
 
     def forward(self, x):
         check_multiple(x, self.size_multiple)
@@ -311,9 +293,8 @@ class SwinHeads(nn.Module):
 
         # Doubles the side five times, from s/32 to s.
         layers = []
-        widths = (16 * f, 8 * f, 4 * f, 2 * f, f, f)
-        for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Conv3d(width_in, width_out, 3, padding=1), nn.InstanceNorm3d(width_out),
+        for wide, narrow in ((16 * f, 8 * f), (8 * f, 4 * f), (4 * f, 2 * f), (2 * f, f), (f, f)):
+            layers += [nn.Conv3d(wide, narrow, 3, padding=1), nn.InstanceNorm3d(narrow),
                        nn.LeakyReLU(0.01), nn.Upsample(scale_factor=2, mode="trilinear")]
         self.conv = nn.Sequential(*layers, nn.Conv3d(f, channels, 1))
 
@@ -351,19 +332,21 @@ def check_multiple(x, multiple):
         raise UserError(f"input {tuple(x.shape[2:])}: choose multiples of {multiple}")
 
 
-def cut_boxes(rng, shape, share):
-    """Boxes until their volumes sum to U(0, share) of the patch: [(slices)]. A side is 5 to 25 % of the
-    patch's, cut at its border. So the paper's "mask ratio 0.3" hides 14 % on average."""
-    target, volume, boxes = rng.uniform(0, share) * math.prod(shape), 0, []
-    while volume < target:
-        box = []
-        for n in shape:
-            start = int(rng.integers(0, n - int(0.05 * n)))
-            extent = int(rng.integers(int(0.05 * n), int(0.25 * n)))
-            box.append(slice(start, min(n, start + extent)))
-        boxes.append(tuple(box))
-        volume += math.prod(part.stop - part.start for part in box)
-    return boxes
+# -------------------------------------------------------------------------------- the pretraining of [23]
+class Views(NamedTuple):
+    image: torch.Tensor  # (2B, C, D, H, W): what the network sees, the second views after the first
+    target: torch.Tensor  # (2B, C, D, H, W): the same, not cut
+    turns: torch.Tensor  # (2B,): by how many quarter turns each is rotated, 0 to 3
+
+
+def make_views(patches, seeds, share):
+    """Two views of each patch of a batch (B, C, D, H, W); see swin_view.
+
+    seeds: for each of the two views, one seed a sample.
+    """
+    first, second = (swin_view(patches, view_seeds, share) for view_seeds in seeds)
+    rotated, cut, turns = (torch.cat(pair) for pair in zip(first, second, strict=True))
+    return Views(cut, rotated, turns)
 
 
 def swin_view(target, seeds, share):
@@ -371,21 +354,49 @@ def swin_view(target, seeds, share):
     it filled with noise in [0, 1], and, where another sample of the batch is drawn, boxes of that one pasted.
 
     -> (rotated, cut, k). One seed a sample. A pasted sample that comes earlier in the batch is cut already,
-    as in [23], whose loop works in place."""
+    as in [23], whose loop works in place.
+    """
     rngs = [np.random.default_rng(seed) for seed in seeds]
     turns = [int(rng.integers(4)) for rng in rngs]
     rotated = torch.stack([torch.rot90(x, k, (2, 3)) for x, k in zip(target, turns, strict=True)])
+
     cut = rotated.clone()
-    for i, (x, rng) in enumerate(zip(cut, rngs, strict=True)):
-        generator = torch.Generator(x.device).manual_seed(int(rng.integers(2 ** 62)))
-        for box in cut_boxes(rng, x.shape[1:], share):
-            part = x[(slice(None), *box)]
-            noise = torch.randn(part.shape, generator=generator, device=x.device, dtype=x.dtype)
+    for sample, rng in enumerate(rngs):
+        image = cut[sample]
+
+        # Noise, stretched to [0, 1] within each box.
+        generator = torch.Generator(image.device).manual_seed(int(rng.integers(2 ** 62)))
+        for box in cut_boxes(rng, image.shape[1:], share):
+            part = image[(slice(None), *box)]
+            noise = torch.randn(part.shape, generator=generator, device=part.device, dtype=part.dtype)
             part.copy_((noise - noise.min()) / (noise.max() - noise.min()).clamp(min=1e-12))
-        j = int(rng.integers(len(cut)))
-        for box in cut_boxes(rng, x.shape[1:], share) if j != i else ():
-            x[(slice(None), *box)] = cut[(j, slice(None), *box)]
+
+        # Boxes of another sample. Where the sample itself is drawn, nothing is pasted.
+        other = int(rng.integers(len(cut)))
+        if other == sample:
+            continue
+        for box in cut_boxes(rng, image.shape[1:], share):
+            image[(slice(None), *box)] = cut[(other, slice(None), *box)]
     return rotated, cut, resample.upload(torch.tensor(turns), target.device)
+
+
+def cut_boxes(rng, shape, share):
+    """Boxes until their volumes sum to U(0, share) of the patch: [(slices)].
+
+    A side is 5 to 25 % of the patch's, cut at its border. So the paper's "mask ratio 0.3" hides 14 % on average.
+    """
+    target = rng.uniform(0, share) * math.prod(shape)
+    volume = 0
+    boxes = []
+    while volume < target:
+        box = []
+        for side in shape:
+            start = int(rng.integers(0, side - int(0.05 * side)))
+            extent = int(rng.integers(int(0.05 * side), int(0.25 * side)))
+            box.append(slice(start, min(side, start + extent)))
+        boxes.append(tuple(box))
+        volume += math.prod(part.stop - part.start for part in box)
+    return boxes
 
 
 def contrastive_loss(vectors, temperature=0.5):
@@ -396,18 +407,27 @@ def contrastive_loss(vectors, temperature=0.5):
     return F.cross_entropy(similarity, partner)
 
 
-def swin(cfg, model, batch, device, dtype, logging):
-    """Rotation (which of four), contrast between two views of a sample, L1 reconstruction of the uncut views:
-    the unweighted sum. Paste and contrast are among the samples that a process holds at once, as in [23]."""
-    crops, _ = data.to_device(batch, device)
-    target, _ = augment.spatial(crops, None, batch.draws)
-    target = augment.intensity(target, batch.draws).to(dtype)
-    views = [swin_view(target, [data.derive_seed(seed, view) for seed in batch.mask_seeds], cfg.mask_ratio)
-             for view in range(2)]
-    rotated, cut, turns = (torch.cat(parts) for parts in zip(*views, strict=True))
-    with training.autocast(cfg, device):
-        rotation, vectors, output = model(cut)
-    parts = torch.stack([F.cross_entropy(rotation.to(dtype), turns), contrastive_loss(vectors),
-                         (output.to(dtype) - rotated).abs().mean()])
-    sums = torch.cat([parts.detach(), parts.new_ones(1)]) * len(target) if logging else None
-    return parts.sum(), sums
+def losses(outputs, views):
+    """The three losses of [23], which are summed without weights: (3,).
+
+    Rotation: which of four quarter turns. Contrast: the two views of a sample belong together. L1: the views
+    as they were before they were cut. Paste and contrast are among the samples that a process holds at once,
+    as in [23].
+    """
+    rotation, vectors, reconstruction = outputs
+    target = views.target
+    return torch.stack([F.cross_entropy(rotation.to(target.dtype), views.turns),
+                        contrastive_loss(vectors),
+                        (reconstruction.to(target.dtype) - target).abs().mean()])
+
+
+@torch.no_grad()
+def loss_sums(three, samples):
+    """Sums for the log, to be added over micro-batches and processes: each loss times samples, samples."""
+    return torch.cat([three, three.new_ones(1)]) * samples
+
+
+def losses_from_sums(sums):
+    """loss_sums, added up -> the numbers of a log line."""
+    rotation, contrast, l1 = (sums[:3] / sums[3]).tolist()
+    return {"loss": rotation + contrast + l1, "rotation": rotation, "contrast": contrast, "l1": l1}

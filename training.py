@@ -1,4 +1,4 @@
-"""Processes in step: how they start, agree, stop together; what a run costs; schedule and compilation."""
+"""Processes in step: how they start, agree and stop together; the loop of a run (`Run`); what it costs."""
 
 import contextlib
 import importlib.util
@@ -17,11 +17,121 @@ import typing
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
+import checkpoint
 import config
 from config import UserError
 
+# --precision -> dtype of weights and inputs. bf16 is autocast over float32 weights.
+PRECISIONS = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 
+
+# ---------------------------------------------------------------------------------------- the start
+class Processes(typing.NamedTuple):
+    rank: int
+    world: int  # number of processes
+    device: torch.device
+
+
+def pick_device(device):
+    """auto, cpu or cuda -> torch.device; UserError if that is not to be had."""
+    config.check_choice("device", device, ("auto", "cpu", "cuda"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, but torch sees no GPU; use --device cpu")
+
+    if device != "cpu" and torch.cuda.is_available():
+        # --precision fp32 is float32, in convolutions, too.
+        torch.backends.cudnn.allow_tf32 = False
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def init_processes(device):
+    """Join the process group that torchrun describes, or one of a single process.
+
+    Both run the same code. Control messages travel over gloo on the CPU, gradients over nccl on CUDA.
+    """
+    device = pick_device(device)
+    backend = "gloo"
+    if device.type == "cuda":
+        # One GPU a process: the one with its number on this node.
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        count = torch.cuda.device_count()
+        if local >= count:
+            raise UserError(f"at least {local + 1} processes on this node, but {count} GPUs")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+
+    started_by_torchrun = "RANK" in os.environ
+    if not dist.is_initialized() and started_by_torchrun:
+        dist.init_process_group(backend)
+    elif not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def catch_signals():
+    """SIGTERM and SIGINT (preemption, Ctrl-C) set the returned event; the loop ends after its step."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+# ------------------------------------------------------------------------------- agreeing and stopping
+def any_process(*flags):
+    """Is a flag raised on any process? -> one bool a flag.
+
+    One all-reduce over gloo on the CPU: the device is not waited for.
+    """
+    raised = torch.tensor([bool(flag) for flag in flags], dtype=torch.int32)
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in raised.tolist()]
+
+
+def stop_all(message=""):
+    """If any process brings a message, UserError on all: with the first one on process 0, which prints it."""
+    brought, = any_process(message)
+    if not brought:
+        return
+
+    messages = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    first = next(filter(None, messages))
+    raise UserError(first if dist.get_rank() == 0 else "")
+
+
+@contextlib.contextmanager
+def stop_all_on_error():
+    """For work that may fail on one process alone, such as reading its files: a UserError stops all.
+
+    Without it, the others would wait in their next collective. It is a barrier, too.
+    """
+    message = ""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    stop_all(message)
+
+
+def sum_over_processes(tensor):
+    """Sum of a tensor over all processes, as float64 on the CPU. Sums are reduced, never means."""
+    tensor = tensor.detach().to("cpu", torch.float64, copy=True)
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def check_same(message, *numbers):
+    """UserError with the message unless the numbers are the same on all processes."""
+    own = torch.tensor(numbers, dtype=torch.float64)
+    same = torch.equal(sum_over_processes(own), own * dist.get_world_size())
+    stop_all("" if same else message)
+
+
+# ----------------------------------------------------------------------------------- optimizer and network
 def learning_rate(step, steps, warmup, base):
     """Appendix A: linear warm-up over `warmup` steps from base/1000, then a cosine, 0 at the last step."""
     if step < warmup:
@@ -29,48 +139,23 @@ def learning_rate(step, steps, warmup, base):
     return base * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - 1 - warmup)))
 
 
-class Processes(typing.NamedTuple):
-    rank: int
-    world: int
-    device: torch.device
+def adamw(model, lr, weight_decay, eps, amsgrad):
+    """The optimizer of Appendix A."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, eps=eps,
+                             amsgrad=amsgrad, fused=True)
 
 
-def pick_device(device):
-    """auto, cpu or cuda -> torch.device; UserError if that is not to be had."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device {device!r}: choose auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for, but torch sees no GPU; use --device cpu")
-    if device != "cpu" and torch.cuda.is_available():
-        torch.backends.cudnn.allow_tf32 = False  # --precision fp32 is float32, in convolutions, too
-        return torch.device("cuda")
-    return torch.device("cpu")
-
-
-def init_processes(device):
-    """Join the process group that torchrun describes, or one of a single process: both run the same code.
-
-    Control messages travel over gloo on the CPU, gradients over nccl on CUDA."""
-    device = pick_device(device)
-    cuda = device.type == "cuda"
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if cuda and local >= torch.cuda.device_count():
-        raise UserError(f"at least {local + 1} processes on this node, but {torch.cuda.device_count()} GPUs")
-    if cuda:
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if not dist.is_initialized():
-        if "RANK" in os.environ:  # set by torchrun
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return Processes(dist.get_rank(), dist.get_world_size(), device)
+def autocast(precision, device):
+    """The context of a forward pass: bfloat16 where it is safe for bf16, as it is for fp32 and fp64."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def quicken(model, device):
-    """Give a plain network the quick forms of a device, if their file is there: fast_cpu.py, fast_cuda.py.
-    -> the model. Call it before models.recompute."""
+    """Give a plain network the quick forms of its device, in place -> the model.
+
+    Call it before models.recompute. Without the file of the device, fast_cpu.py or fast_cuda.py, the
+    model stays plain.
+    """
     device = torch.device(device)
     name = f"fast_{device.type}"
     if importlib.util.find_spec(name) is None:
@@ -83,84 +168,23 @@ def quicken(model, device):
 
 
 def convolves_contiguous(row):
-    """Does this row of models.py convolve contiguous volumes on CUDA? Without fast_cuda.py all rows do."""
+    """Does a row of models.py convolve contiguous volumes on CUDA? Without fast_cuda.py all do."""
     if importlib.util.find_spec("fast_cuda") is None:
         return True
     return importlib.import_module("fast_cuda").convolves_contiguous(row)
 
 
-def any_process(*flags):
-    """Is a flag raised on any process? One all-reduce over gloo on the CPU; the device is not waited for."""
-    raised = torch.tensor([bool(flag) for flag in flags], dtype=torch.int32)
-    dist.all_reduce(raised, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in raised.tolist()]
-
-
-def stop_all(message=""):
-    """If any process brings a message, UserError on all: with the first one on process 0, which prints it."""
-    if any_process(message)[0]:
-        messages = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, message)
-        raise UserError(next(filter(None, messages)) if dist.get_rank() == 0 else "")
-
-
-@contextlib.contextmanager
-def stop_all_on_error():
-    """For work that may fail on one process alone (its files, a full disk): a UserError in it stops all,
-    instead of leaving the others in their next collective. It is a barrier, too."""
-    message = ""
-    try:
-        yield
-    except UserError as error:
-        message = str(error)
-    stop_all(message)
-
-
-def raise_if_not_finite(losses, *flags, keep=1):
-    """any_process() on flags, and stop_all() if a loss of any process is not finite.
-
-    losses: list of to_host() records; all but the last `keep` are read and dropped."""
-    bad = ""
-    while len(losses) > keep:
-        step, names, loss, ready = losses.pop(0)
-        if ready is not None:
-            ready.synchronize()
-        if not bad and not math.isfinite(loss):
-            bad = f"loss {loss.item()} at step {step}, samples {', '.join(names)}; last.pt is from before it"
-    *flags, diverged = any_process(*flags, bad)
-    if diverged:
-        stop_all(bad)
-    return flags
-
-
-def to_host(step, names, loss):
-    """A loss on its way to the CPU, without waiting for the device: (step, samples, tensor, event)."""
-    copy = loss.detach().to("cpu", non_blocking=True)
-    return step, names, copy, torch.cuda.current_stream().record_event() if loss.is_cuda else None
-
-
-def sum_over_processes(tensor):
-    """Sum of a tensor over all processes, as float64 on the CPU. Sums are reduced, never means."""
-    tensor = tensor.detach().to("cpu", torch.float64, copy=True)
-    dist.all_reduce(tensor)
-    return tensor
-
-
-def check_same(message, *numbers):
-    """UserError with the message unless the numbers are the same on all processes."""
-    mine = torch.tensor(numbers, dtype=torch.float64)
-    stop_all(message if (sum_over_processes(mine) != mine * dist.get_world_size()).any() else "")
-
-
 def distribute(model):
-    """DistributedDataParallel. It warns of gradients whose strides are not their weights', even along an axis
-    of one, where channels-last convolutions set others: such gradients are viewed in the weights' here.
+    """DistributedDataParallel: the mean of all processes' gradients.
 
-    Buffers, which here are constants, do not travel. Gradients live in the buckets that travel: one copy
-    less."""
+    Buffers, which here are constants, do not travel. Gradients live in the buckets that travel: one copy less.
+    """
+    # It warns of gradients whose strides are not their weights', even along an axis of one, where
+    # channels-last convolutions set others: such gradients are viewed in the weights' strides here.
     for weight in model.parameters():
         if 1 in weight.shape:
             weight.register_hook(lambda grad: grad.flatten().view(grad.shape))
+
     known = inspect.signature(DistributedDataParallel).parameters
     new = "forward_sync_buffers" in known  # from torch 2.13 on
     buffers = "forward_sync_buffers" if new else "broadcast_buffers"
@@ -170,7 +194,8 @@ def distribute(model):
 def choose_compile(wanted, row, device):
     """Whether to compile: true or false as given. None, auto: on CUDA, but not SwinUNETR, as in Appendix A.
 
-    Not on a CPU: a compiled step is no quicker there, and the first one takes minutes (bench/RESULTS.md)."""
+    Not on a CPU: a compiled step is no quicker there, and the first one takes minutes (bench/RESULTS.md).
+    """
     if wanted is not None:
         return wanted
     return device.type == "cuda" and row != "swinunetr"
@@ -181,13 +206,40 @@ def say_compile(wanted, row, device):
     decided = "on" if choose_compile(wanted, row, device) else "off"
     if wanted is not None:
         return f"torch.compile {decided}"
+
     why = "no quicker on a CPU" if device.type == "cpu" else "as in Appendix A"
     return f"torch.compile {decided} (auto: {why}; --compile true or false)"
 
 
+def compile_or_warn(model, wanted, device):
+    """torch.compile; where that fails on something tiny, the model as it is and one line of warning.
+
+    It fails without a compiler, or without Triton. All processes compile, or none.
+    """
+    reason = ""
+    if wanted:
+        try:
+            torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            reason = config.first_line(error)
+
+    fails, = any_process(reason)
+    if fails and dist.get_rank() == 0:
+        print(f"warning: torch.compile fails here, going on without it: {reason or 'on another process'}",
+              file=sys.stderr)
+    if fails or not wanted:
+        return model
+
+    # On CUDA the layout of volumes is ours: the compiler's own, made for images, would undo it.
+    options = {"layout_optimization": False} if device.type == "cuda" else None
+    return torch.compile(model, options=options)
+
+
 def warn_of_cudnn(device, precision, contiguous):
-    """One line if torch does not use this cuDNN for 3-D convolutions in bf16 of contiguous volumes. Its own
-    kernels take 4 to 20 times as long, and up to 17 times the memory (pytorch 166122, 166643, 174051)."""
+    """One line if torch does not use this cuDNN for 3-D convolutions in bf16 of contiguous volumes.
+
+    Its own kernels take 4 to 20 times as long, and up to 17 times the memory (pytorch 166122, 166643, 174051).
+    """
     version = torch.backends.cudnn.version() or 0
     if device.type == "cuda" and precision == "bf16" and contiguous and 90800 <= version < 91500:
         name = f"{version // 10000}.{version // 100 % 100}"
@@ -195,27 +247,212 @@ def warn_of_cudnn(device, precision, contiguous):
               "cuDNN 9.15 or later (torch 2.11 brings 9.19), or give --precision fp32", file=sys.stderr)
 
 
-def compile_or_warn(model, wanted, device):
-    """torch.compile; where that fails on something tiny (no compiler, no Triton), the model as it is and one
-    line of warning. All processes compile, or none."""
-    reason = ""
-    if wanted:
-        try:
-            torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
-        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-            reason = config.first_line(error)
-    if any_process(reason)[0]:
-        if dist.get_rank() == 0:
-            print(f"warning: torch.compile fails here, going on without it: {reason or 'on another process'}",
-                  file=sys.stderr)
-        return model
-    if not wanted:
-        return model
-    # On CUDA the layout of volumes is ours: the compiler's own, made for images, would undo it.
-    keep = {"options": {"layout_optimization": False}} if device.type == "cuda" else {}
-    return torch.compile(model, **keep)
+def print_header(lines, row, compiled, precision, processes):
+    """The lines, then with what a run computes: by process 0."""
+    if processes.rank:
+        return
+    device = processes.device
+    print(*lines, f"{processes.world} x {device}, {precision}", say_compile(compiled, row, device),
+          checkpoint.versions(), sep="\n")
+    warn_of_cudnn(device, precision, convolves_contiguous(row))
 
 
+# --------------------------------------------------------------------------------------------- the loop
+class Run:
+    """A training run in its folder: it resumes, refuses the folder of another run, logs, saves, and stops on
+    all processes together. It owns no model logic and calls nothing back:
+
+        run = Run(folder, processes, model, optimizer, steps, contents, ...)
+        for batch in run.batches(loader):  # ends after the last step, or on all processes together
+            ...                            # forward, run.watch(loss, names), backward, optimizer
+            run.step_done()
+            run.log({"step": run.step, "loss": ...})
+
+    contents: what last.pt holds beside weights, optimizer and step: kind, row, config, and what the network
+    has seen (subjects, sha256, inputs). resumable: keys of the config that may change in a continuation.
+    stop: the event of catch_signals. dry: a few steps are timed to estimate what `runs` such runs
+    cost; nothing is read, written or ever due.
+    """
+
+    def __init__(self, folder, processes, model, optimizer, steps, save_every, contents, resumable, stop,
+                 dry=False, runs=1):
+        self.folder = folder
+        self.processes = processes
+        self.model = model
+        self.optimizer = optimizer
+        self.steps = steps
+        self.save_every = save_every
+        self.contents = contents
+        self.stop = stop
+        self.dry = dry
+        self.runs = runs
+        self.path = os.path.join(folder, "last.pt")
+
+        self.step = 0
+        self.hours = 0.0  # of all parts of a run that was continued
+        if not dry:
+            self.resume(resumable)
+        self.first = self.saved = self.step
+        self.began = time.perf_counter()
+
+        # Losses on their way to the host. They are read a step late, so that the device never waits.
+        self.losses = []
+
+    def resume(self, resumable):
+        """Go on from last.pt if it is there. UserError if the folder is of another run, or in use."""
+        with stop_all_on_error():
+            if self.processes.rank == 0:
+                checkpoint.lock(self.folder)
+            self.step, self.hours = checkpoint.resume(self.path, self.contents, resumable, self.model,
+                                                      self.optimizer)
+            if self.processes.rank == 0:
+                checkpoint.cut_log(self.folder, self.step)
+        check_same(f"{self.folder} or the data differs between the nodes: share or copy them", self.step,
+                   len(self.contents["inputs"]), len(self.contents["sha256"] or ()))
+
+    def write(self, name, text):
+        """A small file in the run folder, by process 0."""
+        with stop_all_on_error():
+            if self.processes.rank == 0 and not self.dry:
+                checkpoint.write_text(os.path.join(self.folder, name), text)
+
+    def describe(self):
+        """The network and where the run stands, for a header."""
+        count = sum(weight.numel() for weight in self.model.parameters())
+        goes_on = f", continues at step {self.step}" if self.step else ""
+        return [f"{self.contents['row']}, {count:,} parameters", f"run folder {self.folder}{goes_on}"]
+
+    def network(self, compiled):
+        """The model that takes the steps: distributed, and compiled where choose_compile says so. `model`
+        itself is saved and evaluated."""
+        device = self.processes.device
+        self.ddp = distribute(self.model)
+        return compile_or_warn(self.ddp, choose_compile(compiled, self.contents["row"], device), device)
+
+    def batches(self, loader):
+        """Yield the batches of the steps that are left; save every `save_every` steps and at the end.
+
+        All processes stop together: after the last step, after a signal to one of them, or with a UserError
+        for a batch that cannot be read or a loss that is not finite. What was finished is saved.
+        """
+        self.began = time.perf_counter()
+        self.progress = tqdm(total=self.steps, initial=self.step, disable=self.processes.rank != 0,
+                             desc=self.folder)
+        if self.dry:
+            loader = estimate(loader, loader.num_workers, self.steps * self.runs, self.processes.device)
+
+        fault = ""
+        for batch in loader:
+            signalled, unreadable = raise_if_not_finite(self.losses, self.stop.is_set(), batch.fault)
+            if unreadable:
+                fault = batch.fault
+            if signalled or unreadable:
+                break
+            yield batch
+            if self.step % self.save_every == 0:
+                self.save()
+
+        self.progress.close()
+        if self.step > self.saved:
+            self.save()
+        stop_all(fault)
+
+    def accumulate(self, parts):
+        """Yield the micro-batches of a step; with the last one, the processes exchange their gradients."""
+        parts = list(parts)
+        for number, part in enumerate(parts, start=1):
+            self.ddp.require_backward_grad_sync = number == len(parts)
+            yield part
+
+    def watch(self, loss, names):
+        """Stop the run, a step later, if this loss of the samples `names` is not finite."""
+        self.losses.append(to_host(self.step, names, loss))
+
+    def set_learning_rate(self, rate):
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def will_be_due(self, every):
+        """Will the step that is being made be a multiple of `every`, or the last one?"""
+        step = self.step + 1
+        return not self.dry and (step % every == 0 or step == self.steps)
+
+    def step_done(self):
+        self.step += 1
+        self.progress.update()
+
+    def is_due(self, every):
+        """Is the step that was just made a multiple of `every`, or the last one?"""
+        return not self.dry and (self.step % every == 0 or self.step == self.steps)
+
+    def log(self, record):
+        """One JSON line in log.jsonl, by process 0: the record with its step and the seconds a step takes."""
+        seconds = (time.perf_counter() - self.began) / (self.step - self.first)
+        record = {"step": self.step} | record | {"seconds": seconds}
+        with stop_all_on_error():
+            if self.processes.rank == 0:
+                checkpoint.append_log(self.folder, record)
+        return record
+
+    def say(self, record):
+        """A record as a line on stdout, above the progress bar, by process 0."""
+        if self.processes.rank == 0:
+            self.progress.write("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
+
+    def save(self):
+        """last.pt: all that a continuation or a finetuning needs."""
+        if self.dry:
+            return
+
+        # Never weights that a loss which is not finite has touched.
+        raise_if_not_finite(self.losses, keep=0)
+        with stop_all_on_error():
+            if self.processes.rank == 0:
+                hours = self.hours + (time.perf_counter() - self.began) / 3600
+                checkpoint.save_checkpoint(self.path, self.contents | {
+                    "step": self.step, "hours": hours, "versions": checkpoint.versions(),
+                    "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
+        self.saved = self.step
+
+
+    def print_end(self):
+        """Where the run stands, by process 0."""
+        if self.processes.rank or self.dry:
+            return
+        if not self.step:
+            print("stopped before the first step")
+            return
+        more = "" if self.step == self.steps else "; the same command goes on from there"
+        print(f"{self.path} holds step {self.step} of {self.steps}{more}")
+
+
+def to_host(step, names, loss):
+    """A loss on its way to the CPU, without waiting for the device: (step, samples, tensor, event)."""
+    copy = loss.detach().to("cpu", non_blocking=True)
+    arrived = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+    return step, names, copy, arrived
+
+
+def raise_if_not_finite(losses, *flags, keep=1):
+    """Share the flags between processes, as any_process does; UserError on all if any loss is not finite.
+
+    losses: list of to_host() records; all but the last `keep` are read and dropped.
+    """
+    bad = ""
+    while len(losses) > keep:
+        step, names, loss, arrived = losses.pop(0)
+        if arrived is not None:
+            arrived.synchronize()
+        if not bad and not math.isfinite(loss):
+            bad = f"loss {loss.item()} at step {step}, samples {', '.join(names)}; last.pt is from before it"
+
+    *flags, diverged = any_process(*flags, bad)
+    if diverged:
+        stop_all(bad)
+    return flags
+
+
+# ------------------------------------------------------------------------------------------- what it costs
 def synchronize(device):
     """Wait for all that is queued on the device."""
     if device.type == "cuda":
@@ -226,10 +463,13 @@ def estimate(batches, workers, steps, device):
     """Hand a few batches to the training loop, then print what `steps` steps will cost: time, the share of it
     spent waiting for data, peak memory of training (not of evaluation).
 
-    The last ten are measured, as one block: a device that is never waited for runs behind the host. The
-    loader has read ahead for the first ones while they compiled."""
-    count, measured = 12 + 2 * workers, 10
-    waits, marks = [], [time.perf_counter()]
+    The last ten are measured, as one block: a device that is never waited for runs behind the host. The loader
+    has read ahead for the first ones while they compiled.
+    """
+    measured = 10
+    count = 2 + measured + 2 * workers
+    waits = []
+    marks = [time.perf_counter()]
     for batch in itertools.islice(batches, count):
         waits.append(time.perf_counter() - marks[-1])
         yield batch
@@ -245,25 +485,20 @@ def estimate(batches, workers, steps, device):
     seconds = marks[-1] - marks[-1 - measured]
     waiting = sum(waits[-measured:]) / seconds
     step = seconds / measured
-    if device.type == "cuda":
-        # What the allocator holds is what must fit: more than what tensors use of it at once.
-        peak, memory = torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        memory /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    peak, memory = peak_memory(device)
+    fits = "fits" if peak < 0.9 * memory else "tight"
     print(f"step {step:.3g} s, {waiting:.0%} of it waiting for data; {steps} steps: "
           f"{steps * step / 3600:.2f} hours; peak memory of a process {peak / 2 ** 30:.2f} of "
-          f"{memory / 2 ** 30:.1f} GiB: {'fits' if peak < 0.9 * memory else 'tight'}")
+          f"{memory / 2 ** 30:.1f} GiB: {fits}")
 
 
-def catch_signals():
-    """SIGTERM and SIGINT (preemption, Ctrl-C) set the returned event; the loop ends after its step."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    return stop
+def peak_memory(device):
+    """Most memory that this process has held so far, and what there is for it, in bytes."""
+    if device.type == "cuda":
+        # What the allocator holds is what must fit: more than what tensors use of it at once.
+        return torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]
 
-
-def autocast(cfg, device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return peak, memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))

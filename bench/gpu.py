@@ -81,10 +81,10 @@ def ms(options, function):
 def make_step(options, row, batch, preset="none", compiled=False):
     """A step of the paper's pretraining: a function -> seconds until the host had the loss. And its FLOPs."""
     swin = models.ROWS[row].family == "swin"
-    objective, task, ratio = ("swin", "swin", 0.3) if swin else ("amaes", "pretrain", 0.6)
+    name, ratio = ("swin", 0.3) if swin else ("amaes", 0.6)
+    task, objective, _ = pretrain.choose_objective(name, options.device, options.precision, 4, ratio, "all")
     side = max(64, options.side) if swin else options.side
     _, flops, _ = count(row, task, batch, side)
-    cfg = pretrain.Config(objective=objective, patch_size=side, mask_ratio=ratio, precision=options.precision)
     torch.manual_seed(0)
     model = fast_cuda.install(models.build_model(row, task).to(options.device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, amsgrad=True, fused=True)
@@ -97,7 +97,7 @@ def make_step(options, row, batch, preset="none", compiled=False):
 
     def step():
         began = time.perf_counter()
-        loss, _ = pretrain.OBJECTIVES[objective](cfg, network, loaded, options.device, torch.float32, False)
+        loss, _ = objective(network, loaded, logging=False)
         forward = time.perf_counter() - began
         loss.backward()
         optimizer.step()

@@ -1,19 +1,25 @@
-"""Does an encoder learn what section 3.1 claims? Invariance to intensity, equivariance to space, and Dice of
-finetuned networks on corrupted scans. The paper claims it and does not measure it.
+"""Does an encoder learn what section 3.1 claims and does not measure? Invariance to intensity,
+equivariance to space, and the Dice of finetuned networks on corrupted scans.
 
-    python bench/invariance.py runs/unet_xl/last.pt runs/unet_xl-no_augment/last.pt [--data DIR] [--patches 8]
-    python bench/invariance.py runs/wmh-unet_xl-scratch/fold_0/last.pt runs/wmh-unet_xl-amaes/fold_0/last.pt
+    python bench/invariance.py runs/unet_xl/last.pt runs/unet_xl-no_augment/last.pt \\
+        [--data DIR] [--patches 8]
+    python bench/invariance.py runs/wmh-unet_xl-scratch/fold_0/last.pt \\
+        runs/wmh-unet_xl-amaes/fold_0/last.pt
 
-Pretraining checkpoints: features of the encoder's five levels on held-out patches; beside them the same
-network with random weights. The similarity is the correlation of two feature maps, each channel less its mean
-over all patches: 1 where a change of the input changes nothing. `other patch` is what unrelated inputs give.
-Invariance: the transforms of Table 5 at half strength. Equivariance: a quarter turn or a flip before the
-encoder, against after it: no interpolation is in the way. Finetuned checkpoints: mean Dice of their fold's
-cases, on the prepared grid, under five strengths of noise, gamma, bias field and lost resolution together.
+Of pretraining checkpoints: features of the encoder's five levels on held-out patches, and beside
+them the same network with random weights. The similarity is the correlation of two feature maps,
+each channel less its mean over all patches: 1 where a change of the input changes nothing. `other
+patch` is what unrelated inputs give. Invariance: the transforms of Table 5 at half strength.
+Equivariance: a quarter turn or a flip before the encoder, against after it, where no interpolation
+is in the way.
+
+Of finetuned checkpoints: mean Dice of their fold's cases, on the prepared grid, under five
+strengths of noise, gamma, bias field and lost resolution together.
 """
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 
@@ -71,14 +77,19 @@ def pretrained(paths, folder, count):
     checkpoints = [checkpoint.load_checkpoint(path) for path in paths]
     cfg = dataclasses.replace(pretrain.Config(), **checkpoints[0]["config"])
     cfg = dataclasses.replace(cfg, data=folder or cfg.data)
-    _, held_out, _ = pretrain.open_data(cfg)
+    _, held_out, _ = pretrain.open_data(cfg.data, cfg.val_fraction, cfg.seed)
+
+    # The same patches for all: one of each held-out volume, then a second of each ...
     dataset = data.Crops(held_out, cfg.patch_size, 1, "none")
     batch = data.collate([dataset[i // len(held_out), i % len(held_out)] for i in range(count)])
-    patches, _ = augment.spatial(data.to_device(batch, torch.device("cpu"))[0], None, batch.draws)
+    crops, _ = data.to_device(batch, torch.device("cpu"))
+    patches, _ = augment.spatial(crops, None, batch.draws)
+
     table = {}
     for name, saved in [*zip(paths, checkpoints, strict=True), ("random weights", None)]:
         torch.manual_seed(1)
-        model = models.build_model(cfg.model, "pretrain", merge=cfg.merge, features=cfg.features).eval()
+        model = models.build_model(cfg.model, "pretrain", merge=cfg.merge,
+                                   features=cfg.features).eval()
         if saved:
             checkpoint.load_weights(model, saved, part="encoder")
         table[name] = similarities(training.quicken(model, "cpu").encoder, patches.float())
@@ -86,7 +97,7 @@ def pretrained(paths, folder, count):
 
 
 def corrupted(x, strength):
-    """(C, D, H, W) in [0, 1] under noise, gamma, bias field and lost resolution; strength 0 (none) to 5."""
+    """(C, D, H, W) in [0, 1] under noise, gamma, bias and lost resolution, of strength 0 to 5."""
     if not strength:
         return x
     x = augment.gamma(x, 1 + 0.2 * strength, False)
@@ -101,7 +112,7 @@ def finetuned(paths, folder, count):
     table = {}
     for path in paths:
         model, saved = predict.load_network(path, torch.device("cpu"))
-        task, trained = saved["task"], saved["config"]
+        task = saved["task"]
         cases = data.labelled_cases(folder or task["data"], task["source"], task["sequences"])
         cases = [case for case in cases if case.name not in saved["cases"]][:count]
         classes = data.class_table(task["labels"], task["ignore"])
@@ -110,12 +121,13 @@ def finetuned(paths, folder, count):
             scores = []
             for case in cases:
                 volume, _, _ = data.read_case(case)
-                logits = predict.sliding_window(model, corrupted(volume.float(), strength),
-                                                trained["patch_size"], batch=4)
+                image = corrupted(volume.float(), strength)
+                side = saved["config"]["patch_size"]
+                logits = predict.sliding_window(model, image, side, batch=4)
                 truth = classes[np.load(case.label)]
-                found = metrics.dice(logits.argmax(0).numpy(), truth, range(1, len(task["classes"])),
-                                     data.IGNORE)
-                scores += [score for score in found.values() if score == score]
+                found = metrics.dice(logits.argmax(0).numpy(), truth,
+                                     range(1, len(task["classes"])), data.IGNORE)
+                scores += [score for score in found.values() if not math.isnan(score)]
             table[path][f"strength {strength}"] = 100 * sum(scores) / max(1, len(scores))
     return table
 
@@ -124,7 +136,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--data", help="prepared folder, instead of the checkpoints' own")
-    parser.add_argument("--patches", type=int, default=8, help="patches, or cases of a finetuned network")
+    parser.add_argument("--patches", type=int, default=8,
+                        help="patches, or cases of a finetuned network")
     arguments = parser.parse_args()
     kinds = {checkpoint.load_checkpoint(path).get("kind") for path in arguments.checkpoints}
     if kinds not in ({"pretrain"}, {"finetune"}):

@@ -1,14 +1,15 @@
-"""How much of the machine a pretraining step uses: model FLOPs a second over the best dense rate it reaches.
+"""How much of the machine a pretraining step uses: its FLOPs a second over the best dense rate.
 
     python bench/step.py [--rows unet_b,unet_xl] [--sides 64,96] [--threads 2] [--rounds 3]
                          [--modes eager,compiled]
 
-A step is the paper's: AMAES at batch 1, forward with the light decoder, masked reconstruction, backward,
-fused AdamW with amsgrad; no augmentation. FLOPs are those of its convolutions and matrix products, two a
-multiply-add, forward and backward. The dense rate is the faster of a 4096^3 matrix product and a 3^3
-convolution of 128 channels at 32^3, in the same precision with the same threads, measured in turns with the
-step. Medians of at least as many turns as --rounds, over at least 8 s of steps, after 4 s that do not count.
-The first step of a process stands apart: compiled, it contains the compilation, from empty caches.
+A step is the paper's: AMAES at batch 1, forward with the light decoder, masked reconstruction,
+backward, fused AdamW with amsgrad; no augmentation. FLOPs are those of its convolutions and matrix
+products, two for each multiply-add, forward and backward. The dense rate is the faster of a 4096^3
+matrix product and a 3^3 convolution of 128 channels at 32^3, in the same precision with the same
+threads, measured in turns with the step. The table has medians of at least as many turns as
+--rounds, over at least 8 s of steps, after 4 s that do not count. The first step of a process
+stands apart: compiled, it contains the compilation, from empty caches.
 """
 
 import argparse
@@ -31,10 +32,13 @@ import training  # noqa: E402
 def dense(dtype):
     """(FLOPs, function) of the two dense operations."""
     a, b = torch.randn(2, 4096, 4096).to(dtype)
-    x, w = torch.randn(1, 128, 32, 32, 32).to(dtype), torch.randn(128, 128, 3, 3, 3).to(dtype)
+    x = torch.randn(1, 128, 32, 32, 32).to(dtype)
+    w = torch.randn(128, 128, 3, 3, 3).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last_3d)
-    return [(2 * 4096 ** 3, lambda: a @ b),
-            (2 * 27 * 128 * 128 * 32 ** 3, lambda: torch.nn.functional.conv3d(x, w, padding=1))]
+    product = 2 * 4096 ** 3, lambda: a @ b
+    convolution = (2 * 27 * 128 * 128 * 32 ** 3,
+                   lambda: torch.nn.functional.conv3d(x, w, padding=1))
+    return [product, convolution]
 
 
 def flops(row, side):
@@ -48,7 +52,8 @@ def training_step(row, side, dtype, compiled):
     torch.manual_seed(0)
     model = training.quicken(models.build_model(row, "pretrain"), "cpu")
     run = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=3e-5, amsgrad=True, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=3e-5, amsgrad=True,
+                                  fused=True)
     target = torch.rand(1, 1, side, side, side)
     mask = amaes.random_mask([0], target.shape[2:], 4, 0.6, target.device)
 
@@ -63,9 +68,11 @@ def training_step(row, side, dtype, compiled):
 
 def measure(row, side, dtype, mode, rounds):
     """A row of the table."""
-    work = [*dense(dtype), (flops(row, side), training_step(row, side, dtype, mode == "compiled"))]
+    step = flops(row, side), training_step(row, side, dtype, mode == "compiled")
+    work = [*dense(dtype), step]
 
     def turn():
+        """Seconds of each: the dense operations, then the step."""
         seconds = []
         for _, function in work:
             began = time.perf_counter()
@@ -73,17 +80,21 @@ def measure(row, side, dtype, mode, rounds):
             seconds.append(time.perf_counter() - began)
         return seconds
 
+    # In its first seconds it finds its memory.
     first = turn()[-1]
-    warm, times = [], []
-    while sum(warm) < 4:  # seconds in which it finds its memory
-        warm.append(turn()[-1])
-    while len(times) < rounds or sum(t[-1] for t in times) < 8:
+    warm = 0
+    while warm < 4:
+        warm += turn()[-1]
+
+    times = []
+    while len(times) < rounds or sum(seconds[-1] for seconds in times) < 8:
         times.append(turn())
-    seconds = [statistics.median(t) for t in zip(*times, strict=True)]
-    rates = [n / s / 1e12 for (n, _), s in zip(work, seconds, strict=True)]
-    print(f"| {row} | {side} | {str(dtype)[6:]} | {mode} | {work[-1][0] / 1e12:.3f} | "
-          f"{first:.1f} | {seconds[-1]:.2f} | {rates[-1]:.3f} | {max(rates[:-1]):.3f} | "
-          f"{rates[-1] / max(rates[:-1]):.0%} |", flush=True)
+    seconds = [statistics.median(each) for each in zip(*times, strict=True)]
+
+    *dense_rates, rate = [n / s / 1e12 for (n, _), s in zip(work, seconds, strict=True)]
+    best = max(dense_rates)
+    print(f"| {row} | {side} | {str(dtype)[6:]} | {mode} | {step[0] / 1e12:.3f} | {first:.1f} | "
+          f"{seconds[-1]:.2f} | {rate:.3f} | {best:.3f} | {rate / best:.0%} |", flush=True)
 
 
 EACH = ("modes", "rows", "sides", "precisions")  # every combination, in a process of its own
@@ -103,12 +114,14 @@ def main():
         torch.set_num_threads(arguments.threads)
         return measure(arguments.rows, int(arguments.sides), getattr(torch, arguments.precisions),
                        arguments.modes, arguments.rounds)
-    print(f"{arguments.threads} threads, torch {torch.__version__}\n\n| row | side | precision | mode | "
-          "TFLOP a step | first step s | step s | TFLOP/s | best dense TFLOP/s | share |\n|" + "---|" * 10,
-          flush=True)
-    for words in itertools.product(*(getattr(arguments, key).split(",") for key in EACH)):
-        words = [word for pair in zip(EACH, words, strict=True) for word in (f"--{pair[0]}", pair[1])]
-        words += ["--threads", str(arguments.threads), "--rounds", str(arguments.rounds), "--alone"]
+
+    print(f"{arguments.threads} threads, torch {torch.__version__}\n")
+    print("| row | side | precision | mode | TFLOP a step | first step s | step s | TFLOP/s | "
+          "best dense TFLOP/s | share |\n|" + "---|" * 10, flush=True)
+    values = [getattr(arguments, key).split(",") for key in EACH]
+    for combination in itertools.product(*values):
+        words = [f"--{key}={value}" for key, value in zip(EACH, combination, strict=True)]
+        words += [f"--threads={arguments.threads}", f"--rounds={arguments.rounds}", "--alone"]
         subprocess.run([sys.executable, "-W", "ignore", __file__, *words], check=True,
                        env=os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"})
 

@@ -20,16 +20,24 @@ torch.set_num_threads(1)
 
 
 def script(*words, processes=None, check=0, **settings):
-    """Run one of the project's scripts as a user does; `check` is the exit code it must end with."""
+    """Run a script as a user does, in a process of its own. check: the exit code it must have."""
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    result = subprocess.run([*launcher, *map(str, words), *options], cwd=ROOT, capture_output=True, text=True,
-                            timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [*launcher, *map(str, words), *options]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
     report = f"exit {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
     assert result.returncode == check, report
     return result
+
+
+def call(module, *words):
+    """A script as it is typed, in this process, which is quicker."""
+    module.main(config.parse_config(module.Config, list(map(str, words))))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def mistake(name, *words, **settings):
@@ -67,3 +75,13 @@ def prepared(raw):
     folder = raw.parent / "prepared"
     script("prepare_data.py", source="bids", input=raw, out=folder, workers=2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def lesions(tmp_path_factory):
+    """A task on the prepared phantoms: its file."""
+    task = {"data": "set by --data", "sequences": ["FLAIR"], "classes": ["background", "lesion"],
+            "labels": {0: 0, 1: 1}, "n_train": 2, "folds": 2}
+    path = tmp_path_factory.mktemp("task") / "lesions.yaml"
+    path.write_text(json.dumps(task))
+    return path

@@ -1,4 +1,4 @@
-"""What a user gets who overrides nothing: every network, in every precision, through every script."""
+"""What a user gets who overrides nothing: all networks, in all precisions, through all scripts."""
 
 import json
 import shlex
@@ -6,10 +6,8 @@ import shlex
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
-from conftest import log_of, script
+from conftest import call, log_of, script
 
-import config
 import finetune
 import models
 import phantom
@@ -26,18 +24,12 @@ def cohort(tmp_path_factory):
     """Two unlabelled and two labelled heads, prepared, and the task of their lesions."""
     home = tmp_path_factory.mktemp("cohort")
     phantom.write(out=home / "raw", subjects=2, labelled=2, layout="bids", size=40, seed=3)
-    call(prepare_data, "--source", "bids", "--input", home / "raw", "--out", home / "data", "--workers", 1)
+    call(prepare_data, "--source", "bids", "--input", home / "raw", "--out", home / "data",
+         "--workers", 1)
     task = {"data": str(home / "data"), "sequences": ["FLAIR"], "classes": ["background", "lesion"],
             "labels": {0: 0, 1: 1}, "n_train": 1, "folds": 1}
     (home / "task.yaml").write_text(json.dumps(task))
     return home
-
-
-def call(module, *words):
-    """A script as it is typed, in this process, which is quicker."""
-    module.main(config.parse_config(module.Config, list(map(str, words))))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def finite(path):
@@ -50,8 +42,8 @@ def finite(path):
                          ids=["bf16", "fp32", "fp64"])
 @pytest.mark.parametrize("row", models.ROWS)
 def test_every_network_runs_through_every_script(cohort, tmp_path, row, precision):
-    """A step of pretraining, its validation and preview; a step of finetuning, its evaluation; prediction of
-    a scan; features."""
+    """A step of pretraining, its validation and its preview; a step of finetuning and its
+    evaluation; the prediction of a scan; features."""
     family = models.ROWS[row].family
     side = SIDE if family != "swin" else SWIN_SIDE if precision else 96
     small = ["--patch_size", side, "--features", WIDTH[family], "--workers", 0, *precision]
@@ -63,8 +55,8 @@ def test_every_network_runs_through_every_script(cohort, tmp_path, row, precisio
     previews = sorted((tmp_path / "pre/preview").glob("*.nii.gz"))
     assert len(previews) >= 3 and all(map(finite, previews))
 
-    call(finetune, "--task", cohort / "task.yaml", "--ckpt", tmp_path / "pre/last.pt", *small, "--steps", 1,
-         "--batch_size", 1, "--out", tmp_path / "fine")
+    call(finetune, "--task", cohort / "task.yaml", "--ckpt", tmp_path / "pre/last.pt", *small,
+         "--steps", 1, "--batch_size", 1, "--out", tmp_path / "fine")
     [case] = json.loads((tmp_path / "fine/dice.json").read_text())["folds"]["0"]
     assert case["dice"]["lesion"] is not None and np.isfinite(case["dice"]["lesion"])
 
@@ -78,8 +70,8 @@ def test_every_network_runs_through_every_script(cohort, tmp_path, row, precisio
 
 
 def test_the_objective_of_23_at_its_defaults(cohort, tmp_path):
-    call(pretrain, "configs/swinunetr.yaml", "--data", cohort / "data", "--patch_size", 96, "--features", 16,
-         "--workers", 0, "--steps", 1, "--out", tmp_path)
+    call(pretrain, "configs/swinunetr.yaml", "--data", cohort / "data", "--patch_size", 96,
+         "--features", 16, "--workers", 0, "--steps", 1, "--out", tmp_path)
     assert np.isfinite(log_of(tmp_path)[-1]["val_loss"])
 
 
@@ -93,10 +85,12 @@ def test_the_commands_of_the_readme(tmp_path):
             f"pretrain.py configs/unet_xl.yaml --features 4 {small} --data {tmp_path}/data "
             f"--out {tmp_path}/pre",
             f"finetune.py --ckpt {tmp_path}/pre/last.pt --task wmh {tuned} --out {tmp_path}/amaes",
-            f"finetune.py --model unet_xl --features 4 --task wmh {tuned} --out {tmp_path}/scratch"):
+            f"finetune.py --model unet_xl --features 4 --task wmh {tuned} "
+            f"--out {tmp_path}/scratch"):
         script(*shlex.split(command), processes=2 if command.startswith("pretrain") else None)
     scan = next(path for path in (tmp_path / "raw").rglob("pre/FLAIR.nii.gz"))
     script("predict.py", scan, ckpt=tmp_path / "amaes/fold_0/last.pt", out=tmp_path / "seg.nii.gz")
     table = script("compare.py", tmp_path / "scratch", tmp_path / "amaes").stdout
-    assert "wmh, Dice %" in table and set(np.unique(nib.load(tmp_path / "seg.nii.gz").dataobj)) <= {0, 1}
+    segmentation = nib.load(tmp_path / "seg.nii.gz")
+    assert "wmh, Dice %" in table and set(np.unique(segmentation.dataobj)) <= {0, 1}
     assert not list(tmp_path.rglob(".part*")), "a file that was not finished"

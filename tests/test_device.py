@@ -115,14 +115,15 @@ def batches(side, classes, seeds=60, size=2):
                                                 ("swin", "swinunetr")])
 def test_a_step_of_pretraining_waits_for_nothing(on_meta, objective, row):
     cfg = pretrain.Config(objective=objective, model=row)
+    task, loss_of, _ = pretrain.choose_objective(objective, META, cfg.precision, cfg.token_size,
+                                                 cfg.mask_ratio, cfg.loss_region)
     with META:
-        model = models.build_model(row, {"amaes": "pretrain", "swin": "swin"}[objective], features=16)
-    fast_cuda.install(model)
+        model = fast_cuda.install(models.build_model(row, task, features=16))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     seeds = 60 if row == "unet_demo" else 4
     with Waits() as waits:
         for batch in batches(cfg.patch_size, 0, seeds):
-            loss, _ = pretrain.OBJECTIVES[objective](cfg, model, batch, META, torch.float32, False)
+            loss, _ = loss_of(model, batch, logging=False)
             loss.backward()
             training.to_host(0, batch.names, loss)
             optimizer.step()
@@ -137,8 +138,11 @@ def test_a_step_of_finetuning_waits_for_nothing(on_meta):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Waits() as waits:
         for step, batch in enumerate(batches(cfg.patch_size, 4)):
-            loss = finetune.take_step(cfg, model, optimizer, batch, step, META)
+            loss = finetune.segmentation_loss(model, batch, META, cfg.precision)
             training.to_host(step, batch.names, loss)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
     assert not waits.found
 
 
@@ -292,11 +296,13 @@ def test_a_lost_peer_is_no_traceback(monkeypatch, capsys):
     ({"model": "unet_xl"}, 8), ({"model": "unet_xl", "skips": True}, 4), ({"model": "unet_b"}, 16),
     ({"model": "unet_xl", "micro_batch": 16}, 16), ({"model": "unet_xl", "patch_size": 96}, 16),
     ({"model": "mednext_l"}, 8), ({"model": "swinunetr", "batch_size": 8}, 4)])
-def test_no_tensor_has_2_to_the_31_elements(capsys, settings, micro):
+def test_no_tensor_has_2_to_the_31_elements(settings, micro):
     """16 samples of U-Net XL at 128^3 are 2^31 elements exactly."""
     cfg = pretrain.Config(**settings)
-    processes = training.Processes(0, 1, torch.device("cpu"))
-    assert pretrain.plan(cfg, 1000, processes)[2] == micro
+    with META:
+        model = models.build_model(cfg.model, "pretrain", skips=cfg.skips)
+    chosen, line = pretrain.plan_batch(cfg.batch_size, cfg.micro_batch, 1, "amaes",
+                                       lambda: pretrain.most_samples(model, cfg.patch_size))
+    assert chosen == micro
     capped = micro < cfg.batch_size and not cfg.micro_batch
-    said = f"x {micro} (micro_batch {micro}, so that no tensor has 2^31 elements)"
-    assert (said in capsys.readouterr().out) == capped
+    assert (f"x {micro} (micro_batch {micro}, so that no tensor has 2^31 elements)" in line) == capped

@@ -26,8 +26,10 @@ from runs import Run
 import checkpoint
 import config
 import data
+import evaluate
 import finetune
 import metrics
+import models
 import predict
 import preprocess
 import pretrain
@@ -268,9 +270,14 @@ def test_finetuning_takes_the_whole_encoder_and_scores_every_case(finetuned, pre
 
 def test_encoder_weights_arrive(prepared, pretrained, task):
     saved, (_, read) = checkpoint.load_checkpoint(pretrained), tasks.read_task(str(task))
-    cfg, origin = finetune.fill_defaults(finetune.Config(task=str(task), ckpt=str(pretrained)), read, saved)
-    assert origin == "amaes"
-    model, report = finetune.build(cfg, read, saved)
+    cfg = finetune.Config(task=str(task), ckpt=str(pretrained)).fill_defaults("few", read, saved)
+    assert cfg.out == "runs/few-unet_demo-amaes"
+
+    def build():
+        return models.build_model(cfg.model, "segment", len(read.sequences), len(read.classes),
+                                  features=cfg.features)
+
+    model, report = finetune.new_network(build, saved, seed=0)
     weights = saved["model"]
     assert sorted(report.taken) == sorted(n for n in weights if n.startswith("encoder."))
     encoder = {k: v for k, v in model.state_dict().items() if k.startswith("encoder.")}
@@ -422,7 +429,7 @@ def test_augmentations_by_default_and_crossed():
     def preset(ckpt, *words):
         cfg = config.parse_config(finetune.Config, ["--task", "wmh", "--model", "unet_b", *words])
         cfg, saved = dataclasses.replace(cfg, ckpt=ckpt), {"row": "unet_b"} if ckpt else {}
-        return finetune.fill_defaults(cfg, tasks.read_task("wmh")[1], saved)[0].augment
+        return cfg.fill_defaults("wmh", tasks.read_task("wmh")[1], saved).augment
     assert (preset(None), preset("x.pt")) == ("all", "spatial"), "section 4.3, section 3.2"
     for word in ("none", "spatial", "all"):
         assert preset(None, "--augment", word) == preset("x.pt", "--augment", word) == word
@@ -437,8 +444,8 @@ def test_augmentations_by_default_and_crossed():
     ({"row": "unet_b", "kind": "finetune"}, None, "finetune")])
 def test_origin_names_the_run(saved, model, origin):
     cfg = finetune.Config(task="wmh", ckpt="x.pt" if saved else None, model=model)
-    cfg, found = finetune.fill_defaults(cfg, tasks.read_task("wmh")[1], saved)
-    assert found == origin and cfg.out == f"runs/wmh-{cfg.model}-{origin}"
+    cfg = cfg.fill_defaults("wmh", tasks.read_task("wmh")[1], saved)
+    assert cfg.out == f"runs/wmh-{cfg.model}-{origin}"
     assert cfg.lr == 1e-4 and cfg.steps == 2500 and cfg.batch_size == 4 and cfg.patch_size == 128
 
 
@@ -655,7 +662,8 @@ def test_a_signal_in_evaluation_leaves_no_scores(sites):
     stop.set()
     try:
         task, seen = tasks.read_task(str(sites / "few.yaml"))[1], finetune.data_seen({})
-        assert finetune.evaluate_fold(cfg, task, model, seen, cases, "", processes, stop) is None
+        assert evaluate.evaluate_fold(model, task, seen, cases, "", processes, stop, cfg.patch_size,
+                                      cfg.precision, cfg.overlap, cfg.batch_size) is None
     finally:
         dist.destroy_process_group()
 

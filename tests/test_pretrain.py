@@ -167,7 +167,7 @@ def test_every_network_is_one_graph(row, task):
 
 def test_one_graph_and_no_recompiles_over_a_run(prepared, tmp_path, monkeypatch):
     counter, compile_ = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend=counter))
+    monkeypatch.setattr(torch, "compile", lambda model, options: compile_(model, backend=counter))
     monkeypatch.setattr(training, "catch_signals", threading.Event)
     settings = TINY | {"data": str(prepared), "out": str(tmp_path), "steps": 5, "val_every": 2, "workers": 0,
                        "micro_batch": 2, "compile": True}
@@ -207,9 +207,10 @@ def test_without_a_compiler_a_run_goes_on_with_one_warning(prepared, tmp_path):
     ({"patch_size": 32, "precision": "bf16"}, "at least 3 times that in bf16 on a CPU"),
     ({"augment": "some"}, "choose none, spatial, all"),
     ({"objective": "swin"}, "objective swin pretrains swinunetr, not unet_demo"),
-    ({"objective": "swin", "model": "swinunetr", "batch_size": 1}, "give --batch_size 2 or more"),
+    ({"objective": "swin", "model": "swinunetr", "batch_size": 1, "patch_size": 64},
+     "give --batch_size 2 or more"),
     ({"objective": "mae"}, "choose amaes, swin"),
-    ({"model": "swinunetr", "merge": "new"}, "unknown merge 'new'"),
+    ({"model": "swinunetr", "merge": "new"}, "merge 'new': choose fixed, legacy"),
     ({"model": "swinunetr", "features": 20}, "SwinUNETR needs a multiple of 16"),
 ])
 def test_a_mistake_ends_in_one_line(prepared, tmp_path, settings, message):

@@ -1,5 +1,5 @@
-"""reproduce.sh: every command is one that the scripts take, each step uses what an earlier one made, and the
-tables are whole. In the soak it runs, at SCALE=tiny."""
+"""reproduce.sh: every command is one that the scripts take, each step uses what earlier ones made,
+and the tables are whole. In the soak it runs, at SCALE=tiny."""
 
 import dataclasses
 import importlib
@@ -20,8 +20,9 @@ import tasks
 
 
 def reproduce(timeout=60, **environment):
+    environment = os.environ | {"PYTHON": sys.executable} | environment
     return subprocess.run(["bash", str(ROOT / "reproduce.sh")], capture_output=True, text=True,
-                          timeout=timeout, env=os.environ | {"PYTHON": sys.executable} | environment)
+                          timeout=timeout, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def commands():
 
 
 def test_every_option_is_known_and_every_config_is_there(commands):
-    assert {name for name, _ in commands["paper"]} == {"prepare_data", "pretrain", "finetune", "compare"}
+    shown = {name for name, _ in commands["paper"]}
+    assert shown == {"prepare_data", "pretrain", "finetune", "compare"}
     for name, cfg in commands["paper"]:
         if name == "prepare_data":
             assert cfg.table or cfg.source in sources.SOURCES
@@ -59,14 +61,22 @@ def test_tiny_runs_the_same_commands(commands):
     keys = {"prepare_data": ["source", "table"], "compare": ["table", "inputs", "out"],
             "pretrain": ["model", "objective", "decoder", "skips", "augment", "out"],
             "finetune": ["model", "ckpt", "augment", "n_train", "out"]}
-    paper, tiny = ([(name, [getattr(cfg, key) for key in keys[name]], name == "finetune" and task_of(cfg))
-                    for name, cfg in commands[scale]] for scale in ("paper", "tiny"))
-    assert paper == tiny
-    assert all(cfg.device == "cpu" and cfg.steps < 5 for _, cfg in commands["tiny"] if hasattr(cfg, "steps"))
+
+    def what_counts(scale):
+        """Of each command what both scales must share."""
+        for name, cfg in commands[scale]:
+            task = task_of(cfg) if name == "finetune" else None
+            yield name, [getattr(cfg, key) for key in keys[name]], task
+
+    assert list(what_counts("paper")) == list(what_counts("tiny"))
+    for _, cfg in commands["tiny"]:
+        if hasattr(cfg, "steps"):
+            assert cfg.device == "cpu" and cfg.steps < 5
 
 
 def trained(commands):
-    """In order: (run folder, model, origin, Config of the pretraining or None, Config) of each finetuning."""
+    """Each finetuning, in order: (run folder, model, origin, Config of its pretraining or None, its
+    own Config)."""
     pretrained = {}
     for name, cfg in commands:
         if name == "pretrain":
@@ -75,7 +85,8 @@ def trained(commands):
             pretrained[folder] = cfg
         if name == "finetune":
             before = pretrained[os.path.dirname(cfg.ckpt)] if cfg.ckpt else None
-            model, origin = (before.model, before.objective) if before else (cfg.model, "scratch")
+            model = before.model if before else cfg.model
+            origin = before.objective if before else "scratch"
             yield cfg.out or f"runs/{task_of(cfg)}-{model}-{origin}", model, origin, before, cfg
 
 
@@ -89,11 +100,15 @@ def test_each_step_uses_what_an_earlier_one_made(commands):
 
 def test_the_runs_fill_the_tables(commands):
     """Each row of compare.py's tables, told from the settings, and each source of Table 1."""
-    sources = [cfg.source for name, cfg in commands["paper"] if name == "prepare_data" and cfg.source]
-    assert sources == "adni oasis3 oasis4 ppmi brats21 isles22 wmh msseg1 msd".split()
-    filled = {(compare.row_of({"model": model, "origin": origin,
-                               "pretraining": before and dataclasses.asdict(before)}), task_of(cfg))
-              for _, model, origin, before, cfg in trained(commands["paper"]) if cfg.augment == "auto"}
+    prepared = [cfg.source for name, cfg in commands["paper"] if getattr(cfg, "source", None)]
+    assert prepared == "adni oasis3 oasis4 ppmi brats21 isles22 wmh msseg1 msd".split()
+
+    filled = set()
+    for _, model, origin, before, cfg in trained(commands["paper"]):
+        if cfg.augment == "auto":
+            pretraining = dataclasses.asdict(before) if before else None
+            run = {"model": model, "origin": origin, "pretraining": pretraining}
+            filled.add((compare.row_of(run), task_of(cfg)))
     assert filled == {(row, task) for rows, tasks, _ in compare.TABLES.values()
                       for row in rows for task in tasks}
 
@@ -107,7 +122,8 @@ def test_tiny_reproduces_every_table(tmp_path):
     for table, (printed, columns, _) in compare.TABLES.items():
         laid_out = cells((tmp_path / "runs" / f"table{table}.md").read_text())[f"Table {table}"]
         assert len(laid_out) == len(printed)
-        assert all(line[title] != "-" and line[f"{title}, paper"] != "-" for line in laid_out.values()
-                   for title in columns.values())
+        for line in laid_out.values():
+            for title in columns.values():
+                assert line[title] != "-" and line[f"{title}, paper"] != "-"
         if table == 2:
             assert all(line["hours"] != "-" for line in laid_out.values())

@@ -1,6 +1,7 @@
-"""What the index tells of a task's data before the first step: values, foreground, sequences, grids."""
+"""What the index tells of a task before the first step: values, foreground, sequences, grids."""
 
 import json
+import re
 import time
 
 import pytest
@@ -13,6 +14,7 @@ import tasks
 
 
 def cases_of(*volumes):
+    """A case of each of these rows of the index."""
     return [data.Case(v.subject, f"mine/{v.subject}", (v.path,), v.label, (v,)) for v in volumes]
 
 
@@ -21,7 +23,24 @@ def task_of(**changes):
     return tasks.Task(**settings)
 
 
-# ------------------------------------------------------------------------------------- label values
+# ------------------------------------------------------------------------- the task's file
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"sequences": []}, "classes and sequences must not be empty"),
+    ({"classes": [], "labels": {}}, "classes and sequences must not be empty"),
+    ({"labels": {0: 0}}, "labels must map onto the class numbers 0 to 1"),
+    ({"labels": {0: 0, 1: [1]}}, "labels must map onto the class numbers 0 to 1"),
+    ({"labels": {0: 0, 256: 1}}, "labels maps label values, 0 to 255, to class numbers"),
+    ({"regions": {"any": [[1]]}}, "a region is a list of class numbers"),
+    ({"evaluate": "all"}, "evaluate 'all': choose rest or test"),
+])
+def test_a_task_that_contradicts_itself_is_refused(tmp_path, changes, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps(TASK | changes))
+    with pytest.raises(config.UserError, match=re.escape(f"{path}: {message}")):
+        tasks.read_task(str(path))
+
+
+# ---------------------------------------------------------------------------- label values
 def test_label_values_of_the_index():
     volume = volume_of("a", label="0:87120/87040 1:257/254 4:3/0")
     assert tasks.values_of(volume) == {0: (87120, 87040), 1: (257, 254), 4: (3, 0)}
@@ -32,20 +51,29 @@ def test_label_values_of_the_index():
 
 
 def test_a_value_that_the_task_does_not_name():
-    """The case, the value, and the line to write; also where the value is lost at 1 mm, since scores are on
-    the scan's own grid."""
-    good, lost = volume_of("a", label="0:90/80 1:3/3"), volume_of("c", label="0:9/8 5:1/0")
+    """The case, the value, and the line to write.
+
+    Also where the value is lost at 1 mm, since scores are on the scan's own grid."""
+    good = volume_of("a", label="0:90/80 1:3/3")
     bad = volume_of("b", label="0:9/8 2:4/4 3:12/11")
+    lost = volume_of("c", label="0:9/8 5:1/0")
+
+    # Nothing to complain of.
+    every_label = {"0": 0, "1": 1, "2": 1, "3": 1}
     tasks.check_values("mine.yaml", task_of(), cases_of(good))
     tasks.check_values("mine.yaml", task_of(), cases_of(volume_of("a", label="")))
     tasks.check_values("mine.yaml", task_of(ignore=(2, 3, 5)), cases_of(good, bad, lost))
-    tasks.check_values("mine.yaml", task_of(labels={"0": 0, "1": 1, "2": 1, "3": 1}), cases_of(good, bad))
+    tasks.check_values("mine.yaml", task_of(labels=every_label), cases_of(good, bad))
+
+    cases = cases_of(good, bad, bad._replace(subject="d"), lost)
     with pytest.raises(config.UserError) as error:
-        tasks.check_values("mine.yaml", task_of(), cases_of(good, bad, bad._replace(subject="d"), lost))
+        tasks.check_values("mine.yaml", task_of(), cases)
     message = str(error.value)
     assert message.startswith("b has 4 voxels of label value 2, which task mine.yaml does not name")
     assert "values without a name: 2, 3, 5; cases with 2: 2" in message
-    assert "`labels: {0: 0, 1: 1, 2: 1, 3: 1, 5: 1}`" in message and "`ignore: [2, 3, 5]`" in message
+    assert "`labels: {0: 0, 1: 1, 2: 1, 3: 1, 5: 1}`" in message
+    assert "`ignore: [2, 3, 5]`" in message
+
     with pytest.raises(config.UserError, match="c has 1 voxels of label value 5"):
         tasks.check_values("mine.yaml", task_of(), cases_of(good, lost))
 
@@ -54,49 +82,67 @@ def test_cases_and_folds_without_foreground():
     rows = {"a": "0:90/80 1:3/3", "b": "0:90/80", "c": "0:90/80 1:2/0", "d": "0:90/80 2:7/7",
             "e": "0:90/80 1:3/3"}
     cases = {name: cases_of(volume_of(name, label=label))[0] for name, label in rows.items()}
-    folds = [{"train": ["a", "b"], "evaluate": ["c", "d", "e"]}, {"train": ["e", "c"], "evaluate": ["a"]}]
-    lines = tasks.check_foreground(task_of(ignore=(2,)), cases, folds)
-    assert lines == ["3 of 5 cases have no foreground voxel, b the first; 1 of them had some on the "
-                     "scan's own grid"]
+    folds = [{"train": ["a", "b"], "evaluate": ["c", "d", "e"]},
+             {"train": ["e", "c"], "evaluate": ["a"]}]
+    one = task_of(ignore=(2,))
+    said = ("3 of 5 cases have no foreground voxel, b the first; 1 of them had some on the scan's "
+            "own grid")
+    assert tasks.check_foreground(one, cases, folds) == [said]
+
+    # A class that one fold cannot learn.
     two = task_of(classes=("background", "core", "rim"), labels={0: 0, 1: 1, 2: 2})
     folds[1] = {"train": ["d", "e"], "evaluate": ["a"]}
-    assert tasks.check_foreground(two, cases, folds)[1:] == ["rim: no voxel to train on in fold 0"]
+    lines = tasks.check_foreground(two, cases, folds)
+    assert lines[1:] == ["rim: no voxel to train on in fold 0"]
+
+    # A fold that cannot learn anything. Where nothing is trained, it is said and no error.
     folds[1] = {"train": ["b", "c"], "evaluate": ["a"]}
-    with pytest.raises(config.UserError, match="fold 1 would be trained on no foreground at all: none of "):
-        tasks.check_foreground(task_of(ignore=(2,)), cases, folds)
-    assert tasks.check_foreground(task_of(ignore=(2,)), cases, ()) != [], "nothing is trained: said, no error"
+    message = "fold 1 would be trained on no foreground at all: none of "
+    with pytest.raises(config.UserError, match=message):
+        tasks.check_foreground(one, cases, folds)
+    assert tasks.check_foreground(one, cases, ()) != []
+
     old = {name: cases_of(volume_of(name, label=""))[0] for name in rows}
     assert tasks.check_foreground(task_of(), old, folds) == []
 
 
-# -------------------------------------------------------------------- sequences, sessions and grids
+# ----------------------------------------------------------- sequences, sessions and grids
 @pytest.mark.parametrize(("wanted", "source", "message"), [
-    (["FLIAR"], None, "no labelled case with FLIAR; with a label it has FLAIR 3, T1 1. Is FLIAR meant to be "
-                      "FLAIR?"),
-    (["flair"], None, "Is flair meant to be FLAIR?"), (["T1w"], None, "Is T1w meant to be T1?"),
+    (["FLIAR"], None, "no labelled case with FLIAR; with a label it has FLAIR 3, T1 1. Is FLIAR "
+                      "meant to be FLAIR?"),
+    (["flair"], None, "Is flair meant to be FLAIR?"),
+    (["T1w"], None, "Is T1w meant to be T1?"),
     (["FLAIR", "t1"], None, "Is t1 meant to be T1?"),
-    (["DWI"], None, "with a label it has FLAIR 3, T1 1. A label counts for the scans on its own grid"),
-    (["FLAIR", "T1"], None, "a session 1: FLAIR 30x30x30 (voxels of 1x1x1 mm) with a label, T1 25x25x25 "
-                            "(voxels of 0.8x1x1 mm) without"),
+    (["DWI"], None, "with a label it has FLAIR 3, T1 1. A label counts for the scans on its own "
+                    "grid"),
+    (["FLAIR", "T1"], None, "a session 1: FLAIR 30x30x30 (voxels of 1x1x1 mm) with a label, T1 "
+                            "25x25x25 (voxels of 0.8x1x1 mm) without"),
     (["FLAIR"], "other", "of source other: its sources, with their volumes, are mine 7"),
 ])
 def test_why_a_folder_has_no_case(tmp_path, wanted, source, message):
-    """The public report: T1 loses its label, since its grid differs, and the message named sequences only."""
+    """A T1 on another grid loses its label, and it is said that it did."""
     volumes = [volume_of(name, label="") for name in "abc"]
     volumes += [volume_of(name, "T1", shape="25x25x25", spacing="0.8x1x1") for name in "abc"]
     write_index(tmp_path, [*volumes, volume_of("d", "T1", label="")])
+    settings = TASK | {"sequences": wanted}
+    if source:
+        settings["source"] = source
     task = tmp_path / "mine.yaml"
-    task.write_text(json.dumps(TASK | {"sequences": wanted} | ({"source": source} if source else {})))
+    task.write_text(json.dumps(settings))
+
     line = mistake("finetune", task=task, data=tmp_path, model="unet_demo", out=tmp_path / "run")
-    assert message in line and not (tmp_path / "run").exists()
+    assert message in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_labels_says_so(tmp_path):
     write_index(tmp_path, [volume_of(name) for name in "abc"])
     task = task_of(data=str(tmp_path))
     assert tasks.why_none(task).endswith("none of its 3 volumes has a label")
+
     write_index(tmp_path, [volume_of("a"), volume_of("b", label="", split="pretrain")])
-    assert tasks.why_none(task).endswith("has a label but 1 of the split pretrain, which no task takes")
+    line = tasks.why_none(task)
+    assert line.endswith("has a label but 1 of the split pretrain, which no task takes")
 
 
 def test_sessions_left_out_and_odd_pairs_are_said(tmp_path):
@@ -109,27 +155,39 @@ def test_sessions_left_out_and_odd_pairs_are_said(tmp_path):
     assert line.startswith("2 labelled sessions are left out: they lack one of FLAIR, T1")
     assert "c session 1" in line
     assert tasks.left_out(task_of(data=str(tmp_path)), cases) == []
-    assert tasks.other_labels(cases) == tasks.same_files(cases) == []
+
+    # These two cases are as they should be.
+    assert tasks.other_labels(cases) == []
+    assert tasks.same_files(cases) == []
     tasks.check_grids(cases)
 
+    # And these are not.
     first, second = cases
-    other = first._replace(volumes=(first.volumes[0], first.volumes[1]._replace(label_sha256="x")))
-    assert "1 cases have another label map for each sequence, a_1 the first" in tasks.other_labels([other])[0]
-    twin = second._replace(volumes=(first.volumes[0], second.volumes[1]))
+    flair, t1 = first.volumes
+    two_labels = first._replace(volumes=(flair, t1._replace(label_sha256="x")))
+    line, = tasks.other_labels([two_labels])
+    assert "1 cases have another label map for each sequence, a_1 the first" in line
+
+    twin = second._replace(volumes=(flair, second.volumes[1]))
     line, = tasks.same_files([first, twin])
     assert "1 scans are the same file under several subjects, mine/a and mine/b the first" in line
-    odd = first._replace(volumes=(first.volumes[0], first.volumes[1]._replace(shape="30x30x31")))
-    with pytest.raises(config.UserError, match=r"a_1 differ in shape \(FLAIR 30x30x30, T1 30x30x31\)"):
-        tasks.check_grids([second, odd])
+
+    two_grids = first._replace(volumes=(flair, t1._replace(shape="30x30x31")))
+    message = "a_1 differ in shape (FLAIR 30x30x30, T1 30x30x31)"
+    with pytest.raises(config.UserError, match=re.escape(message)):
+        tasks.check_grids([second, two_grids])
 
 
 def test_checks_of_45000_volumes_take_under_a_second(tmp_path):
-    volumes = [volume_of(f"s{number:05}", label="0:87120/87040 1:257/254") for number in range(45_000)]
+    volumes = []
+    for number in range(45_000):
+        volumes.append(volume_of(f"s{number:05}", label="0:87120/87040 1:257/254"))
     write_index(tmp_path, volumes)
     (tmp_path / "volumes/mine").mkdir(parents=True)
     for volume in volumes[:1000]:
         (tmp_path / volume.path).touch()
     cases = {case.name: case for case in cases_of(*volumes)}
+
     began = time.perf_counter()
     tasks.check_values("mine.yaml", task_of(), cases.values())
     tasks.check_foreground(task_of(), cases, [{"train": list(cases), "evaluate": []}])

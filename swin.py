@@ -71,7 +71,7 @@ class WindowAttention(nn.Module):
                           for sample in samples])
 
     def pair_bias(self, n, mask):
-        """What is added to the scores: (1, heads, n, n), or with a mask (its windows, heads, n, n)."""
+        """What is added to the scores: (1, heads, n, n), with a mask (its windows, heads, n, n)."""
         # A window under 7^3 takes the corner of the index of 7^3, as in MONAI, though its tokens
         # lie otherwise.
         index = self.relative_position_index[:n, :n]

@@ -22,6 +22,14 @@ class UserError(Exception):
     """A mistake the user can mend, in one line: what is wrong, where, and the likely fix."""
 
 
+# What a download may leave in the place of a file: how that begins, what it is, and the likely fix.
+WEB_PAGE = "a web page: the download needs a login"
+NOT_DOWNLOADED = {
+    b"version https://git-lfs": "a git-lfs pointer: fetch the file itself with git lfs pull",
+    b"<!doctype html": WEB_PAGE,
+    b"<html": WEB_PAGE,
+}
+
 # Messages of torch when a loader worker was killed or ran out of shared memory.
 LOADER_ERRORS = ("DataLoader worker (pid", "shared memory(shm)", "shared memory object")
 

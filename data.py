@@ -465,8 +465,8 @@ def to_device(batch, device):
 # ---------------------------------------------------------------------------- files of a folder
 def geometry_of(volume):
     """Path of the geometry of a prepared volume: out/volumes/x.npy -> out/geometry/x.json."""
-    folder, _, name = volume.removesuffix(".npy").rpartition("volumes/")
-    return f"{folder}geometry/{name}.json"
+    folder, source, name = volume.removesuffix(".npy").rsplit("/", 2)
+    return f"{folder.removesuffix('volumes')}geometry/{source}/{name}.json"
 
 
 def native_of(label):

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 import data
 import predict
-import preprocess
+import scans
 import tasks
 import training
 from config import UserError
@@ -34,7 +34,7 @@ def evaluate_fold(model, task, seen, cases, folder, processes, stop, patch_size,
                 classes = predict.segment(model, volume, geometry, patch_size, precision, overlap,
                                           batch=batch)
                 scores = tasks.score_case(classes, truth, dataclasses.asdict(task), geometry["affine"])
-            except (UserError, *preprocess.READ_ERRORS) as error:
+            except (UserError, *scans.READ_ERRORS) as error:
                 raise UserError(f"cannot evaluate {case.name}: {error}") from None
             records.append(record_of(case, task, seen, scores))
     stopped, = training.any_process(stop.is_set())

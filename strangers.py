@@ -10,14 +10,12 @@ from pickle import UnpicklingError
 
 import config
 
-PAGE = "a web page: the download needs a login"
 PACKED = "an archive: unpack it and give the checkpoint that is in it"
 SCAN = "a scan: --ckpt takes a network, the scans follow without a --key"
 
 # What is given as a checkpoint and is none: its first bytes; what it is, and the likely fix.
 OTHERS = {
-    b"version https://git-lfs": "a git-lfs pointer: fetch the file itself with git lfs pull",
-    b"<!doctype html": PAGE, b"<html": PAGE, b"<?xml": PAGE, b"<!--": PAGE,
+    **config.NOT_DOWNLOADED, b"<?xml": config.WEB_PAGE, b"<!--": config.WEB_PAGE,
     b"7z\xbc\xaf": PACKED, b"rar!": PACKED, b"\xfd7zxz": PACKED, b"bzh": PACKED,
     b"\x28\xb5\x2f\xfd": PACKED,
     b"\x89hdf": "an HDF5 file, as Keras writes: convert it to a state_dict of torch",

@@ -3,13 +3,28 @@
 import csv
 import json
 import os
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
-from test_prepare import prepare
 
 import data
+import phantom
+import prepare_data
 
 COLUMNS = ("path", "subject", "session", "sequence", "label")
+
+
+def image_of(array, affine=None):
+    return nib.Nifti1Image(array, np.eye(4) if affine is None else affine)
+
+
+def head(spacing=(1, 1, 1), axes="RAS", degrees=0.0, size=80, contrast="FLAIR", seed=0):
+    """A phantom scan with its lesion map: two nibabel images."""
+    rng = np.random.default_rng(seed)
+    return phantom.scan(
+        phantom.anatomy(rng, size), rng, contrast, size, spacing, axes, degrees, lesions=True
+    )
 
 
 def array_of(image):
@@ -32,6 +47,28 @@ def save(folder, images):
             (folder / path).write_bytes(image)
         else:
             image.to_filename(folder / path)
+
+
+def prepare(source, folder, out, **settings):
+    """prepare_data.py in this process, which is quicker; -> its exit code."""
+    settings = {"workers": 1} | settings
+    return prepare_data.main(prepare_data.Config(source, str(folder), str(out), **settings))
+
+
+def tables(out, kind):
+    return [
+        row
+        for path in sorted((Path(out) / kind).glob("*.csv"))
+        for row in csv.DictReader(path.open())
+    ]
+
+
+def files_of(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def rows_of(out):
@@ -63,3 +100,22 @@ def prepare_tree(folder, images, source="bids"):
 def table_text(columns, rows, delimiter=","):
     """The bytes of a csv file."""
     return "\n".join(delimiter.join(row) for row in (columns, *rows)).encode()
+
+
+def session_of_two(folder):
+    """A FLAIR and a T2 on one grid with a label; the T2 reaches 3 mm further to one side."""
+    image, label = head(size=48)
+    narrow = np.asarray(image.dataobj).copy()
+    narrow[:3] = 0
+    os.makedirs(folder / "sub-1" / "anat", exist_ok=True)
+    for name, file in (
+        ("FLAIR", image_of(narrow, image.affine)),
+        ("T2w", image),
+        ("lesion", label),
+    ):
+        file.to_filename(folder / "sub-1" / "anat" / f"sub-1_{name}.nii.gz")
+    return folder / "sub-1" / "anat" / "sub-1_T2w.nii.gz"
+
+
+def dice(a, b):
+    return 2 * (a & b).sum() / (a.sum() + b.sum())

@@ -9,13 +9,25 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
-from inputs import array_of, one_scan, record_of, rows_of, save, write_manifest
-from test_prepare import head, image_of, prepare, session_of_two, tables
+from inputs import (
+    array_of,
+    head,
+    image_of,
+    one_scan,
+    prepare,
+    record_of,
+    rows_of,
+    save,
+    session_of_two,
+    tables,
+    write_manifest,
+)
 
 import data
-import prepare_data
 import preprocess
+import records
 import resample
+import scans
 
 
 # ------------------------------------------------------------------------------ readers and headers
@@ -212,9 +224,8 @@ def test_nan_outside_the_field_of_view_is_0_and_counted(tmp_path, capsys):
     assert np.load(tmp_path / "out" / row.label).sum() == np.nansum(mask)
     assert record_of(tmp_path / "out", row)["nan"] == zeros[:9].size
     (case,) = data.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
-    assert (
-        data.read_case(case)[2].sum() == preprocess.read_label(tmp_path / "label.nii.gz", image).sum()
-    )
+    read = preprocess.read_label(tmp_path / "label.nii.gz", image)
+    assert data.read_case(case)[2].sum() == read.sum()
 
 
 @pytest.mark.parametrize(
@@ -255,7 +266,7 @@ def test_a_normalised_scan_is_refused(kind, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "% of the voxels that are not 0 are negative: is it normalised already?" in printed
     assert "Give the scan as the scanner wrote it" in printed
-    with pytest.raises(preprocess.Rejected, match="scan.nii.gz: .* is it normalised already"):
+    with pytest.raises(scans.Rejected, match="scan.nii.gz: .* is it normalised already"):
         preprocess.prepare_scan([str(tmp_path / "scan.nii.gz")])
 
 
@@ -322,20 +333,15 @@ ERRORS = [
 ]
 PLACES = {
     "resample": resample,
-    "findings_of": prepare_data,
-    **dict.fromkeys(
-        (
-            "load_scan",
-            "read_header",
-            "stored_voxels",
-            "settle_affine",
-            "preprocess",
-            "label_map",
-            "tight_box",
-            "same_grid",
-        ),
-        preprocess,
-    ),
+    "findings_of": records,
+    "load_scan": scans,
+    "read_header": scans,
+    "stored_voxels": scans,
+    "settle_affine": scans,
+    "preprocess": preprocess,
+    "label_map": scans,
+    "tight_box": preprocess,
+    "same_grid": scans,
 }
 
 
@@ -370,7 +376,7 @@ def test_the_type_and_the_message_are_in_the_reason(tmp_path, monkeypatch, capsy
     def broken(*_):
         raise KeyError("dim")
 
-    monkeypatch.setattr(preprocess, "stored_voxels", broken)
+    monkeypatch.setattr(scans, "stored_voxels", broken)
     assert one_scan(tmp_path, head(size=24)[0]) == (1, None)
     assert "rejected scan.nii.gz: KeyError: 'dim'\n" in capsys.readouterr().out
 
@@ -380,7 +386,7 @@ def test_an_interrupt_is_no_fault_of_a_scan(error, tmp_path, monkeypatch):
     def stopped(*_):
         raise error
 
-    monkeypatch.setattr(preprocess, "stored_voxels", stopped)
+    monkeypatch.setattr(scans, "stored_voxels", stopped)
     with pytest.raises(error):
         one_scan(tmp_path, head(size=24)[0])
 
@@ -390,7 +396,10 @@ def test_an_interrupt_is_no_fault_of_a_scan(error, tmp_path, monkeypatch):
     [
         (bytes(128) + b"DICM" + bytes(500), "DICOM: run dcm2niix first"),
         (b"<!DOCTYPE html><html>", "a web page: the download needs a login"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer: run git lfs pull"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "a git-lfs pointer: fetch the file itself with git lfs pull",
+        ),
         (b"", "an empty file"),
         (b"no image", "no scan by its first bytes"),
         (gzip.compress(b"no image", mtime=0), "no scan by its first bytes"),

@@ -8,8 +8,7 @@ import textwrap
 import numpy as np
 import pytest
 from conftest import ROOT, mistake, script
-from inputs import array_of, rows_of, save
-from test_prepare import head, image_of, prepare, tables
+from inputs import array_of, head, image_of, prepare, rows_of, save, tables
 
 import config
 import phantom

@@ -7,12 +7,22 @@ import time
 
 import numpy as np
 import pytest
-from inputs import array_of, record_of, rows_of, save, write_manifest
-from test_prepare import head, image_of, prepare, session_of_two, tables
+from inputs import (
+    array_of,
+    head,
+    image_of,
+    prepare,
+    record_of,
+    rows_of,
+    save,
+    session_of_two,
+    tables,
+    write_manifest,
+)
 
 import data
-import prepare_data
-import preprocess
+import records
+import scans
 import sources
 
 
@@ -74,8 +84,8 @@ def test_what_has_not_changed_is_not_read(tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("read again")
 
-    monkeypatch.setattr(prepare_data, "checksum", never)
-    monkeypatch.setattr(preprocess, "load_scan", never)
+    monkeypatch.setattr(records, "checksum", never)
+    monkeypatch.setattr(scans, "load_scan", never)
     assert prepare("bids", tmp_path / "raw", tmp_path / "out") == 0
 
 
@@ -143,7 +153,7 @@ def test_the_index_of_45000_volumes_is_read_in_a_second(tmp_path):
     )
     (tmp_path / "index").mkdir()
     rows = [row._replace(path=f"volumes/oasis3/{i:08}.npy") for i in range(45000)]
-    prepare_data.write_table(f"{tmp_path}/index/all.csv", data.Volume._fields, rows)
+    records.write_table(f"{tmp_path}/index/all.csv", data.Volume._fields, rows)
     began = time.process_time()
     assert data.read_index(str(tmp_path)) == rows
     assert time.process_time() - began < 1
@@ -182,7 +192,7 @@ def test_voxels_of_all_channels_are_counted(tmp_path):
     record = {"nan": 3, "clamped": 0, "elsewhere": False, "notes": [], "label": None}
     found = {}
     for channel in range(4):
-        for kind, paths in prepare_data.findings_of(scan._replace(channel=channel), record).items():
+        for kind, paths in records.findings_of(scan._replace(channel=channel), record).items():
             found.setdefault(kind, {}).update(paths)
     assert sum(found["nan"].values()) == 12
 
@@ -198,9 +208,15 @@ def test_tables_of_other_shards_may_vanish(tmp_path, monkeypatch):
         unlink(path)  # another shard was quicker
 
     monkeypatch.setattr(os, "unlink", twice)
-    prepare_data.forget_other_shards(str(tmp_path), "bids", "2")
+    records.forget_other_shards(str(tmp_path), "bids", "2")
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "index").iterdir()] == ["bids-0of2.csv"]
-    monkeypatch.setattr(data.glob, "glob", lambda pattern: [
-        str(tmp_path / "index" / "bids-0of1.csv"), str(tmp_path / "index" / "bids-0of2.csv")])
+    monkeypatch.setattr(
+        data.glob,
+        "glob",
+        lambda pattern: [
+            str(tmp_path / "index" / "bids-0of1.csv"),
+            str(tmp_path / "index" / "bids-0of2.csv"),
+        ],
+    )
     assert data.read_index(str(tmp_path)) == []

@@ -13,17 +13,21 @@ from conftest import ROOT
 from inputs import (
     COLUMNS,
     array_of,
+    head,
+    image_of,
+    prepare,
     prepare_tree,
     record_of,
     rows_of,
     save,
     table_text,
+    tables,
     write_manifest,
 )
-from test_prepare import head, image_of, prepare, tables
 
 import data
 import preprocess
+import scans
 import sources
 
 
@@ -272,8 +276,8 @@ def test_the_same_corners_in_ras_are_the_same_grid(axes, tmp_path):
     image, label = head((1, 1.3, 2), size=40)
     other, _ = head((1, 1.3, 2), contrast="T1", size=40)
     other = reoriented(image_of(array_of(other), image.affine), axes)
-    assert preprocess.same_grid(image.shape, image.affine, other.shape, other.affine)
-    assert not preprocess.same_grid(
+    assert scans.same_grid(image.shape, image.affine, other.shape, other.affine)
+    assert not scans.same_grid(
         image.shape, image.affine, other.shape, other.affine + 0.02 * np.eye(4, k=3)
     )
     save(tmp_path, {"f.nii.gz": image, "t.nii.gz": other, "l.nii.gz": label})

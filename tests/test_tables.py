@@ -2,8 +2,7 @@
 
 import pytest
 from conftest import mistake
-from inputs import COLUMNS, array_of, save, table_text, write_manifest
-from test_prepare import head, image_of, prepare
+from inputs import COLUMNS, array_of, head, image_of, prepare, save, table_text, write_manifest
 
 import data
 

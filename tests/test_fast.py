@@ -102,7 +102,9 @@ def test_an_installed_block_is_the_plain_one(monkeypatch, kind, form):
     installed = install(monkeypatch, form, block)
     assert any(type(module).__module__ == FORMS[form][0].__name__ for module in installed.modules())
 
-    for dtype, limit in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+    # torch's channels-last batch norm on a CPU rounds more than the others.
+    rounding = 1e-4 if form == "cpu" else 1e-5
+    for dtype, limit in ((torch.float32, rounding), (torch.float64, 1e-10)):
         plain, _ = passes(copy.deepcopy(block).double(), x.double())
         found, nodes = passes(installed.to(dtype), x.to(dtype))
         assert not [node for node in nodes if "CopySlices" in node]

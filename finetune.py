@@ -181,7 +181,7 @@ def train_fold(cfg, build, task, pretrained, cases, fold, folder, processes, sto
     with training.stop_all_on_error():
         model, report = new_network(build, pretrained, seed)
         models.check_patch(model, cfg.patch_size, device, cfg.precision)
-        model.to(device, training.PRECISIONS[cfg.precision])
+        training.quicken(model.to(device, training.PRECISIONS[cfg.precision]), device)
         if cfg.recompute:
             models.recompute(model)
         if processes.rank == 0:
@@ -357,8 +357,7 @@ def main(cfg):
         if cfg.estimate and (task.networks or not left):
             raise UserError("nothing is left to train, so there is nothing to estimate")
     lines += [f"{cfg.model}, augment {cfg.augment}, lr {cfg.lr}"]
-    training.print_header(lines, cfg.model, cfg.compile, cfg.precision, processes,
-                          models.contiguous_on_cuda(cfg.model))
+    training.print_header(lines, cfg.model, cfg.compile, cfg.precision, processes)
     if not cfg.estimate:
         evaluate.open_folder(cfg.out, files, left, processes)
 

@@ -1,12 +1,11 @@
-"""The networks of the paper (section 4.3, Table 4) as rows of one table, their decoders (3.1, Table 2).
+"""The paper's networks (section 4.3, Table 4) as rows of one table, with the decoders of Table 2.
 
-Shapes are (B, C, D, H, W); comments give channels at full width f and the side as a fraction of the patch.
-Parameter names are the official ones, so that published checkpoints load without a map.
+A network takes a patch (B, C, s, s, s). f is its width, the number of channels of its first level.
+Parameter names are the official ones, so that published checkpoints load without a map. fast_cpu.py
+and fast_cuda.py hold quicker forms of these modules.
 """
 
-import difflib
 import functools
-import itertools
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -15,38 +14,32 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import forms
 import swin
-from config import UserError
+from config import UserError, check_choice
 
 
 class Row(NamedTuple):
     family: str  # unet, mednext or swin
-    features: int  # f, channels of the first level
-    blocks: tuple = ()  # MedNeXt: blocks of each of the five levels
-    expansion: tuple = ()  # MedNeXt: channel expansion inside them
+    features: int  # f, the channels of the first level
+    blocks: tuple = ()  # MedNeXt: the number of blocks in each of the five levels
+    expansion: tuple = ()  # MedNeXt: how many times wider the channels get inside these blocks
     decoder: str = "unet"  # of segmentation: unet or mednext; SwinUNETR has its own
 
 
-M = ((3, 4, 4, 4, 4), (2, 3, 4, 4, 4))
-
-L = ((3, 4, 8, 8, 8), (3, 4, 8, 8, 8))
+MEDNEXT_L = Row("mednext", 32, blocks=(3, 4, 8, 8, 8), expansion=(3, 4, 8, 8, 8))
 
 ROWS = {
     "unet_demo": Row("unet", 8),  # not in the paper: for demonstrations and tests
     "unet_b": Row("unet", 32),
     "unet_xl": Row("unet", 64),
-    "mednext_m": Row("mednext", 32, *M),
-    "mednext_l": Row("mednext", 32, *L),
-    "mednext_l_mednextdec": Row("mednext", 32, *L, decoder="mednext"),
+    "mednext_m": Row("mednext", 32, blocks=(3, 4, 4, 4, 4), expansion=(2, 3, 4, 4, 4)),
+    "mednext_l": MEDNEXT_L,
+    "mednext_l_mednextdec": MEDNEXT_L._replace(decoder="mednext"),
     "swinunetr": Row("swin", 48),
 }
 
-# A guess, until bench/gpu.py has measured it on a GPU.
-SHIFTS_ON_CUDA = False  # MedNeXt's depthwise convolutions as 27 shifted products; False: cuDNN's
 
-
-# ------------------------------------------------------------------------------------------ U-Net, B and XL
+# ------------------------------------------------------------------------------- U-Net, B and XL
 class ConvNormAct(nn.Module):
     """Convolution 3^3, instance norm, leaky ReLU."""
 
@@ -54,64 +47,62 @@ class ConvNormAct(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(channels_in, channels_out, 3, padding=1)
         self.norm = nn.InstanceNorm3d(channels_out, affine=True)
+        self.act = nn.LeakyReLU(0.01)
 
     def forward(self, x):
-        y = self.conv(forms.quick_format(x))
-        return forms.instance_norm(y, self.norm.weight, self.norm.bias, slope=0.01)
-
-
-def upsample(x, up):
-    """A transposed convolution whose stride is its kernel's size. Channels-last, it is one matrix product,
-    whose columns are then put in their places."""
-    if x.is_contiguous():
-        return up(x)
-    (b, _, *size), k, c = x.shape, up.stride[0], up.out_channels
-    y = nn.functional.linear(x.movedim(1, -1), up.weight.permute(2, 3, 4, 1, 0).flatten(0, 3),
-                             up.bias.repeat(k ** 3))
-    y = y.view(b, *size, k, k, k, c).permute(0, 1, 4, 2, 5, 3, 6, 7)
-    return y.reshape(b, *(k * side for side in size), c).movedim(-1, 1)
+        return self.act(self.norm(self.conv(x)))
 
 
 class Block(nn.Module):
-    """Two ConvNormAct; one in the light decoder (Table 2)."""
+    """Two ConvNormAct, or a single one in the light decoder (Table 2)."""
 
     def __init__(self, channels_in, channels_out, convolutions=2):
         super().__init__()
         self.conv1 = ConvNormAct(channels_in, channels_out)
-        self.conv2 = ConvNormAct(channels_out, channels_out) if convolutions == 2 else nn.Identity()
+        self.conv2 = nn.Identity()
+        if convolutions == 2:
+            self.conv2 = ConvNormAct(channels_out, channels_out)
 
     def forward(self, x):
         return self.conv2(self.conv1(x))
 
 
 class UNetEncoder(nn.Module):
-    """(B, C, s^3) -> five levels: f at s, 2f at s/2, 4f at s/4, 8f at s/8, 16f at s/16."""
+    """(B, channels, s, s, s) -> five levels, the first with f channels at the side s. From each
+    level to the next the channels double and the side halves."""
 
     def __init__(self, channels, f):
         super().__init__()
-        self.in_conv = Block(channels, f)
-        self.encoder_conv1 = Block(f, 2 * f)
-        self.encoder_conv2 = Block(2 * f, 4 * f)
-        self.encoder_conv3 = Block(4 * f, 8 * f)
-        self.encoder_conv4 = Block(8 * f, 16 * f)
+        self.in_conv = Block(channels, f)  # at the side s
+        self.encoder_conv1 = Block(f, 2 * f)  # s/2
+        self.encoder_conv2 = Block(2 * f, 4 * f)  # s/4
+        self.encoder_conv3 = Block(4 * f, 8 * f)  # s/8
+        self.encoder_conv4 = Block(8 * f, 16 * f)  # s/16
+        self.pool = nn.MaxPool3d(2)
 
     def forward(self, x):
         levels = [self.in_conv(x)]
-        for block in (self.encoder_conv1, self.encoder_conv2, self.encoder_conv3, self.encoder_conv4):
-            # max_pool3d itself would run in float32 under autocast.
-            pooled, _ = nn.functional.max_pool3d_with_indices(levels[-1], 2)
-            levels.append(block(pooled))
+        for block in (self.encoder_conv1, self.encoder_conv2, self.encoder_conv3,
+                      self.encoder_conv4):
+            levels.append(block(self.pool(levels[-1])))
         return levels
 
 
 class UNetDecoder(nn.Module):
-    """Five levels -> (B, channels, s^3). Light: one convolution a level (Table 2). Skips: concatenated [up,
-    skip]. stem: stride of the encoder's first convolution, undone at the end; 1 but for Swin."""
+    """Five levels of an encoder -> (B, channels, s, s, s).
+
+    light: one convolution per level instead of two (Table 2). skips: the encoder's level is
+    concatenated to the upsampled one. stem: the stride of the encoder's first convolution, which
+    the last one here undoes. It is 1 for all encoders except Swin's.
+    """
 
     def __init__(self, channels, f, light, skips, stem=1):
         super().__init__()
         self.skips = skips
-        wide, convolutions = 2 if skips else 1, 1 if light else 2
+        wide = 2 if skips else 1
+        convolutions = 1 if light else 2
+
+        # From s/16 to s: each level doubles the side and halves the channels.
         self.upsample1 = nn.ConvTranspose3d(16 * f, 8 * f, 2, 2)
         self.decoder_conv1 = Block(8 * f * wide, 8 * f, convolutions)
         self.upsample2 = nn.ConvTranspose3d(8 * f, 4 * f, 2, 2)
@@ -120,120 +111,60 @@ class UNetDecoder(nn.Module):
         self.decoder_conv3 = Block(2 * f * wide, 2 * f, convolutions)
         self.upsample4 = nn.ConvTranspose3d(2 * f, f, 2, 2)
         self.decoder_conv4 = Block(f * wide, f, convolutions)
-        self.out_conv = nn.ConvTranspose3d(f, channels, stem, stem) if stem > 1 else nn.Conv3d(f, channels, 1)
+
+        if stem > 1:
+            self.out_conv = nn.ConvTranspose3d(f, channels, stem, stem)
+        else:
+            self.out_conv = nn.Conv3d(f, channels, 1)
 
     def forward(self, levels):
         *skips, x = levels
-        for up, block in ((self.upsample1, self.decoder_conv1), (self.upsample2, self.decoder_conv2),
-                          (self.upsample3, self.decoder_conv3), (self.upsample4, self.decoder_conv4)):
-            x, skip = upsample(x, up), skips.pop()
-            x = block(torch.cat([x, skip], 1) if self.skips else x)
+        for upsample, block in ((self.upsample1, self.decoder_conv1),
+                                (self.upsample2, self.decoder_conv2),
+                                (self.upsample3, self.decoder_conv3),
+                                (self.upsample4, self.decoder_conv4)):
+            x = upsample(x)
+            skip = skips.pop()
+            if self.skips:
+                x = torch.cat([x, skip], 1)
+            x = block(x)
         return self.out_conv(x)
 
 
-# --------------------------------------------------------------------- MedNeXt, M and L, kernel 3 (no UpKern)
-def channels_first(x):
-    """x.contiguous(), slow for channels-last volumes on a CPU: there a transposed matrix for each sample."""
-    if x.is_contiguous() or x.device.type != "cpu":
-        return x.contiguous()
-    return torch.stack([sample.t().contiguous() for sample in x.movedim(1, -1).flatten(1, 3)]).view(x.shape)
-
-
-class DepthwiseConv(torch.autograd.Function):
-    """3^3 depthwise convolution of a channels-last tensor on a CPU, with quicker gradients than oneDNN's: the
-    input's is the convolution with the mirrored kernel, the kernel's comes from matrix products."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return nn.functional.conv3d(x, weight, bias, padding=1, groups=len(weight))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        kernel = weight.to(grad.dtype).flip(2, 3, 4)
-        grad_x = nn.functional.conv3d(grad, kernel, padding=1, groups=len(weight))
-        grad_weight = kernel_gradient(channels_first(x.to(grad.dtype)), channels_first(grad))
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad.sum((0, 2, 3, 4)).to(weight.dtype)
-
-
-def kernel_gradient(x, grad, b=8):
-    """Gradient (C, 1, 3, 3, 3) of a depthwise kernel: for each of 27 offsets, the sum over voxels v of
-    grad[v] * x[v + offset]. x, grad: (B, C, D, H, W).
-
-    The planes are cut into blocks of b^2 voxels. The products of all voxels of a block with all of the block
-    and its rim are one matrix product for all blocks; the sums wanted lie on its diagonals."""
-    channels, depth, tail = x.shape[1], x.shape[2], [-x.shape[4] % b, -x.shape[3] % b]
-    x = nn.functional.pad(x, (1, 1 + tail[0], 1, 1 + tail[1], 1, 1))
-    grad = nn.functional.pad(grad, (0, tail[0], 0, tail[1])) if any(tail) else grad
-    rims = x.unfold(3, b + 2, b).unfold(4, b + 2, b).permute(1, 2, 0, 3, 4, 5, 6)
-    rims = rims.reshape(channels, depth + 2, -1, (b + 2) ** 2)
-    blocks = grad.unfold(3, b, b).unfold(4, b, b).permute(1, 2, 0, 3, 4, 5, 6).reshape(channels, -1, b * b)
-    sums = []
-    for i in range(3):
-        products = rims[:, i:i + depth].flatten(1, 2).transpose(1, 2) @ blocks
-        products = products.view(channels, b + 2, b + 2, b, b)
-        sums += [products[:, j:j + b, k:k + b].diagonal(0, 1, 3).diagonal(0, 1, 2).sum((1, 2))
-                 for j in range(3) for k in range(3)]
-    return torch.stack(sums, 1).view(channels, 1, 3, 3, 3)
-
-
-def depthwise_shifts(x, weight, bias):
-    """3^3 depthwise convolution as a sum of 27 shifted products, which a compiler makes one kernel of."""
-    depth, height, width = x.shape[2:]
-    padded = nn.functional.pad(x, (1,) * 6)
-    y = bias.view(-1, 1, 1, 1)
-    for i, j, k in itertools.product(range(3), repeat=3):
-        part = padded[:, :, i:i + depth, j:j + height, k:k + width]
-        y = y + part * weight[:, :, i, j, k, None, None]
-    return y.to(x.dtype)
-
-
+# ----------------------------------------------------------- MedNeXt, M and L, kernel 3 (no UpKern)
 class MedNeXtBlock(nn.Module):
-    """Depthwise 3^3, group norm with a group a channel, 1^3 expansion, GELU, 1^3 compression; residual.
+    """Depthwise convolution, group norm, expansion, GELU, compression, and a shortcut around them.
 
-    stride 2 halves the grid and up doubles it; the residual then is a convolution too. A transposed
-    convolution gives 2n - 1 voxels: a plane of zeros is put before them on each axis, as in the official
-    code."""
+    With stride 2 the block halves the side, or doubles it with `up`. The shortcut is then a
+    convolution, too.
+    """
 
     def __init__(self, channels_in, channels_out, expansion, stride=1, up=False):
         super().__init__()
-        self.stride, self.up = stride, up
+        self.stride = stride
+        self.up = up
         convolution = nn.ConvTranspose3d if up else nn.Conv3d
-        self.conv1 = convolution(channels_in, channels_in, 3, stride, padding=1, groups=channels_in)
-        self.norm = nn.GroupNorm(channels_in, channels_in)
+        self.conv1 = convolution(channels_in, channels_in, 3, stride, 1, groups=channels_in)
+        self.norm = nn.GroupNorm(channels_in, channels_in)  # one group per channel
         self.conv2 = nn.Conv3d(channels_in, channels_in * expansion, 1)
+        self.act = nn.GELU()
         self.conv3 = nn.Conv3d(channels_in * expansion, channels_out, 1)
+        self.res_conv = nn.Identity()
         if stride == 2:
             self.res_conv = convolution(channels_in, channels_out, 1, stride)
 
-    def forward(self, x):
-        y = self.branch_cpu(x) if forms.on_cpu(x) else self.branch(x)
-        y = y + (x if self.stride == 1 else self.res_conv(x))
-        return nn.functional.pad(y, (1, 0, 1, 0, 1, 0)) if self.up else y
-
     def branch(self, x):
-        shifts = SHIFTS_ON_CUDA and self.stride == 1
-        y = depthwise_shifts(x, self.conv1.weight, self.conv1.bias) if shifts else self.conv1(x)
-        y = forms.instance_norm(y, self.norm.weight, self.norm.bias)  # a group norm with one channel a group
-        return self.conv3(nn.functional.gelu(self.conv2(y)))
+        y = self.norm(self.conv1(x))
+        return self.conv3(self.act(self.conv2(y)))
 
-    def branch_cpu(self, x):
-        """The same in channels-last order, where a 1^3 convolution is a matrix product; the norm's scale goes
-        into the matrix of the expansion. bench/models.py says what it gains."""
-        if self.stride == 1:
-            y = DepthwiseConv.apply(x, self.conv1.weight, self.conv1.bias)
-        else:
-            y = self.conv1(x)
-        v = y.movedim(1, -1).flatten(1, 3)  # (B, voxels, C)
-        v = v.to(torch.promote_types(v.dtype, torch.float32))
-        v = v - v.mean(1, keepdim=True)
-        scale = self.norm.weight * (v.square().mean(1) + self.norm.eps).rsqrt()
-        expand = self.conv2.weight.flatten(1)
-        bias = (expand * self.norm.bias).sum(1) + self.conv2.bias
-        h = torch.baddbmm(bias, v, (expand * scale.unsqueeze(1)).transpose(1, 2))
-        h = nn.functional.linear(nn.functional.gelu(h), self.conv3.weight.flatten(1), self.conv3.bias)
-        return h.unflatten(1, y.shape[2:]).movedim(-1, 1)
+    def forward(self, x):
+        y = self.branch(x) + self.res_conv(x)
+
+        # The transposed convolution makes 2n - 1 voxels of n. As in the official code, a plane of
+        # zeros before them on each axis completes 2n.
+        if self.up:
+            y = nn.functional.pad(y, (1, 0, 1, 0, 1, 0))
+        return y
 
 
 def mednext_level(channels, blocks, expansion):
@@ -241,7 +172,7 @@ def mednext_level(channels, blocks, expansion):
 
 
 class MedNeXtEncoder(nn.Module):
-    """(B, C, s^3) -> five levels, as the U-Net's: f at s, ..., 16f at s/16."""
+    """(B, channels, s, s, s) -> five levels, shaped like the U-Net's."""
 
     def __init__(self, channels, f, blocks, expansion):
         super().__init__()
@@ -257,7 +188,7 @@ class MedNeXtEncoder(nn.Module):
         self.bottleneck = mednext_level(16 * f, blocks[4], expansion[4])
 
     def forward(self, x):
-        levels = [self.enc_block_0(self.stem(forms.quick_format(x)))]
+        levels = [self.enc_block_0(self.stem(x))]
         for down, level in ((self.down_0, self.enc_block_1), (self.down_1, self.enc_block_2),
                             (self.down_2, self.enc_block_3), (self.down_3, self.bottleneck)):
             levels.append(level(down(levels[-1])))
@@ -265,7 +196,10 @@ class MedNeXtEncoder(nn.Module):
 
 
 class MedNeXtDecoder(nn.Module):
-    """MedNeXt's own decoder (Table 4, "MedNeXt dec"): five levels -> (B, channels, s^3). Skips are added."""
+    """MedNeXt's own decoder (Table 4, "MedNeXt dec"): five levels -> (B, channels, s, s, s).
+
+    It adds the skips instead of concatenating them.
+    """
 
     def __init__(self, channels, f, blocks, expansion):
         super().__init__()
@@ -287,70 +221,75 @@ class MedNeXtDecoder(nn.Module):
         return self.out_0(x)
 
 
-# --------------------------------------------------------------------------------------------------- networks
+# -------------------------------------------------------------------------------------- networks
 class Network(nn.Module):
-    """Encoder and a decoder: `rec_head` in pretraining, `pred_head` in segmentation. (B, C, D, H, W) -> the
-    same grid."""
+    """An encoder and one decoder, `rec_head` in pretraining and `pred_head` in segmentation:
+    (B, in_channels, D, H, W) -> (B, out_channels, D, H, W)."""
 
-    size_multiple, encoder_prefix = 16, "encoder."  # every side is four times halved
+    size_multiple = 16  # the encoder halves every side four times
+    encoder_prefix = "encoder."
 
     def __init__(self, encoder, rec_head=None, pred_head=None):
         super().__init__()
-        self.encoder, self.rec_head, self.pred_head = encoder, rec_head, pred_head
+        self.encoder = encoder
+        self.rec_head = rec_head
+        self.pred_head = pred_head
 
     def forward(self, x):
         swin.check_multiple(x, self.size_multiple)
-        return (self.pred_head if self.rec_head is None else self.rec_head)(self.encoder(x))
+        decoder = self.pred_head if self.rec_head is None else self.rec_head
+        return decoder(self.encoder(x))
 
 
-def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skips=False, merge="legacy",
-                features=None):
-    """A row of ROWS for a task, on (B, in_channels, D, H, W) -> (B, out_channels, D, H, W).
+def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skips=False,
+                merge="legacy", features=None):
+    """A row of ROWS for a task: (B, in_channels, D, H, W) -> (B, out_channels, D, H, W).
 
-    task: "pretrain", with the `decoder` light or standard (Table 2) and `skips` or none (section 3.1);
-    "segment", with the row's own decoder and skips (section 3.2); or "swin", SwinUNETR's encoder under the
-    three heads of [23]. merge: SwinUNETR's patch merging, legacy as the paper's MONAI 1.3.2 had it or fixed
-    as MONAI >= 1.5 has it. features: another width f. UserError for an unknown name."""
-    for value, known, what in ((name, ROWS, "model"), (task, ("pretrain", "segment", "swin"), "task"),
-                               (decoder, ("light", "standard"), "decoder"), (merge, swin.MERGE, "merge")):
-        if value not in known:
-            near = difflib.get_close_matches(str(value), known, n=1)
-            raise UserError(f"unknown {what} {value!r}: " + (f"did you mean {near[0]}? " if near else "")
-                            + f"known are {', '.join(known)}")
+    task: "pretrain" has the `decoder` "light" or "standard" (Table 2), with `skips` or without
+    (section 3.1). "segment" has the row's own decoder, with skips (section 3.2). "swin" is the
+    encoder of SwinUNETR under the three heads of [23].
+    merge: SwinUNETR's patch merging, "legacy" as in the paper's MONAI 1.3.2 or "fixed" as in 1.5.
+    features: another width f than the row's. Raises UserError for an unknown name.
+    """
+    check_choice("model", name, ROWS)
+    check_choice("task", task, ("pretrain", "segment", "swin"))
+    check_choice("decoder", decoder, ("light", "standard"))
+    check_choice("merge", merge, swin.MERGE)
     row = ROWS[name]
     f = features or row.features
-    if row.family == "swin" and f % 16:
-        raise UserError(f"features {f}: SwinUNETR needs a multiple of 16, the channels of a head")
-    if task == "swin":
-        if row.family != "swin":
-            raise UserError(f"objective swin pretrains swinunetr, not {name}")
-        return swin.SwinHeads(in_channels, f, merge)
+    light = decoder == "light"
+
+    # The baseline has networks of its own. How AMAES pretrains its encoder, the paper leaves open:
+    # here the decoder is the one of section 3.1.
     if row.family == "swin":
+        if task == "swin":
+            return swin.SwinHeads(in_channels, f, merge)
         if task == "segment":
             return swin.SwinUNETR(in_channels, out_channels, f, merge)
-        return swin.SwinReconstruction(swin.SwinEncoder(in_channels, f, merge),
-                                  UNetDecoder(out_channels, f, decoder == "light", skips, stem=2))
-    encoder = (UNetEncoder(in_channels, f) if row.family == "unet"
-               else MedNeXtEncoder(in_channels, f, row.blocks, row.expansion))
+        encoder = swin.SwinEncoder(in_channels, f, merge)
+        return swin.SwinReconstruction(encoder, UNetDecoder(out_channels, f, light, skips, stem=2))
+    if task == "swin":
+        raise UserError(f"objective swin pretrains swinunetr, not {name}")
+
+    # All others are an encoder and a decoder.
+    if row.family == "unet":
+        encoder = UNetEncoder(in_channels, f)
+    else:
+        encoder = MedNeXtEncoder(in_channels, f, row.blocks, row.expansion)
     if task == "pretrain":
-        return Network(encoder, rec_head=UNetDecoder(out_channels, f, decoder == "light", skips))
-    if row.decoder == "mednext":
-        return Network(encoder, pred_head=MedNeXtDecoder(out_channels, f, row.blocks, row.expansion))
-    return Network(encoder, pred_head=UNetDecoder(out_channels, f, light=False, skips=True))
+        return Network(encoder, rec_head=UNetDecoder(out_channels, f, light, skips))
+    if row.decoder == "unet":
+        return Network(encoder, pred_head=UNetDecoder(out_channels, f, light=False, skips=True))
+    return Network(encoder, pred_head=MedNeXtDecoder(out_channels, f, row.blocks, row.expansion))
 
 
 def recompute(model):
-    """Activation checkpointing: every block makes its activations again in the backward pass instead of
-    keeping them. The same results; bench/models.py has what it saves and what it costs."""
+    """Activation checkpointing, after training.quicken: in the backward pass every block computes
+    its activations again instead of keeping them. bench/models.py measures memory and time."""
     for module in model.modules():
         if isinstance(module, (Block, MedNeXtBlock, swin.SwinBlock, swin.ResidualBlock)):
             module.forward = functools.partial(torch.utils.checkpoint.checkpoint, module.forward,
                                                use_reentrant=False, preserve_rng_state=False)
-
-
-def contiguous_on_cuda(name):
-    """Does a row convolve contiguous volumes on CUDA?"""
-    return ROWS[name].family == "swin" or not forms.CHANNELS_LAST_ON_CUDA
 
 
 class LargestTensor(TorchDispatchMode):
@@ -368,19 +307,25 @@ class LargestTensor(TorchDispatchMode):
 
 @torch.no_grad()
 def largest_tensor(model, x):
-    """Elements of the largest tensor in a forward pass; on the device meta nothing is computed for it."""
+    """Elements of the largest tensor in a forward pass. On the device meta it computes nothing."""
     with LargestTensor() as largest:
         model(x)
     return largest.elements
 
 
 def check_patch(model, size, device, precision):
-    """UserError unless the model takes patches of this side: a multiple of size_multiple, and at least two of
-    them, since instance norm needs more than one voxel at the coarsest level.
+    """UserError unless the model takes patches of this side, in voxels."""
+    # Instance norm needs more than one voxel at the coarsest level.
+    least = 2
+    where = ""
 
-    Three on a CPU in bf16: oneDNN's weight gradient of a 3^3 convolution over 2^3 voxels is not finite there
-    (torch 2.13)."""
-    coarsest = 3 if device.type == "cpu" and precision == "bf16" else 2  # voxels a side
-    if size % model.size_multiple or size < coarsest * model.size_multiple:
-        raise UserError(f"patch_size {size}: choose a multiple of {model.size_multiple}, at least {coarsest} "
-                        "times that" + " in bf16 on a CPU" * (coarsest == 3))
+    # In bf16, oneDNN's weight gradient of a 3^3 convolution over 2^3 voxels is not finite (torch
+    # 2.13).
+    if device.type == "cpu" and precision == "bf16":
+        least = 3
+        where = " in bf16 on a CPU"
+
+    multiple = model.size_multiple
+    if size % multiple or size < least * multiple:
+        raise UserError(f"patch_size {size}: choose a multiple of {multiple}, at least {least} "
+                        f"times that{where}")

@@ -142,7 +142,8 @@ def write_features(cfg):
     if len(cfg.inputs) != channels:
         raise UserError(f"the encoder reads {channels} channels, got {len(cfg.inputs)} files")
     print_channels(saved.get("task", {}).get("sequences", ["scan"]), cfg.inputs)
-    network = FirstLevel(model).to(training.pick_device(cfg.device))
+    device = training.pick_device(cfg.device)
+    network = training.quicken(FirstLevel(model).to(device), device)
     volume, _, _ = preprocess.prepare_scan(cfg.inputs)
     voxels = sliding_window(network, volume, saved["config"]["patch_size"], cfg.overlap, cfg.gaussian,
                             cfg.batch)
@@ -172,7 +173,7 @@ def load_network(path, device):
                         "finetune.py makes one")
     task = saved["task"]
     model = rebuild(saved, len(task["sequences"]), len(task["classes"]), part="all")
-    return model.to(device), saved
+    return training.quicken(model.to(device), device), saved
 
 
 # All that a NIfTI header says of its grid: voxel sizes, units, and two transforms with what they mean.

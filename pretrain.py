@@ -323,7 +323,7 @@ def main(cfg):
                                        cfg.objective, lambda: most_samples(model, cfg.patch_size))
         steps, warmup, steps_line = plan_steps(len(train), cfg.batch_size, cfg.steps, cfg.epochs,
                                                cfg.warmup_epochs)
-    model.to(device, training.PRECISIONS[cfg.precision])
+    training.quicken(model.to(device, training.PRECISIONS[cfg.precision]), device)
     if cfg.recompute:
         models.recompute(model)
     optimizer = training.adamw(model, cfg.lr, cfg.weight_decay, cfg.eps, cfg.amsgrad)

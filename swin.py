@@ -1,4 +1,4 @@
-"""The baseline: SwinUNETR, with the names of MONAI, and its pretraining [23] (section 4.3, Appendix D)."""
+"""The baseline: SwinUNETR, in MONAI's names, and its pretraining [23] (section 4.3, Appendix D)."""
 
 import math
 from collections import OrderedDict
@@ -7,79 +7,83 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import nn
 
-import forms
 import resample
 from config import UserError
 
-# Measured on a CPU, a guess on CUDA until bench/gpu.py has measured it.
-SDPA = True  # attention as one kernel, on a CPU twice as quick; False: as matrix products
-
 WINDOW = 7  # tokens a side
 
-MERGE = {  # order of the eight sub-lattices in patch merging; the state dicts do not tell the two apart
-    "fixed": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)),
-    # MONAI up to 1.4, so the weights of [23] and the paper's run: two of them twice, two not at all.
-    "legacy": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)),
+# Order of the eight sub-lattices in patch merging. The state dicts do not tell the two apart.
+MERGE = {
+    "fixed": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1),
+              (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)),
+    # MONAI up to 1.4, so the weights of [23] and the paper's run: two twice, two not at all.
+    "legacy": ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1),
+               (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)),
 }
 
 
+def under(name, module):
+    """The module under one more name, as MONAI has it: `conv1.conv.weight`."""
+    return nn.Sequential(OrderedDict([(name, module)]))
+
+
+# --------------------------------------------------------------------------------- the transformer
 class WindowAttention(nn.Module):
-    """Self-attention inside windows of up to 7^3 tokens, (windows, n, d), with a learned bias for each offset
-    between two tokens of a window."""
+    """Self-attention inside windows of up to 7^3 tokens, with a learned bias for each offset
+    between two tokens: (windows, n, d) -> (windows, n, d)."""
 
     def __init__(self, d, heads):
         super().__init__()
         self.heads = heads
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * WINDOW - 1) ** 3, heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+        # The row of the table for each pair of tokens: their offset on three axes as one number.
         position = torch.cartesian_prod(*[torch.arange(WINDOW)] * 3)
         offset = position[:, None] - position + WINDOW - 1
-        weights = torch.tensor([(2 * WINDOW - 1) ** 2, 2 * WINDOW - 1, 1])
-        self.register_buffer("relative_position_index", (offset * weights).sum(-1))
+        strides = torch.tensor([(2 * WINDOW - 1) ** 2, 2 * WINDOW - 1, 1])
+        self.register_buffer("relative_position_index", (offset * strides).sum(-1))
+
         self.qkv = nn.Linear(d, 3 * d)
         self.proj = nn.Linear(d, d)
 
     def forward(self, x, mask):
+        # Queries, keys and values of each head: (windows, heads, n, channels of a head).
         windows, n, d = x.shape
-        q, k, v = self.qkv(x).view(windows, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        if SDPA and not forms.on_cpu(x):
-            y = self.mix(q, k, v, mask)  # the kernel of CUDA keeps no n x n matrices for the backward pass
-        else:
-            # They are most of the memory: made again in the backward pass, not kept for it.
-            y = torch.utils.checkpoint.checkpoint(self.mix, q, k, v, mask, use_reentrant=False,
-                                                  preserve_rng_state=False)
+        qkv = self.qkv(x).view(windows, n, 3, self.heads, d // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+
+        y = self.mix(q, k, v, mask)
         return self.proj(y.transpose(1, 2).reshape(windows, n, d))
 
     def mix(self, q, k, v, mask):
-        """Softmax of scores, bias and mask, times v: (windows, heads, n, channels) -> the same."""
-        n = q.shape[2]
-        # A window under 7^3 takes the corner of the 7^3 index, though its tokens lie otherwise: MONAI's way.
-        bias = self.relative_position_bias_table[self.relative_position_index[:n, :n]].permute(2, 0, 1)[None]
-        if mask is not None:
-            bias = bias + mask[:, None]
-        if SDPA:
-            return attend(q, k, v, bias.to(q.dtype))
-        scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
-        scores = scores.unflatten(0, (-1, len(bias))) + bias
-        return scores.softmax(-1).to(v.dtype).flatten(0, 1) @ v
+        """The mean of v, weighted by the softmax of the scores: (windows, heads, n, channels)."""
+        bias = self.pair_bias(q.shape[2], mask).to(q.dtype)
+        if mask is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
+        # The bias differs between the windows of a sample. Sample by sample, it is not repeated.
+        windows = len(mask)
+        samples = zip(q.split(windows), k.split(windows), v.split(windows), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*sample, attn_mask=bias)
+                          for sample in samples])
 
-def attend(q, k, v, bias):
-    """torch's attention on (windows, heads, n, channels). bias, added to the scores: (1, heads, n, n), or one
-    for each window of a sample; then sample by sample, so that it is not repeated in memory."""
-    if len(bias) == 1:
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    samples = zip(*(part.split(len(bias)) for part in (q, k, v)), strict=True)
-    return torch.cat([nn.functional.scaled_dot_product_attention(*sample, attn_mask=bias)
-                      for sample in samples])
+    def pair_bias(self, n, mask):
+        """What is added to the scores: (1, heads, n, n), with a mask (its windows, heads, n, n)."""
+        # A window under 7^3 takes the corner of the index of 7^3, as in MONAI, though its tokens
+        # lie otherwise.
+        index = self.relative_position_index[:n, :n]
+        bias = self.relative_position_bias_table[index].permute(2, 0, 1)[None]
+        return bias if mask is None else bias + mask[:, None]
 
 
 class SwinBlock(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)), on (B, D, H, W, d). Every second block shifts its
-    windows by 3 tokens on the axes that are longer than a window."""
+    """x + attention(norm(x)), then x + MLP(norm(x)), on (B, D, H, W, d).
+
+    Every second block shifts its windows by 3 tokens on the axes that are longer than a window.
+    """
 
     def __init__(self, d, heads, shifted):
         super().__init__()
@@ -91,20 +95,28 @@ class SwinBlock(nn.Module):
                                              linear2=nn.Linear(4 * d, d)))
 
     def forward(self, x):
-        x = x + self.attend(self.norm1(x))
+        x = x + self.attend_in_windows(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-    def attend(self, x):
+    def attend_in_windows(self, x):
+        """Attention in the windows of a grid (B, D, H, W, d) -> the same shape."""
         size = x.shape[1:4]
-        window = [min(s, WINDOW) for s in size]
-        shift = [WINDOW // 2 if self.shifted and s > WINDOW else 0 for s in size]
-        pad = [-s % w for s, w in zip(size, window, strict=True)]  # padding tokens take part, as in MONAI
-        x = nn.functional.pad(x, (0, 0, 0, pad[2], 0, pad[1], 0, pad[0]))
-        padded, mask = x.shape[1:4], None
+        window = [min(side, WINDOW) for side in size]
+        shift = [WINDOW // 2 if self.shifted and side > WINDOW else 0 for side in size]
+
+        # Fill up to whole windows. The padding tokens take part, as in MONAI.
+        pad = [-s % w for s, w in zip(size, window, strict=True)]
+        x = F.pad(x, (0, 0, 0, pad[2], 0, pad[1], 0, pad[0]))
+
+        # Shift cyclically, and hide from each other what this brings together.
+        mask = None
         if any(shift):
             x = x.roll([-s for s in shift], (1, 2, 3))
-            mask = shift_mask(padded, window, shift, x.device)
+            mask = shift_mask(x.shape[1:4], window, shift, x.device)
+
         y = self.attn(windows_of(x, window), mask)
+
+        # Undo the three steps.
         y = grid_of(y, x.shape, window)
         if any(shift):
             y = y.roll(shift, (1, 2, 3))
@@ -113,26 +125,31 @@ class SwinBlock(nn.Module):
 
 def windows_of(x, window):
     """(B, D, H, W, d) -> (B * windows, tokens, d), both in raster order."""
-    (b, *size, d), (i, j, k) = x.shape, window
+    b, *size, d = x.shape
+    i, j, k = window
     x = x.view(b, size[0] // i, i, size[1] // j, j, size[2] // k, k, d)
     return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, i * j * k, d)
 
 
 def grid_of(x, shape, window):
-    """The inverse of windows_of."""
-    (b, *size, d), (i, j, k) = shape, window
+    """The inverse of windows_of: (B * windows, tokens, d) -> shape, which is (B, D, H, W, d)."""
+    b, *size, d = shape
+    i, j, k = window
     x = x.view(b, size[0] // i, size[1] // j, size[2] // k, i, j, k, d)
     return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(shape)
 
 
 def shift_mask(size, window, shift, device):
-    """(windows, n, n): -100 between tokens that the cyclic shift brought together from opposite borders."""
+    """(windows, n, n): -100 between tokens that the cyclic shift brought together from opposite
+    borders of a grid of this size, else 0."""
+    # Number the regions whose tokens belong together. There are three on each axis: what lies
+    # before the last window, the last window's own tokens, and those from the opposite border.
     region = torch.zeros(1, *size, 1, device=device)
-    for axis, (p, w, s) in enumerate(zip(size, window, shift, strict=True)):
-        if s:
-            i = torch.arange(p, device=device)
-            label = (i >= p - w).float() + (i >= p - s).float()
-            region = 3 * region + label.view([-1 if a == axis + 1 else 1 for a in range(5)])
+    for axis, side in enumerate(size):
+        i = torch.arange(side, device=device)
+        label = (i >= side - window[axis]).float() + (i >= side - shift[axis]).float()
+        region = 3 * region + label.view(-1, *[1] * (3 - axis))
+
     region = windows_of(region, window)
     return -100.0 * (region != region.transpose(1, 2)).float()
 
@@ -147,6 +164,7 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(8 * d)
 
     def forward(self, x):
+        # Each sub-lattice holds one of the eight neighbours.
         x = torch.cat([x[:, i::2, j::2, k::2] for i, j, k in self.order], -1)
         return self.reduction(self.norm(x))
 
@@ -164,44 +182,51 @@ class SwinStage(nn.Module):
 
 
 class SwinEncoder(nn.Module):
-    """(B, C, s^3) -> five hidden states: f at s/2, 2f at s/4, ..., 16f at s/32; normalised over channels."""
+    """(B, C, s, s, s) -> five hidden states, normalised over channels: f at the side s/2, 2f at
+    s/4, ..., 16f at s/32."""
 
     def __init__(self, channels, f, merge):
         super().__init__()
-        heads = f // 16  # 16 channels a head at every stage
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv3d(channels, f, 2, 2)))
+        if f % 16:
+            raise UserError(f"features {f}: SwinUNETR needs a multiple of 16, the channels of a "
+                            "head")
+        heads = f // 16  # of the first stage; 16 channels a head at every stage
+        self.patch_embed = under("proj", nn.Conv3d(channels, f, 2, 2))
         self.layers1 = nn.Sequential(SwinStage(f, heads, merge))
         self.layers2 = nn.Sequential(SwinStage(2 * f, 2 * heads, merge))
         self.layers3 = nn.Sequential(SwinStage(4 * f, 4 * heads, merge))
         self.layers4 = nn.Sequential(SwinStage(8 * f, 8 * heads, merge))
 
     def forward(self, x):
+        # The transformer has the channels last.
         states = [self.patch_embed(x).movedim(1, -1)]
         for stage in (self.layers1, self.layers2, self.layers3, self.layers4):
             states.append(stage(states[-1]))
-        return [nn.functional.layer_norm(x, x.shape[-1:]).movedim(-1, 1) for x in states]
+        return [F.layer_norm(state, state.shape[-1:]).movedim(-1, 1) for state in states]
 
 
-def plain_conv(channels_in, channels_out, kernel):
-    """MONAI's extra level in the names: conv1.conv.weight."""
-    return nn.Sequential(OrderedDict(conv=nn.Conv3d(channels_in, channels_out, kernel, padding=kernel // 2,
-                                                    bias=False)))
-
-
+# ------------------------------------------------------------------------------------ the networks
 class ResidualBlock(nn.Module):
-    """Two convolutions 3^3 with instance norm and leaky ReLU around a shortcut; norms without parameters."""
+    """Two 3^3 convolutions with instance norm and leaky ReLU, and a shortcut around them."""
 
     def __init__(self, channels_in, channels_out):
         super().__init__()
-        self.conv1 = plain_conv(channels_in, channels_out, 3)
-        self.conv2 = plain_conv(channels_out, channels_out, 3)
-        self.conv3 = plain_conv(channels_in, channels_out, 1) if channels_in != channels_out else None
+        self.conv1 = under("conv", nn.Conv3d(channels_in, channels_out, 3, padding=1, bias=False))
+        self.conv2 = under("conv", nn.Conv3d(channels_out, channels_out, 3, padding=1, bias=False))
+        self.norm = nn.InstanceNorm3d(channels_out)  # without parameters, so one serves all
+        self.act = nn.LeakyReLU(0.01)
+        self.conv3 = None
+        if channels_in != channels_out:
+            self.conv3 = under("conv", nn.Conv3d(channels_in, channels_out, 1, bias=False))
 
     def forward(self, x):
-        y = forms.instance_norm(self.conv1(x), slope=0.01)
-        y = forms.instance_norm(self.conv2(y))
-        x = x if self.conv3 is None else forms.instance_norm(self.conv3(x))
-        return nn.functional.leaky_relu(y + x, 0.01, inplace=True)
+        y = self.act(self.norm(self.conv1(x)))
+        y = self.norm(self.conv2(y))
+
+        # The shortcut is a convolution where the number of channels changes.
+        if self.conv3 is not None:
+            x = self.norm(self.conv3(x))
+        return self.act(y + x)
 
 
 class SwinUpBlock(nn.Module):
@@ -209,43 +234,43 @@ class SwinUpBlock(nn.Module):
 
     def __init__(self, channels_in, channels_out):
         super().__init__()
-        self.transp_conv = nn.Sequential(OrderedDict(
-            conv=nn.ConvTranspose3d(channels_in, channels_out, 2, 2, bias=False)))
+        up = nn.ConvTranspose3d(channels_in, channels_out, 2, 2, bias=False)
+        self.transp_conv = under("conv", up)
         self.conv_block = ResidualBlock(2 * channels_out, channels_out)
 
     def forward(self, x, skip):
         return self.conv_block(torch.cat([self.transp_conv(x), skip], 1))
 
 
-def skip_block(channels_in, channels_out):
-    return nn.Sequential(OrderedDict(layer=ResidualBlock(channels_in, channels_out)))
-
-
 class SwinUNETR(nn.Module):
-    """Segmentation network of [23]: (B, C, s^3) -> (B, channels_out, s^3). Only swinViT, 8 of its 62 million
-    parameters, is ever pretrained."""
+    """Segmentation network of [23]: (B, C, s, s, s) -> (B, channels_out, s, s, s).
 
-    size_multiple, encoder_prefix = 32, "swinViT."
+    Only swinViT, 8 of its 62 million parameters, is ever pretrained.
+    """
+
+    size_multiple = 32
+    encoder_prefix = "swinViT."
 
     def __init__(self, channels_in, channels_out, f, merge):
         super().__init__()
         self.swinViT = SwinEncoder(channels_in, f, merge)
-        self.encoder1 = skip_block(channels_in, f)
-        self.encoder2 = skip_block(f, f)
-        self.encoder3 = skip_block(2 * f, 2 * f)
-        self.encoder4 = skip_block(4 * f, 4 * f)
-        self.encoder10 = skip_block(16 * f, 16 * f)
+        self.encoder1 = under("layer", ResidualBlock(channels_in, f))
+        self.encoder2 = under("layer", ResidualBlock(f, f))
+        self.encoder3 = under("layer", ResidualBlock(2 * f, 2 * f))
+        self.encoder4 = under("layer", ResidualBlock(4 * f, 4 * f))
+        self.encoder10 = under("layer", ResidualBlock(16 * f, 16 * f))
         self.decoder5 = SwinUpBlock(16 * f, 8 * f)
         self.decoder4 = SwinUpBlock(8 * f, 4 * f)
         self.decoder3 = SwinUpBlock(4 * f, 2 * f)
         self.decoder2 = SwinUpBlock(2 * f, f)
         self.decoder1 = SwinUpBlock(f, f)
-        self.out = nn.Sequential(OrderedDict(conv=nn.Sequential(OrderedDict(
-            conv=nn.Conv3d(f, channels_out, 1)))))
+        self.out = under("conv", under("conv", nn.Conv3d(f, channels_out, 1)))
 
     def forward(self, x):
         check_multiple(x, self.size_multiple)
         h0, h1, h2, h3, h4 = self.swinViT(x)
+
+        # From the coarsest state up; all skips but h3 pass a block of their own.
         y = self.decoder5(self.encoder10(h4), h3)
         y = self.decoder4(y, self.encoder4(h2))
         y = self.decoder3(y, self.encoder3(h1))
@@ -254,34 +279,42 @@ class SwinUNETR(nn.Module):
 
 
 class SwinHeads(nn.Module):
-    """Pretraining network of [23]: (B, C, s^3) -> rotation logits (B, 4), contrastive vectors (B, 512),
-    reconstruction (B, C, s^3). The first two read one corner token each; [23] pools nothing."""
+    """Pretraining network of [23]: (B, C, s, s, s) -> rotation logits (B, 4), contrastive vectors
+    (B, 512), reconstruction (B, C, s, s, s)."""
 
-    size_multiple, encoder_prefix = 32, "swinViT."
+    size_multiple = 32
+    encoder_prefix = "swinViT."
 
     def __init__(self, channels, f, merge):
         super().__init__()
         self.swinViT = SwinEncoder(channels, f, merge)
         self.rotation_head = nn.Linear(16 * f, 4)
         self.contrastive_head = nn.Linear(16 * f, 512)
+
+        # Doubles the side five times, from s/32 to s.
         layers = []
-        for a, b in ((16 * f, 8 * f), (8 * f, 4 * f), (4 * f, 2 * f), (2 * f, f), (f, f)):
-            layers += [nn.Conv3d(a, b, 3, padding=1), nn.InstanceNorm3d(b), nn.LeakyReLU(0.01),
-                       nn.Upsample(scale_factor=2, mode="trilinear")]
+        for wide, narrow in ((16 * f, 8 * f), (8 * f, 4 * f), (4 * f, 2 * f), (2 * f, f), (f, f)):
+            layers += [nn.Conv3d(wide, narrow, 3, padding=1), nn.InstanceNorm3d(narrow),
+                       nn.LeakyReLU(0.01), nn.Upsample(scale_factor=2, mode="trilinear")]
         self.conv = nn.Sequential(*layers, nn.Conv3d(f, channels, 1))
 
     def forward(self, x):
         check_multiple(x, self.size_multiple)
         h4 = self.swinViT(x)[-1]
+
+        # Rotation and contrast read one corner token each: [23] pools nothing.
         tokens = h4.flatten(2)
-        return self.rotation_head(tokens[..., 0]), self.contrastive_head(tokens[..., 1]), self.conv(h4)
+        rotation = self.rotation_head(tokens[..., 0])
+        contrast = self.contrastive_head(tokens[..., 1])
+        return rotation, contrast, self.conv(h4)
 
 
 class SwinReconstruction(nn.Module):
-    """AMAES on the SwinUNETR encoder, which the paper leaves open: the decoder of section 3.1 on the hidden
-    states; its last convolution undoes the patch embedding."""
+    """AMAES on the SwinUNETR encoder, which the paper leaves open: the decoder of section 3.1 takes
+    the hidden states, and its last convolution undoes the patch embedding."""
 
-    size_multiple, encoder_prefix = 32, "swinViT."
+    size_multiple = 32
+    encoder_prefix = "swinViT."
 
     def __init__(self, encoder, rec_head):
         super().__init__()
@@ -294,6 +327,7 @@ class SwinReconstruction(nn.Module):
 
 
 def check_multiple(x, multiple):
+    """UserError unless every side of (B, C, D, H, W) is a multiple."""
     if any(side % multiple for side in x.shape[2:]):
         raise UserError(f"input {tuple(x.shape[2:])}: choose multiples of {multiple}")
 

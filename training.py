@@ -1,7 +1,7 @@
 """Processes in step: how they start, agree and stop together; the loop of a run (`Run`); what it costs."""
 
 import contextlib
-import ctypes
+import importlib.util
 import inspect
 import itertools
 import math
@@ -23,9 +23,6 @@ import checkpoint
 import config
 from config import UserError
 
-# cuDNN tries its kernels on the first batch of each shape. A guess, until bench/gpu.py has measured it.
-CUDNN_BENCHMARK = True
-
 # --precision -> dtype of weights and inputs. bf16 is autocast over float32 weights.
 PRECISIONS = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -44,12 +41,9 @@ def pick_device(device):
         raise UserError("device cuda was asked for, but torch sees no GPU; use --device cpu")
 
     if device != "cpu" and torch.cuda.is_available():
-        torch.backends.cudnn.benchmark = CUDNN_BENCHMARK
         # --precision fp32 is float32, in convolutions, too.
         torch.backends.cudnn.allow_tf32 = False
         return torch.device("cuda")
-
-    keep_freed_memory()
     return torch.device("cpu")
 
 
@@ -76,15 +70,6 @@ def init_processes(device):
     elif not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Processes(dist.get_rank(), dist.get_world_size(), device)
-
-
-def keep_freed_memory():
-    """glibc gives every large tensor back to the kernel when it is freed, and each new one costs a page fault
-    for every 4 KB: much of a training step on a CPU. Keep it instead; elsewhere than glibc, do nothing."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing through mmap
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: the top of the heap stays
 
 
 def catch_signals():
@@ -165,6 +150,30 @@ def autocast(precision, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def quicken(model, device):
+    """Give a plain network the quick forms of its device, in place -> the model.
+
+    Call it before models.recompute. Without the file of the device, fast_cpu.py or fast_cuda.py, the
+    model stays plain.
+    """
+    device = torch.device(device)
+    name = f"fast_{device.type}"
+    if importlib.util.find_spec(name) is None:
+        return model
+
+    fast = importlib.import_module(name)
+    if device.type == "cpu":
+        fast.keep_freed_memory()
+    return fast.install(model)
+
+
+def convolves_contiguous(row):
+    """Does a row of models.py convolve contiguous volumes on CUDA? Without fast_cuda.py all do."""
+    if importlib.util.find_spec("fast_cuda") is None:
+        return True
+    return importlib.import_module("fast_cuda").convolves_contiguous(row)
+
+
 def distribute(model):
     """DistributedDataParallel: the mean of all processes' gradients.
 
@@ -238,14 +247,14 @@ def warn_of_cudnn(device, precision, contiguous):
               "cuDNN 9.15 or later (torch 2.11 brings 9.19), or give --precision fp32", file=sys.stderr)
 
 
-def print_header(lines, row, compiled, precision, processes, contiguous):
+def print_header(lines, row, compiled, precision, processes):
     """The lines, then with what a run computes: by process 0."""
     if processes.rank:
         return
     device = processes.device
     print(*lines, f"{processes.world} x {device}, {precision}", say_compile(compiled, row, device),
           checkpoint.versions(), sep="\n")
-    warn_of_cudnn(device, precision, contiguous)
+    warn_of_cudnn(device, precision, convolves_contiguous(row))
 
 
 # --------------------------------------------------------------------------------------------- the loop

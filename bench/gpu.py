@@ -32,15 +32,15 @@ import cost  # noqa: E402
 import augment  # noqa: E402
 import checkpoint  # noqa: E402
 import data  # noqa: E402
-import forms  # noqa: E402
+import fast_cuda  # noqa: E402
 import models  # noqa: E402
 import predict  # noqa: E402
 import pretrain  # noqa: E402
 import swin  # noqa: E402
 import training  # noqa: E402
 
-DEFAULTS = {"channels_last": forms.CHANNELS_LAST_ON_CUDA, "shifts": models.SHIFTS_ON_CUDA,
-            "sdpa": swin.SDPA, "benchmark": training.CUDNN_BENCHMARK}
+DEFAULTS = {"channels_last": fast_cuda.CHANNELS_LAST, "shifts": fast_cuda.SHIFTS, "sdpa": fast_cuda.SDPA,
+            "benchmark": fast_cuda.CUDNN_BENCHMARK}
 OTHERS = {  # what is measured beside them, the most wanted first
     "unet": ({"channels_last": False}, {"benchmark": False}),
     "mednext": ({"shifts": True}, {"channels_last": False}),
@@ -59,8 +59,10 @@ count = functools.cache(cost.cost)  # a step is counted in the form that is meas
 def switch(**turned):
     """These switches as given, the others as the scripts have them -> all of them."""
     values = DEFAULTS | turned
-    forms.CHANNELS_LAST_ON_CUDA, models.SHIFTS_ON_CUDA = values["channels_last"], values["shifts"]
-    swin.SDPA, torch.backends.cudnn.benchmark = values["sdpa"], values["benchmark"]
+    fast_cuda.CHANNELS_LAST = values["channels_last"]
+    fast_cuda.SHIFTS = values["shifts"]
+    fast_cuda.SDPA = values["sdpa"]
+    fast_cuda.CUDNN_BENCHMARK = torch.backends.cudnn.benchmark = values["benchmark"]
     return values
 
 
@@ -84,7 +86,7 @@ def make_step(options, row, batch, preset="none", compiled=False):
     side = max(64, options.side) if swin else options.side
     _, flops, _ = count(row, task, batch, side)
     torch.manual_seed(0)
-    model = models.build_model(row, task).to(options.device)
+    model = fast_cuda.install(models.build_model(row, task).to(options.device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, amsgrad=True, fused=True)
     network = torch.compile(model, **options.compile) if compiled else model
 
@@ -184,10 +186,9 @@ def networks(options):
                       ("swinunetr", options.swin)):
         others = OTHERS[models.ROWS[row].family]
         torch.manual_seed(0)
-        model = models.build_model(row, task)
+        model = fast_cuda.install(models.build_model(row, task))
         x, target = torch.rand(2, options.batch, 1, *[2 * model.size_multiple] * 3)
-        with mock.patch.object(forms, "on_cpu", lambda x: False):
-            expected = outcome(model, x, target, half=False)
+        expected = outcome(model, x, target, half=False)
         model, x, target = (thing.to(options.device) for thing in (model, x, target))
         for precision, turned in (("fp32", {}), *((options.precision, turned) for turned in ({}, *others))):
             switch(**turned)
@@ -292,7 +293,7 @@ def layers(options):
     """A 3^3 convolution of 64 channels in bf16, dense and depthwise, in both formats: milliseconds forward,
     and with backward. Depthwise also as compiled shifts."""
     c, sides = options.channels, [options.side] * 3
-    shifts = torch.compile(models.depthwise_shifts, **options.compile)
+    shifts = torch.compile(fast_cuda.depthwise_shifts, **options.compile)
     for name, groups, form, function in (
             ("dense, contiguous", 1, torch.contiguous_format, F.conv3d),
             ("dense, channels-last", 1, torch.channels_last_3d, F.conv3d),
@@ -312,6 +313,7 @@ def layers(options):
 def window(options):
     """The sliding window of a network with four classes over a brain, 1 and 4 windows at once."""
     model = models.build_model(options.rows[0], "segment", out_channels=4).to(options.device).eval()
+    fast_cuda.install(model)
     volume = torch.rand(1, *(options.side * n // 8 for n in (10, 12, 9))).half()
     for batch in (1, 4):
         segment = functools.partial(predict.sliding_window, model, volume, options.side, batch=batch)
@@ -324,15 +326,14 @@ SECTIONS = {section.__name__: section for section in (
 
 
 @contextlib.contextmanager
-def in_cuda_forms():
-    """Narrow rows on a CPU, in CUDA's forms; nothing takes the place of what a CPU has not."""
+def without_gpu():
+    """Narrow rows; and nothing takes the place of what a CPU has not."""
     rows = {}
     for name, row in models.ROWS.items():
         width = 16 if row.family == "swin" else 4
         rows[name] = row._replace(features=width, blocks=(1,) * 5, expansion=(2,) * 5)
     missing = ("_sleep", "set_sync_debug_mode", "get_device_name", "reset_peak_memory_stats")
     with (mock.patch.dict(models.ROWS, rows), mock.patch.object(swin, "WINDOW", 4),
-          mock.patch.object(forms, "on_cpu", lambda x: False),
           mock.patch.multiple(torch.cuda, **dict.fromkeys(missing, lambda *_: None)),
           mock.patch.object(torch.Tensor, "pin_memory", lambda self: self)):
         yield
@@ -371,8 +372,8 @@ def main(words=None):
     def late():
         return time.perf_counter() - began > 60 * options.minutes
 
-    forms = in_cuda_forms() if options.tiny else contextlib.nullcontext()
-    with open(options.out, "a", encoding="utf-8") as file, forms:
+    stand_ins = without_gpu() if options.tiny else contextlib.nullcontext()
+    with open(options.out, "a", encoding="utf-8") as file, stand_ins:
         for name in options.only:
             if late():
                 say(name, "left out: no time")

@@ -34,6 +34,7 @@ import metrics  # noqa: E402
 import models  # noqa: E402
 import predict  # noqa: E402
 import pretrain  # noqa: E402
+import training  # noqa: E402
 
 INTENSITY = {
     "noise": lambda x: augment.gaussian_noise(x, 0.05, 0),
@@ -60,7 +61,7 @@ def correlation(a, b):
 def similarities(encoder, patches):
     """{change: similarity} of one encoder on patches (N, 1, s, s, s)."""
     def features(x):
-        return [models.channels_first(level).float() for level in encoder(x)]
+        return [level.contiguous().float() for level in encoder(x)]
 
     plain = features(patches)
     row = {"other patch": correlation(plain, [level.roll(1, 0) for level in plain])}
@@ -91,7 +92,7 @@ def pretrained(paths, folder, count):
                                    features=cfg.features).eval()
         if saved:
             checkpoint.load_weights(model, saved, part="encoder")
-        table[name] = similarities(model.encoder, patches.float())
+        table[name] = similarities(training.quicken(model, "cpu").encoder, patches.float())
     return table
 
 

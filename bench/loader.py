@@ -53,7 +53,7 @@ def steps_a_second(folder, side, workers, steps, rounds=5):
     cases = data.pretraining_cases(folder)
     dataset = data.Crops(cases, side, 0, "all")
     device = torch.device("cpu")
-    model = models.build_model(cfg.model, "pretrain")
+    model = training.quicken(models.build_model(cfg.model, "pretrain"), device)
     _, objective, _ = pretrain.choose_objective(
         "amaes", device, cfg.precision, cfg.token_size, cfg.mask_ratio, cfg.loss_region)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -168,7 +168,6 @@ def main():
 
     # A core each for the workers, the others for the network.
     torch.set_num_threads(max(1, os.cpu_count() - arguments.workers))
-    training.keep_freed_memory()
     with tempfile.TemporaryDirectory() as temporary:
         folder = prepared(temporary)
         loaded, memory = steps_a_second(folder, arguments.side, arguments.workers, arguments.steps)

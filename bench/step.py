@@ -50,7 +50,7 @@ def flops(row, side):
 def training_step(row, side, dtype, compiled):
     """A function that does one step."""
     torch.manual_seed(0)
-    model = models.build_model(row, "pretrain")
+    model = training.quicken(models.build_model(row, "pretrain"), "cpu")
     run = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=3e-5, amsgrad=True,
                                   fused=True)
@@ -112,7 +112,6 @@ def main():
     arguments = parser.parse_args()
     if arguments.alone:
         torch.set_num_threads(arguments.threads)
-        training.keep_freed_memory()
         return measure(arguments.rows, int(arguments.sides), getattr(torch, arguments.precisions),
                        arguments.modes, arguments.rounds)
 

@@ -5,7 +5,7 @@
 
 A row is a network and its number of classes; `pointwise` is a single 1^3 convolution: what the windows cost
 without a network. Each variant runs in a process of its own, turn by turn, all with freed memory kept
-(training.keep_freed_memory); the table has medians of at least --rounds and 5 s after one that does not
+(fast_cpu.keep_freed_memory); the table has medians of at least --rounds and 5 s after one that does not
 count, or that one where it takes over a minute.
 
 Memory is the peak of resident memory above the process before it makes the volume, measured in processes that
@@ -25,9 +25,9 @@ import time
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import fast_cpu  # noqa: E402
 import models  # noqa: E402
 import predict  # noqa: E402
-import training  # noqa: E402
 
 # glibc: every block from 64 KB on is a mapping of its own, so that resident memory is what is alive.
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -54,10 +54,11 @@ def serve(options):
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if not options.memory:
-        training.keep_freed_memory()
+        fast_cpu.keep_freed_memory()
     network, classes = options.rows.split(":")
     model = (torch.nn.Conv3d(1, int(classes), 1) if network == "pointwise"
              else models.build_model(network, "segment", out_channels=int(classes))).eval()
+    fast_cpu.install(model)
     with torch.inference_mode():
         model(torch.rand(1, 1, 32, 32, 32))
         runner(options.serve, model, torch.rand(1, 1, 1, 1), options)  # imports

@@ -10,10 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, script
 
-import forms
+import fast_cuda
 import models
-import swin
-import training
 
 POSITIVE = ("ms", "forward_ms", "both_ms", "ms_a_sample", "tflops", "dense_tflops", "copy_tb_s", "first_s",
             "forward_s", "host_s", "whole_s", "seconds")
@@ -77,14 +75,14 @@ def test_a_failure_costs_its_section(gpu, monkeypatch, tmp_path, capsys):
         yield "before", {"value": 1}
         raise RuntimeError("no kernel image")
 
-    rows, form, seen = dict(models.ROWS), forms.on_cpu, torch.backends.cudnn.benchmark
+    rows, seen = dict(models.ROWS), torch.backends.cudnn.benchmark
     monkeypatch.setitem(gpu.SECTIONS, "augmentations", broken)
     words = ["--tiny", "--only", "machine,augmentations,layers", "--out", str(tmp_path / "lines")]
     assert gpu.main(words) == 1
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["section"] for line in lines[:4]] == ["machine", "augmentations", "augmentations", "layers"]
     assert [line["error"] for line in lines if "error" in line] == ["RuntimeError: no kernel image"]
-    assert models.ROWS == rows and forms.on_cpu is form
+    assert models.ROWS == rows
     torch.backends.cudnn.benchmark = seen
 
 
@@ -97,11 +95,13 @@ def test_what_there_is_no_time_for_is_left_out(gpu, tmp_path, capsys):
 
 def test_switches_are_those_of_the_scripts(gpu):
     before = torch.backends.cudnn.benchmark
-    assert gpu.switch(shifts=True, sdpa=False)["shifts"] and models.SHIFTS_ON_CUDA and not swin.SDPA
+    turned = gpu.switch(shifts=True, sdpa=False, benchmark=False)
+    assert turned["shifts"] and fast_cuda.SHIFTS and not fast_cuda.SDPA
+    fast_cuda.install(torch.nn.Identity())
+    assert not torch.backends.cudnn.benchmark, "a network that is made later does not turn it back"
     gpu.switch()
-    assert (forms.CHANNELS_LAST_ON_CUDA, models.SHIFTS_ON_CUDA, swin.SDPA,
+    assert (fast_cuda.CHANNELS_LAST, fast_cuda.SHIFTS, fast_cuda.SDPA,
             torch.backends.cudnn.benchmark) == tuple(gpu.DEFAULTS.values())
-    assert gpu.DEFAULTS["benchmark"] == training.CUDNN_BENCHMARK
     torch.backends.cudnn.benchmark = before
 
 

@@ -1,8 +1,8 @@
-"""What only a GPU runs, as far as a CPU can tell: waits, the forms of CUDA, pinned batches, graphs."""
+"""What only a GPU runs, as far as a CPU can tell: waits, pinned batches, graphs. Its quick forms of the
+networks are in test_fast.py."""
 
 import collections
 import contextlib
-import copy
 import json
 import os
 import sys
@@ -21,12 +21,11 @@ from torch.utils.data._utils import pin_memory
 import augment
 import config
 import data
+import fast_cuda
 import finetune
-import forms
 import models
 import pretrain
 import resample
-import swin
 import training
 
 META = torch.device("meta")
@@ -95,7 +94,9 @@ def pinned(tensor):
 
 @pytest.fixture
 def on_meta(monkeypatch):
-    """Stands in for what a GPU has and meta has not: pinned memory, generators, autocast."""
+    """Stands in for what a GPU has and meta has not: pinned memory, generators, autocast. And keeps the
+    setting of cuDNN that fast_cuda makes."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
     monkeypatch.setattr(torch, "Generator", lambda *_: types.SimpleNamespace(manual_seed=lambda seed: None))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
@@ -117,7 +118,7 @@ def test_a_step_of_pretraining_waits_for_nothing(on_meta, objective, row):
     task, loss_of, _ = pretrain.choose_objective(objective, META, cfg.precision, cfg.token_size,
                                                  cfg.mask_ratio, cfg.loss_region)
     with META:
-        model = models.build_model(row, task, features=16)
+        model = fast_cuda.install(models.build_model(row, task, features=16))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     seeds = 60 if row == "unet_demo" else 4
     with Waits() as waits:
@@ -133,7 +134,7 @@ def test_a_step_of_pretraining_waits_for_nothing(on_meta, objective, row):
 def test_a_step_of_finetuning_waits_for_nothing(on_meta):
     cfg = finetune.Config(task="wmh", lr=1e-4)
     with META:
-        model = models.build_model("unet_demo", "segment", out_channels=4)
+        model = fast_cuda.install(models.build_model("unet_demo", "segment", out_channels=4))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Waits() as waits:
         for step, batch in enumerate(batches(cfg.patch_size, 4)):
@@ -161,83 +162,6 @@ def test_what_would_wait_is_seen(on_meta):
 def test_upload_is_the_tensor():
     x = torch.rand(3)
     assert resample.upload(x, "cpu") is x and resample.upload(x, torch.device("cpu")) is x
-
-
-# ---------------------------------------------------------------------------- the forms of CUDA, run on a CPU
-CONTIGUOUS, SHIFTS, MATRICES = {"CHANNELS_LAST_ON_CUDA": False}, {"SHIFTS_ON_CUDA": True}, {"SDPA": False}
-NOTHING = {}  # the switches as they are
-HOMES = {"CHANNELS_LAST_ON_CUDA": forms, "SHIFTS_ON_CUDA": models, "SDPA": swin}
-
-
-def passes(model, x, *more):
-    """{name: tensor}, the output and the gradients of a loss that is no mean; the names in its graph."""
-    model.zero_grad()
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    y = model(x, *more)
-    nodes, found = [y.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            nodes += [parent for parent, _ in node.next_functions]
-    weights = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-    (y * weights).sum().backward()
-    # A bias before an instance norm has no effect: its gradient is 0, and what is found are rounding errors.
-    tensors = {"output": y.detach(), "input": x.grad} | {
-        name: weight.grad.clone() for name, weight in model.named_parameters()
-        if not name.endswith(("conv.bias", "conv1.bias")) or "out" in name}
-    return tensors, {node.name() for node in found}
-
-
-def as_on_cuda(monkeypatch, switches):
-    monkeypatch.setattr(forms, "on_cpu", lambda x: False)
-    for name, value in switches.items():
-        monkeypatch.setattr(HOMES[name], name, value)
-
-
-def apart(a, b, floor=1e-30):
-    """Norm of the difference over that of b."""
-    return float((a.double() - b).norm() / b.double().norm().clamp(min=floor))
-
-
-@pytest.mark.parametrize("switches", [NOTHING, CONTIGUOUS, SHIFTS, MATRICES])
-@pytest.mark.parametrize("kind", ["unet", "mednext", "mednext down", "mednext up", "swin", "attention"])
-def test_a_block_in_the_form_of_cuda_is_the_cpus(monkeypatch, kind, switches):
-    torch.manual_seed(0)
-    block = {"unet": lambda: models.Block(8, 12), "mednext": lambda: models.MedNeXtBlock(8, 8, 3),
-             "mednext down": lambda: models.MedNeXtBlock(8, 16, 3, stride=2),
-             "mednext up": lambda: models.MedNeXtBlock(8, 4, 3, stride=2, up=True),
-             "swin": lambda: swin.ResidualBlock(8, 12),
-             "attention": lambda: swin.SwinBlock(32, 2, shifted=True)}[kind]()
-    x = torch.rand(2, 8, 12, 13, 10).contiguous(memory_format=torch.channels_last_3d)
-    x = torch.randn(2, 8, 9, 14, 32) if kind == "attention" else x
-    cpu, _ = passes(copy.deepcopy(block).double(), x.double())
-    as_on_cuda(monkeypatch, switches)
-    cuda, nodes = passes(block, x)
-    assert not [node for node in nodes if "CopySlices" in node]
-    worst = max(cuda, key=lambda name: apart(cuda[name], cpu[name]))
-    assert apart(cuda[worst], cpu[worst]) < 1e-5, worst
-
-
-@pytest.mark.parametrize(("row", "task", "switches"), [
-    ("unet_demo", "pretrain", NOTHING), ("unet_demo", "pretrain", CONTIGUOUS), ("unet_b", "segment", NOTHING),
-    ("unet_b", "segment", CONTIGUOUS), ("mednext_m", "pretrain", NOTHING), ("mednext_m", "pretrain", SHIFTS),
-    ("mednext_m", "pretrain", CONTIGUOUS), ("mednext_l_mednextdec", "segment", NOTHING),
-    ("swinunetr", "segment", NOTHING), ("swinunetr", "pretrain", MATRICES)])
-def test_a_network_in_the_form_of_cuda_is_the_cpus(monkeypatch, row, task, switches):
-    """Float32 in the form of CUDA against float64 in the CPU's. Rounding grows in gradients through norms
-    over few voxels, to 1e-2 in either form."""
-    torch.manual_seed(0)
-    model = models.build_model(row, task, features=16 if row == "swinunetr" else 4)
-    x = torch.rand(2, 1, *([64, 32, 32] if row == "swinunetr" else [32, 32, 48]))  # two: oneDNN's kernels
-    cpu, _ = passes(copy.deepcopy(model).double(), x.double())
-    as_on_cuda(monkeypatch, switches)
-    cuda, nodes = passes(model, x)
-    assert not [node for node in nodes if "CopySlices" in node]
-    assert apart(cuda["output"], cpu["output"]) < 1e-5
-    scale = max(tensor.norm() for name, tensor in cpu.items() if name != "output")
-    far = {name: apart(cuda[name], cpu[name], floor=1e-6 * scale) for name in cuda}
-    assert max(far.values()) < 3e-2, max(far, key=far.get)
 
 
 # --------------------------------------------------------------------------------------------- pinned batches

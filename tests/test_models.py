@@ -14,9 +14,11 @@ from torch import nn
 import amaes
 import checkpoint
 import config
+import fast_cpu
 import finetune
 import models
 import swin
+import training
 
 GOLDEN = ROOT / "tests" / "golden"
 OFFICIAL = {  # official name -> our row, task
@@ -76,33 +78,12 @@ def test_names_and_shapes_are_the_official_ones(official):
     assert {name: list(tensor.shape) for name, tensor in state.items()} == expected
 
 
-# ---------------------------------------------------------------------------------- quick forms, plain forms
-@pytest.mark.parametrize("size", [(1, 1, 12), (1, 3, 12), (2, 3, 12), (2, 3, 6)])
-def test_the_convolution_block_is_torchs_own_modules(size):
-    """(batch, channels, side): one or several samples, channels-last or, at a coarse level, first."""
-    batch, channels, side = size
-    block = models.ConvNormAct(channels, 4).double()
-    torch.nn.init.normal_(block.norm.weight)
-    x = torch.rand(batch, channels, side, side, side, dtype=torch.float64, requires_grad=True)
-    found, wanted = block(x), torch.nn.functional.leaky_relu(block.norm(block.conv(x)), 0.01)
-    weights = torch.rand_like(wanted)
-    torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(torch.autograd.grad((found * weights).sum(), (x, *block.parameters())),
-                               torch.autograd.grad((wanted * weights).sum(), (x, *block.parameters())))
-
-
-def test_upsampling_by_a_matrix_product_is_the_transposed_convolution():
-    up = torch.nn.ConvTranspose3d(6, 4, 2, 2)
-    x = torch.rand(2, 6, 3, 4, 5)
-    torch.testing.assert_close(models.upsample(x.contiguous(memory_format=torch.channels_last_3d), up), up(x))
-
-
 @pytest.mark.parametrize("row", ["unet_demo", "mednext_m", "swinunetr"])
 def test_recomputing_changes_nothing_but_the_memory(row):
     x, found = torch.rand(1, 1, 64, 64, 64), []
     for recompute in (False, True):
         torch.manual_seed(0)
-        model = models.build_model(row, "segment")
+        model = training.quicken(models.build_model(row, "segment"), "cpu")
         if recompute:
             models.recompute(model)
         kept = []
@@ -117,9 +98,12 @@ def test_recomputing_changes_nothing_but_the_memory(row):
 
 # --------------------------------------------------------------------------------------------- golden outputs
 @pytest.mark.parametrize("official", ["unet_b", "unet_b_lw_dec", "mednext_m3_std_dec", "mednext_m3_lw_dec"])
-def test_outputs_of_the_official_networks(official):
+@pytest.mark.parametrize("quick", [False, True])
+def test_outputs_of_the_official_networks(official, quick):
     golden = np.load(GOLDEN / f"{official}.npz")
     model = fill(build(official), convolutional)
+    if quick:
+        fast_cpu.install(model)
     x = torch.from_numpy(np.random.RandomState(0).standard_normal(32 ** 3).astype(np.float32))
     x = x.view(1, 1, 32, 32, 32)
     with torch.no_grad():
@@ -188,25 +172,10 @@ def test_mednext_decoder_is_monais():
         assert (ours(x) - expected).abs().max() < 1e-4 * expected.std()
 
 
-@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"stride": 2, "up": True}])
-def test_the_quick_form_of_a_mednext_block_is_the_plain_one(options):
-    """On CPUs the block runs in another form: the same output and gradients, on sides of no special size."""
-    torch.manual_seed(0)
-    block = models.MedNeXtBlock(8, 16 if options else 8, 3, **options).double()
-    found = []
-    for form in (models.MedNeXtBlock.branch, models.MedNeXtBlock.branch_cpu):
-        x = torch.rand(2, 8, 10, 13, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        x = x.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
-        block.zero_grad()
-        output = form(block, x)
-        output.square().sum().backward()
-        found.append([output, x.grad] + [p.grad for p in block.parameters() if p.grad is not None])
-    for a, b in zip(*found, strict=True):
-        assert (a - b).abs().max() < 1e-9  # the gradient of the bias before the norm is 0 but for rounding
-
-
 # ------------------------------------------------------------------------------------------ every row learns
 def train(model, loss_of, lr=2e-3, steps=30):
+    """Losses of a few steps, in the form in which the scripts train on a CPU."""
+    training.quicken(model, "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     losses = []
     for _ in range(steps):
@@ -422,6 +391,7 @@ def test_one_step_at_full_size(row, task):
     torch.set_num_threads(2)
     x, label = sample([96 if row == "swinunetr" else 64] * 3, 2)
     model = models.build_model(row, task, out_channels=2 if task == "segment" else 1)
+    training.quicken(model, "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, amsgrad=True, fused=True)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(x)

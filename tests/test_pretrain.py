@@ -125,7 +125,7 @@ def test_every_network_is_one_graph(row, task):
     if task == "swin" and row != "swinunetr":
         pytest.skip("the objective of [23] is SwinUNETR's")
     counter = CompileCounter()
-    model = models.build_model(row, task, features=16)
+    model = training.quicken(models.build_model(row, task, features=16), "cpu")
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -185,7 +185,7 @@ def test_without_a_compiler_a_run_goes_on_with_one_warning(prepared, tmp_path):
     ({"objective": "swin", "model": "swinunetr", "batch_size": 1, "patch_size": 64},
      "give --batch_size 2 or more"),
     ({"objective": "mae"}, "choose amaes, swin"),
-    ({"model": "swinunetr", "merge": "new"}, "unknown merge 'new'"),
+    ({"model": "swinunetr", "merge": "new"}, "merge 'new': choose fixed, legacy"),
     ({"model": "swinunetr", "features": 20}, "SwinUNETR needs a multiple of 16"),
 ])
 def test_a_mistake_ends_in_one_line(prepared, tmp_path, settings, message):

@@ -1,0 +1,246 @@
+"""Optional: the same networks, quicker on a CPU. Delete this file and all works, more slowly.
+ `install` makes a quick network of a plain one (models.py, swin.py). Outputs and gradients stay
+the same but for rounding. bench/models.py measures what it gains.
+"""
+
+import ctypes
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+
+import models
+import swin
+
+
+def install(model):
+    """Turn the modules of a plain network into the quick ones below, in place -> the model.
+
+    A module keeps its parameters and becomes an instance of a subclass of its own class.
+    """
+    for module in model.modules():
+        if type(module) in QUICK:
+            module.__class__ = QUICK[type(module)]
+        if isinstance(module, models.UNetDecoder):
+            for upsample in (module.upsample1, module.upsample2,
+                             module.upsample3, module.upsample4):
+                upsample.__class__ = Upsample
+    return model
+
+
+def keep_freed_memory():
+    """Make the allocator of this process keep what is freed. Elsewhere than in glibc, do nothing.
+ glibc gives every large tensor back to the kernel when it is freed, and each new one then costs a
+page fault for every 4 KB: much of a training step on a CPU.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing through mmap
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: the top of the heap stays
+
+
+# ------------------------------------------------------------------------- memory formats and norms
+def quick_format(x):
+    """x, (B, C, D, H, W), in the memory format in which a CPU convolves it fastest: channels-last,
+    except at coarse levels, where converting the weight gradient costs more than it saves."""
+    if x[0, 0].numel() <= 8 ** 3:
+        return x.contiguous()
+
+    # A single channel is contiguous in both formats. Convolutions look at the strides, and a copy
+    # sets them.
+    if x.shape[1] == 1:
+        return x.clone(memory_format=torch.channels_last_3d)
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def channels_first(x):
+    """x.contiguous(). For channels-last volumes, transposing one matrix per sample is faster."""
+    if x.is_contiguous():
+        return x
+    matrices = [sample.t().contiguous() for sample in x.movedim(1, -1).flatten(1, 3)]
+    return torch.stack(matrices).view(x.shape)
+
+
+def instance_norm(x, weight=None, bias=None, slope=None, eps=1e-5):
+    """Instance norm, then a leaky ReLU if a slope is given, on (B, C, D, H, W). It keeps the memory
+    format of x, which torch's own does not."""
+    if x.is_contiguous():
+        # Batch norm is instance norm if all channels of all samples are channels of one sample.
+        if weight is not None:
+            weight = weight.repeat(len(x))
+            bias = bias.repeat(len(x))
+        y = batch_norm(x.flatten(0, 1)[None], weight, bias, eps)
+    elif len(x) == 1:
+        y = batch_norm(x, weight, bias, eps)
+    else:
+        y = torch.cat([batch_norm(sample, weight, bias, eps) for sample in x.split(1)])
+
+    # In place, but before y becomes a view: through a view, the gradient would be copied three
+    # times.
+    if slope is not None:
+        y = nn.functional.leaky_relu(y, slope, inplace=True)
+    return y.view_as(x)
+
+
+def batch_norm(x, weight, bias, eps):
+    return nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+
+
+# -------------------------------------------------------------------------------------------- U-Net
+class ConvNormAct(models.ConvNormAct):
+    """In channels-last order, with the leaky ReLU in place."""
+
+    def forward(self, x):
+        y = self.conv(quick_format(x))
+        return instance_norm(y, self.norm.weight, self.norm.bias, slope=self.act.negative_slope)
+
+
+class MaxPool(nn.MaxPool3d):
+    """Under autocast, max_pool3d itself runs in float32, for nothing."""
+
+    def forward(self, x):
+        pooled, _ = nn.functional.max_pool3d_with_indices(x, self.kernel_size)
+        return pooled
+
+
+class Upsample(nn.ConvTranspose3d):
+    """A transposed convolution whose stride is its kernel's size. In channels-last order it is one
+    matrix product, whose columns are then put in their places."""
+
+    def forward(self, x):
+        if x.is_contiguous():
+            return super().forward(x)
+        batch, _, *size = x.shape
+        k = self.stride[0]
+
+        # (B, D, H, W, C) -> (B, D, H, W, k * k * k * channels_out): all that one voxel becomes.
+        weight = self.weight.permute(2, 3, 4, 1, 0).flatten(0, 3)
+        y = nn.functional.linear(x.movedim(1, -1), weight, self.bias.repeat(k ** 3))
+
+        # The offsets inside a voxel's block go beside its position on each axis.
+        y = y.view(batch, *size, k, k, k, self.out_channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        return y.reshape(batch, *(k * side for side in size), self.out_channels).movedim(-1, 1)
+
+
+# ------------------------------------------------------------------------------------------ MedNeXt
+class MedNeXtEncoder(models.MedNeXtEncoder):
+    """In channels-last order from the stem on."""
+
+    def forward(self, x):
+        return super().forward(quick_format(x))
+
+
+class MedNeXtBlock(models.MedNeXtBlock):
+    """In channels-last order, where a 1^3 convolution is a matrix product. The scale of the norm
+    goes into the matrix of the expansion, and its shift into the bias."""
+
+    def branch(self, x):
+        if self.stride == 1:
+            y = DepthwiseConv.apply(x, self.conv1.weight, self.conv1.bias)
+        else:
+            y = self.conv1(x)
+
+        # (B, voxels, C), at least in float32, less the mean of each channel; then the norm's scale.
+        v = y.movedim(1, -1).flatten(1, 3)
+        v = v.to(torch.promote_types(v.dtype, torch.float32))
+        v = v - v.mean(1, keepdim=True)
+        scale = self.norm.weight * (v.square().mean(1) + self.norm.eps).rsqrt()
+
+        # Expand v * scale + norm.bias, with one matrix per sample.
+        expand = self.conv2.weight.flatten(1)
+        bias = (expand * self.norm.bias).sum(1) + self.conv2.bias
+        h = torch.baddbmm(bias, v, (expand * scale.unsqueeze(1)).transpose(1, 2))
+
+        h = nn.functional.linear(self.act(h), self.conv3.weight.flatten(1), self.conv3.bias)
+        return h.unflatten(1, y.shape[2:]).movedim(-1, 1)
+
+
+class DepthwiseConv(torch.autograd.Function):
+    """Depthwise 3^3 convolution of a channels-last volume, with quicker gradients than oneDNN's.
+    The input's is the convolution with the mirrored kernel, and the kernel's is
+    kernel_gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return nn.functional.conv3d(x, weight, bias, padding=1, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        mirrored = weight.to(grad.dtype).flip(2, 3, 4)
+        grad_x = nn.functional.conv3d(grad, mirrored, padding=1, groups=len(weight))
+        grad_weight = kernel_gradient(channels_first(x.to(grad.dtype)), channels_first(grad))
+        grad_bias = grad.sum((0, 2, 3, 4))
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+def kernel_gradient(x, grad, side=8):
+    """Gradient of a depthwise kernel, (C, 1, 3, 3, 3), from the input x and the output's gradient,
+    both (B, C, D, H, W). For each of the 27 offsets it is the sum of grad[v] * x[v + offset] over
+    all voxels v.
+ The planes (H, W) are cut into blocks of side^2 voxels. A matrix product multiplies every voxel of
+x in a block and its rim by every voxel of grad in the block, and sums over all blocks. The sums
+that are wanted, of voxels an offset apart, lie on diagonals of the result.
+    """
+    channels, depth, height, width = x.shape[1:]
+    rim = side + 2
+
+    # A rim of zeros around x, and as many zeros behind both as fill whole blocks.
+    fill_h = -height % side
+    fill_w = -width % side
+    x = nn.functional.pad(x, (1, 1 + fill_w, 1, 1 + fill_h, 1, 1))
+    if fill_h or fill_w:
+        grad = nn.functional.pad(grad, (0, fill_w, 0, fill_h))
+
+    # x as (C, depth, blocks of all samples, voxels of a block and its rim); grad as (C, blocks of
+    # all planes and samples, voxels of a block).
+    rims = x.unfold(3, rim, side).unfold(4, rim, side).permute(1, 2, 0, 3, 4, 5, 6)
+    rims = rims.reshape(channels, depth + 2, -1, rim ** 2)
+    blocks = grad.unfold(3, side, side).unfold(4, side, side).permute(1, 2, 0, 3, 4, 5, 6)
+    blocks = blocks.reshape(channels, -1, side ** 2)
+
+    # An offset between planes is a matrix product, and an offset in the plane a diagonal of it.
+    sums = []
+    for i in range(3):
+        planes = rims[:, i:i + depth].flatten(1, 2)
+        products = planes.transpose(1, 2) @ blocks
+        products = products.view(channels, rim, rim, side, side)
+        for j in range(3):
+            for k in range(3):
+                pairs = products[:, j:j + side, k:k + side]
+                same_voxel = pairs.diagonal(0, 1, 3).diagonal(0, 1, 2)
+                sums.append(same_voxel.sum((1, 2)))
+    return torch.stack(sums, 1).view(channels, 1, 3, 3, 3)
+
+
+# ---------------------------------------------------------------------------------------- SwinUNETR
+class WindowAttention(swin.WindowAttention):
+    """Computes its n x n matrices again in the backward pass, since they would be most of the
+    memory. CUDA's kernel does so by itself."""
+
+    def mix(self, q, k, v, mask):
+        return torch.utils.checkpoint.checkpoint(super().mix, q, k, v, mask, use_reentrant=False,
+                                                 preserve_rng_state=False)
+
+
+class ResidualBlock(swin.ResidualBlock):
+    """With norms that keep the memory format, and the leaky ReLU in place."""
+
+    def forward(self, x):
+        slope = self.act.negative_slope
+        y = instance_norm(self.conv1(x), slope=slope)
+        y = instance_norm(self.conv2(y))
+        if self.conv3 is not None:
+            x = instance_norm(self.conv3(x))
+        return nn.functional.leaky_relu(y + x, slope, inplace=True)
+
+
+QUICK = {  # a plain class -> the quick one that takes its place
+    models.ConvNormAct: ConvNormAct,
+    nn.MaxPool3d: MaxPool,
+    models.MedNeXtEncoder: MedNeXtEncoder,
+    models.MedNeXtBlock: MedNeXtBlock,
+    swin.WindowAttention: WindowAttention,
+    swin.ResidualBlock: ResidualBlock,
+}

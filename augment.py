@@ -118,27 +118,21 @@ def intensity(batch, draws):
     if not any(drawn.intensity for drawn in draws):
         return batch
 
-    result = torch.empty_like(batch)
-    for i, drawn in enumerate(draws):
-        x = batch[i]
+    samples = []
+    for x, drawn in zip(batch, draws, strict=True):
         for name, parameters in drawn.intensity:
             # Clip each channel to the range it had before the transform. The official code does
             # so in pretraining but not in finetuning.
             x = x.float()
             low, high = channel_range(x)
-            x = clip(TRANSFORMS[name](x, *parameters), low, high)
-        result[i] = x
-    return result
+            x = TRANSFORMS[name](x, *parameters).clamp_(low, high)
+        samples.append(x)
+    return torch.stack(samples).to(batch.dtype)
 
 
 def channel_range(x):
     """Smallest and largest value of each channel of x (C, D, H, W): (C, 1, 1, 1) each."""
     return x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-
-
-def clip(x, low, high):
-    """x.clamp_(low, high), many times quicker on a CPU."""
-    return torch.minimum(torch.maximum(x, low, out=x), high, out=x)
 
 
 # ----------------------------------------------------------------------------- spatial transforms
@@ -148,23 +142,21 @@ def spatial(crops, labels, draws):
 
     Crops are (C, *context), of unequal contexts; labels are (*context) each, or None. A sample
     without a spatial transform passes bitwise; the official code interpolates every sample."""
-    size = draws[0].size
-    images = torch.empty(len(crops), len(crops[0]), *size, device=crops[0].device)
+    images = []
     moved_labels = []
-    for i, drawn in enumerate(draws):
-        crop = crops[i]
-        label = None if labels is None else labels[i]
+    for image, label, drawn in zip(crops, labels or [None] * len(crops), draws, strict=True):
+        image = image.float()
         angles = drawn.angles or (0, 0, 0)
         scale = drawn.scale or 1.0
-
-        displacement = None
+        field = None
         if drawn.elastic:
-            displacement = elastic_displacement(*drawn.elastic, size, crop.device)
-        if drawn.elastic or scale != 1 or any(angles):
-            crop, label = spatial_transform(crop.float(), label, angles, scale, displacement, size)
-        images[i] = crop
+            field = elastic_displacement(*drawn.elastic, drawn.size, image.device)
+
+        if any(angles) or scale != 1 or drawn.elastic:
+            image, label = spatial_transform(image, label, angles, scale, field, drawn.size)
+        images.append(image)
         moved_labels.append(label)
-    return images, None if labels is None else torch.stack(moved_labels)
+    return torch.stack(images), None if labels is None else torch.stack(moved_labels)
 
 
 def rotation_matrix(angles):
@@ -181,10 +173,7 @@ def rotation_matrix(angles):
 
 
 def context_of(size, angles, scale, elastic):
-    """Box (D, H, W) that a transformed patch reads, centred on the patch (its sides have the same
-    parity)."""
-    if not (angles or scale or elastic):
-        return size
+    """Box (D, H, W) that a transformed patch reads, centred on the patch. None: not drawn."""
     reach = np.array([(n - 1) / 2 for n in size])
 
     # Displacements reach 2 voxels or so: allow five standard deviations.
@@ -210,7 +199,7 @@ def spatial_transform(x, label, angles, scale, displacement, size):
 
     # The weights of a lookup sum to 1 only up to rounding: keep to the range of x and the 0 outside.
     low, high = channel_range(x)
-    moved = clip(moved, low.float().clamp_(max=0), high.float().clamp_(min=0)).to(x.dtype)
+    moved = moved.clamp_(low.clamp_(max=0), high.clamp_(min=0)).to(x.dtype)
     if label is None:
         return moved, None
 
@@ -252,11 +241,8 @@ def elastic_displacement(alpha, sigma, seed, size, device):
     noise = (2 * torch.rand(3, *nodes, generator=generator) - 1) * alpha
     field = resample.upload(noise, device)
     for axis in (2, 1, 0):
-        n, m = size[axis], nodes[axis]
-        voxels = np.arange(n)[:, None] - (n - 1) / 2
-        distance = voxels - (np.arange(m) - (m - 1) / 2) * step
-        kernel = np.exp(-0.5 * (distance / sigma) ** 2) * math.sqrt(step / (2 * math.pi)) / sigma
-        field = resample.apply_matrix(field, kernel, axis)
+        matrix = resample.smooth_noise_matrix(nodes[axis], size[axis], step, sigma)
+        field = resample.apply_matrix(field, matrix, axis)
     return field
 
 
@@ -297,9 +283,8 @@ def filter_frequencies(x, gain, axis):
     """Magnitude of x after its frequencies along one axis are multiplied by gain (n,), DC first."""
     # The magnitude would fold negative values: lift them above 0.
     low = x.amin((1, 2, 3), keepdim=True).float().clamp_(max=0)
-    shape = [-1 if a == axis else 1 for a in range(3)]
     spectrum = torch.fft.fft(x - low, dim=axis + 1)
-    spectrum *= resample.upload_array(gain, x).view(shape)
+    spectrum *= resample.upload_array(gain, x).view(-1, *[1] * (2 - axis))
     return torch.fft.ifft(spectrum, dim=axis + 1).abs().add_(low).to(x.dtype)
 
 
@@ -334,16 +319,17 @@ def low_resolution(x, shape):
         n_in, n_out = shape[axis], x.shape[axis + 1]
         if n_in != n_out:
             small = resample.apply_matrix(small, resample.spline_up(n_in, n_out), axis)
-    return clip(small, low, high).to(x.dtype)
+    return small.clamp_(low, high).to(x.dtype)
 
 
 @torch.no_grad()
 def bias_field(x, center):
     """x times 1 - sum over axes of ((i - center) / side)^2, but at least 0 (the official one is not)."""
-    a, b, c = (((torch.arange(n, device=x.device) - at) / n) ** 2
-               for n, at in zip(x.shape[1:], center, strict=True))
-    field = (1 - a[:, None, None] - b[:, None] - c).clamp_(min=0)
-    return (field * x).to(x.dtype)
+    field = 1
+    for axis, n in enumerate(x.shape[1:]):
+        distance = (torch.arange(n, device=x.device) - center[axis]) / n
+        field = field - (distance ** 2).view(-1, *[1] * (2 - axis))
+    return (field.clamp_(min=0) * x).to(x.dtype)
 
 
 @torch.no_grad()

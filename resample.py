@@ -47,12 +47,26 @@ def upload_array(array, x):
     return upload(torch.from_numpy(array).float(), x.device)
 
 
+def gaussian(distance, sigma):
+    """A Gaussian of height 1."""
+    return np.exp(-0.5 * (distance / sigma) ** 2)
+
+
 def gaussian_kernel(sigma):
-    """Weights of a Gaussian of sigma voxels, cut at 4 sigma; their sum is 1."""
+    """Weights of a Gaussian of sigma voxels, cut at 4 sigma. Their sum is 1; sigma may be 0."""
     radius = int(4 * sigma + 0.5)
-    offsets = np.arange(-radius, radius + 1)
-    kernel = np.exp(-0.5 * (offsets / max(sigma, 1e-12)) ** 2)
+    kernel = gaussian(np.arange(-radius, radius + 1), max(sigma, 1e-12))
     return kernel / kernel.sum()
+
+
+def smooth_noise_matrix(nodes, n, step, sigma):
+    """Matrix (n, nodes) that makes a smooth field on n voxels out of white noise.
+
+    The noise is on nodes `step` voxels apart, and both are centred. In each axis, the field has the
+    standard deviation and the smoothness of white noise on voxels under a Gaussian of sigma."""
+    voxels = np.arange(n)[:, None] - (n - 1) / 2
+    distance = voxels - (np.arange(nodes) - (nodes - 1) / 2) * step
+    return gaussian(distance, sigma) * math.sqrt(step / (2 * math.pi)) / sigma
 
 
 def filter_matrix(kernel, n, boundary):

@@ -112,7 +112,7 @@ def draw_intensity(rng, size):
 
 @torch.no_grad()
 def intensity(batch, draws):
-    """Apply each sample's intensity transforms, in order: batch (B, C, D, H, W) and B draws -> batch.
+    """Apply each sample's intensity transforms, in order, to a batch (B, C, D, H, W); B draws.
 
     Computed in float32; the dtype is kept. With nothing drawn, the result is the batch itself."""
     if not any(drawn.intensity for drawn in draws):
@@ -176,20 +176,24 @@ def context_of(size, angles, scale, elastic):
     """Box (D, H, W) that a transformed patch reads, centred on the patch. None: not drawn."""
     reach = np.array([(n - 1) / 2 for n in size])
 
-    # Displacements reach 2 voxels or so: allow five standard deviations.
+    # Displacements have a standard deviation of up to 0.6 voxels: allow for five of them.
     if elastic:
         alpha, sigma, _ = elastic
-        reach = reach + 5 * alpha * math.sqrt((1 / (2 * math.sqrt(math.pi) * sigma)) ** 3 / 3)
+        power = (1 / (2 * math.sqrt(math.pi) * sigma)) ** 3 / 3
+        reach = reach + 5 * alpha * math.sqrt(power)
 
-    # The corners of the patch reach furthest; the signs are chosen against us.
-    reach = (scale or 1.0) * np.abs(rotation_matrix(angles or (0, 0, 0)).T) @ reach
-    beyond = [max(0, math.ceil(r - (n - 1) / 2 - 1e-6)) for n, r in zip(size, reach, strict=True)]
-    return tuple(n + 2 * more for n, more in zip(size, beyond, strict=True))
+    # Along each axis it is a corner that reads furthest, hence the absolute values.
+    matrix = (scale or 1.0) * rotation_matrix(angles or (0, 0, 0)).T
+    reach = np.abs(matrix) @ reach
+
+    # Add the same number of voxels on both sides, so that the centres align.
+    beyond = [math.ceil(r - (n - 1) / 2 - 1e-6) for n, r in zip(size, reach, strict=True)]
+    return tuple(n + 2 * max(0, more) for n, more in zip(size, beyond, strict=True))
 
 
 @torch.no_grad()
 def spatial_transform(x, label, angles, scale, displacement, size):
-    """Move x (C, D, H, W) and label (..., D, H, W) or None by one lookup -> (C, *size), (..., *size).
+    """Move x (C, D, H, W) and a label (..., D, H, W) or None -> (C, *size) and (..., *size).
 
     A voxel at c from the centre of the result reads the source at scale * R^T (c + displacement)
     from its centre, in voxels: trilinear for x, nearest for the label, 0 outside. Angles are in
@@ -197,49 +201,51 @@ def spatial_transform(x, label, angles, scale, displacement, size):
     matrix = scale * rotation_matrix(angles).T
     moved = lookup(x.float(), matrix, displacement, size, "bilinear")
 
-    # The weights of a lookup sum to 1 only up to rounding: keep to the range of x and the 0 outside.
+    # The weights of a voxel sum to 1 but for rounding: stay in the range of x and of the 0 outside.
     low, high = channel_range(x)
     moved = moved.clamp_(low.clamp_(max=0), high.clamp_(min=0)).to(x.dtype)
     if label is None:
         return moved, None
 
+    # Any leading dimensions of the label travel as channels.
     volumes = label.reshape(-1, *label.shape[-3:]).float()
     found = lookup(volumes, matrix, displacement, size, "nearest")
     return moved, found.view(*label.shape[:-3], *size).to(label.dtype)
 
 
 def lookup_by_grid_sample(x, matrix, displacement, size, mode):
-    """Read x (C, D, H, W) float32 at matrix (c + displacement), as spatial_transform says.
+    """Read x (C, D, H, W) float32 at matrix (c + displacement), for each voxel c of the result.
 
     mode: "bilinear", which is trilinear in a volume, or "nearest"."""
+    # Where each voxel of the result lies, from the centre: (3, *size).
     lines = [torch.arange(n, device=x.device) - (n - 1) / 2 for n in size]
     position = torch.stack(torch.meshgrid(*lines, indexing="ij"))
     if displacement is not None:
         position += displacement
 
-    # grid_sample counts from -1 to 1 between the outer faces of the volume, its last axis first.
+    # Where it reads x. grid_sample counts from -1 to 1 between the outer faces of x, and wants the
+    # last axis first.
     sides = np.array(x.shape[1:])
-    to_grid = resample.upload_array((matrix * 2 / sides[:, None])[[2, 1, 0]], x)
-    grid = torch.tensordot(to_grid, position, 1).movedim(0, -1)
+    to_grid = matrix[::-1] * 2 / sides[::-1, None]
+    grid = torch.tensordot(resample.upload_array(to_grid, x), position, 1).movedim(0, -1)
     return F.grid_sample(x[None], grid[None], mode, "zeros", align_corners=False)[0]
 
 
-lookup = lookup_by_grid_sample  # fast_cpu.install_lookup puts a quicker one here for a CPU
+# fast_cpu.install_lookup puts a quicker one here for tensors on a CPU.
+lookup = lookup_by_grid_sample
 
 
-@torch.no_grad()
 def elastic_displacement(alpha, sigma, seed, size, device):
-    """Smooth displacement (3, *size) in voxels: alpha times white noise U(-1, 1), filtered with a
-    Gaussian of sigma voxels.
+    """Displacement (3, *size) in voxels: alpha times white noise U(-1, 1) under a Gaussian filter.
 
-    The official code filters noise of full size, its most expensive step. Noise on nodes sigma / 2
-    apart, filtered and interpolated by one matrix per axis, gives a field with the same standard
-    deviation and smoothness."""
+    To filter noise of full size is the most expensive step of the official code. A field that
+    smooth needs noise on nodes sigma / 2 apart only, filtered and interpolated by one matrix per
+    axis; its standard deviation is the same."""
     step = sigma / 2
     nodes = [math.ceil(n / step) + 1 for n in size]
     generator = torch.Generator().manual_seed(seed)
-    noise = (2 * torch.rand(3, *nodes, generator=generator) - 1) * alpha
-    field = resample.upload(noise, device)
+    noise = 2 * torch.rand(3, *nodes, generator=generator) - 1
+    field = resample.upload(noise * alpha, device)
     for axis in (2, 1, 0):
         matrix = resample.smooth_noise_matrix(nodes[axis], size[axis], step, sigma)
         field = resample.apply_matrix(field, matrix, axis)
@@ -267,7 +273,7 @@ def multiplicative_noise(x, sigma, seed):
 
 @torch.no_grad()
 def gaussian_blur(x, sigma):
-    """Gaussian filter of sigma voxels, cut at 4 sigma. The border is mirrored, its voxel repeated."""
+    """Gaussian filter of sigma voxels, cut at 4 sigma; mirrored border, outer voxel included."""
     kernel = resample.gaussian_kernel(sigma)
     if len(kernel) == 1:
         return x.clone()
@@ -280,8 +286,8 @@ def gaussian_blur(x, sigma):
 
 
 def filter_frequencies(x, gain, axis):
-    """Magnitude of x after its frequencies along one axis are multiplied by gain (n,), DC first."""
-    # The magnitude would fold negative values: lift them above 0.
+    """Magnitude of x after its frequencies along one axis are multiplied by gain (n,), 0 first."""
+    # The magnitude would fold negative values over: lift them to 0 meanwhile.
     low = x.amin((1, 2, 3), keepdim=True).float().clamp_(max=0)
     spectrum = torch.fft.fft(x - low, dim=axis + 1)
     spectrum *= resample.upload_array(gain, x).view(-1, *[1] * (2 - axis))
@@ -290,7 +296,7 @@ def filter_frequencies(x, gain, axis):
 
 @torch.no_grad()
 def motion_ghosting(x, alpha, every, axis):
-    """Ghosts along an axis: planes 0, every, 2 every, ... of k-space, but not the last, times alpha."""
+    """Ghosts along an axis: planes 0, every, 2 every, ... of k-space times alpha, except the last."""
     gain = np.ones(x.shape[axis + 1])
     gain[0:-1:every] = alpha
     return filter_frequencies(x, gain, axis)
@@ -298,9 +304,10 @@ def motion_ghosting(x, alpha, every, axis):
 
 @torch.no_grad()
 def gibbs_ringing(x, keep, axis):
-    """Ringing along an axis: only the `keep` central frequencies stay. keep = side is the identity."""
+    """Ringing along an axis: only the `keep` central frequencies stay; all of them: no change."""
     n = x.shape[axis + 1]
-    middle, half = math.ceil(n / 2), math.ceil(keep / 2)
+    middle = math.ceil(n / 2)
+    half = math.ceil(keep / 2)
     gain = np.zeros(n)
     gain[middle - half:middle + half] = 1
     return filter_frequencies(x, np.fft.ifftshift(gain), axis)
@@ -308,7 +315,7 @@ def gibbs_ringing(x, keep, axis):
 
 @torch.no_grad()
 def low_resolution(x, shape):
-    """Down to `shape` by nearest voxel, back up by cubic spline, clipped to the range of the small."""
+    """Down to `shape` by nearest voxel, and back up by cubic spline, within the range it had there."""
     small = x.float()
     for axis, n in enumerate(shape):
         index = torch.from_numpy(resample.nearest_index(x.shape[axis + 1], n))
@@ -316,15 +323,17 @@ def low_resolution(x, shape):
 
     low, high = channel_range(small)
     for axis in (2, 1, 0):
-        n_in, n_out = shape[axis], x.shape[axis + 1]
-        if n_in != n_out:
-            small = resample.apply_matrix(small, resample.spline_up(n_in, n_out), axis)
+        side = x.shape[axis + 1]
+        if shape[axis] != side:
+            small = resample.apply_matrix(small, resample.spline_up(shape[axis], side), axis)
     return small.clamp_(low, high).to(x.dtype)
 
 
 @torch.no_grad()
 def bias_field(x, center):
-    """x times 1 - sum over axes of ((i - center) / side)^2, but at least 0 (the official one is not)."""
+    """x times 1 - sum over axes of ((i - center) / side)^2.
+
+    The field stops at 0; the official one goes on below it."""
     field = 1
     for axis, n in enumerate(x.shape[1:]):
         distance = (torch.arange(n, device=x.device) - center[axis]) / n
@@ -334,13 +343,15 @@ def bias_field(x, center):
 
 @torch.no_grad()
 def gamma(x, gamma, invert):
-    """Gamma curve on each channel's own range. `invert` applies it to the negative, and negates back,
-    so the result's colours are not inverted."""
-    curve = x.float().neg() if invert else x.float()
+    """Gamma curve on each channel's own range.
+
+    `invert` applies it to the negative and negates back, so the colours are not inverted."""
+    sign = -1 if invert else 1
+    curve = sign * x.float()
     low, high = channel_range(curve)
     span = high - low + 1e-7
     curve = (curve - low).pow_(gamma).mul_(span ** (1 - gamma)).add_(low)
-    return (curve.neg_() if invert else curve).to(x.dtype)
+    return (sign * curve).to(x.dtype)
 
 
 TRANSFORMS = {function.__name__: function for function in (

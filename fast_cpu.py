@@ -32,15 +32,20 @@ def zoom(x, scale, size):
     first, *others = ((np.arange(n) - (n - 1) / 2) * scale for n in size)
 
     # Each plane of the result is a mean of two planes of x, weighted by their distances.
-    distance = abs(first[:, None] + (depth - 1) / 2 - np.arange(depth))
-    planes = resample.apply_matrix(x, np.maximum(1 - distance, 0), 0).view(-1, 1, *sides)
+    position = first[:, None] + (depth - 1) / 2
+    distance = abs(position - np.arange(depth))
+    planes = resample.apply_matrix(x, np.maximum(1 - distance, 0), 0)
+    planes = planes.view(-1, 1, *sides)
 
     # Within a plane, -1 and 1 are the centres of the outermost pixels, and the last axis is first.
-    lines = [resample.upload_array(line * 2 / max(n - 1, 1), x)
-             for line, n in zip(others, sides, strict=True)]
+    lines = []
+    for line, n in zip(others, sides, strict=True):
+        line = line * 2 / max(n - 1, 1)
+        lines.append(resample.upload_array(line, x))
     grid = torch.stack(torch.meshgrid(*lines, indexing="ij")[::-1], -1)
     grid = grid.expand(len(planes), -1, -1, -1)
-    return F.grid_sample(planes, grid, "bilinear", "zeros", align_corners=True).view(-1, *size)
+    moved = F.grid_sample(planes, grid, "bilinear", "zeros", align_corners=True)
+    return moved.view(-1, *size)
 
 
 def gather(x, matrix, displacement, size, mode):
@@ -59,32 +64,33 @@ def gather(x, matrix, displacement, size, mode):
     for start in range(0, size[0], planes):
         part = slice(start, start + planes)
 
-        # For each axis, the position splits into the corner below it and the fraction beyond.
+        # An axis at a time: which voxel lies below the position, and by how much.
         index = 0
         fractions = []
         for row, side, stride in zip(matrix.tolist(), sides, strides, strict=True):
-            a, b, c = (line * weight for line, weight in zip(lines, row, strict=True))
-            position = (a[part, None, None] + (side / 2 - 1) + b[:, None]) + c
+            d, h, w = (line * weight for line, weight in zip(lines, row, strict=True))
+            position = (d[part, None, None] + (side / 2 - 1) + h[:, None]) + w
             if displacement is not None:
                 for along, weight in zip(displacement[:, part], row, strict=True):
                     position.add_(along, alpha=weight)
             position.clamp_(0, side - 2)
 
             if mode == "nearest":
-                position += 0.5
-            corner = position.int()
-            index = corner * stride + index
-            fractions.append((position - corner).view(-1))
+                voxel = (position + 0.5).int()
+            else:
+                voxel = position.int()
+                fractions.append((position - voxel).view(-1))
+            index = voxel * stride + index
 
-        if mode == "nearest":
-            fractions = []
+        # All channels are read at the same positions.
         for volume, target in zip(volumes, result, strict=True):
-            target[part] = blend(volume, index.view(-1), fractions, strides).view_as(index)
+            values = blend(volume, index.view(-1), fractions, strides)
+            target[part] = values.view_as(index)
     return result
 
 
 def blend(volume, index, fractions, strides):
-    """Linear interpolation along the first axis of what the others give; nearest without fractions."""
+    """Linear interpolation along the first axis of what the others give. No fractions: nearest."""
     if not fractions:
         return volume.index_select(0, index)
     near = blend(volume, index, fractions[1:], strides[1:])

@@ -19,13 +19,14 @@ def apply_matrix(x, matrix, axis):
     block = 16 if x.device.type == "cpu" else n_out
     for start in range(0, n_out, block):
         stop = start + block
-        used = np.flatnonzero(np.abs(matrix[start:stop]).max(0) > 1e-6)
+        largest = np.abs(matrix[start:stop]).max(0)
+        used = np.flatnonzero(largest > 1e-6)
         columns = slice(used[0], used[-1] + 1) if len(used) else slice(0, 1)
         rows = on_device[start:stop, columns]
         source = flat[:, columns]
         target = result[:, start:stop]
 
-        # The last axis has nothing inside it: one product serves all of its lines.
+        # For the last axis, inner is 1: one product serves all lines along it.
         if inner == 1:
             torch.mm(source[..., 0], rows.T, out=target[..., 0])
         else:
@@ -36,7 +37,7 @@ def apply_matrix(x, matrix, axis):
 def upload(tensor, device):
     """Copy a CPU tensor to the device without waiting for the device.
 
-    Without pinned memory, the copy would begin only when the device has done all its queued work."""
+    Out of memory that is not pinned, a copy begins only when all that is queued there is done."""
     if torch.device(device).type == "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -73,9 +74,14 @@ def filter_matrix(kernel, n, boundary):
     """Matrix (n, n) that filters n voxels with a kernel of odd length.
 
     boundary: what lies beyond the outermost voxels, as a mode of numpy.pad."""
-    radius = len(kernel) // 2
-    padded = np.pad(np.eye(n), ((radius, radius), (0, 0)), boundary)
+    # A filter is a weighted sum of shifted copies; row i of `padded` says which voxel lies there.
+    padded = padded_identity(n, len(kernel) // 2, boundary)
     return sum(weight * padded[i:i + n] for i, weight in enumerate(kernel))
+
+
+def padded_identity(n, pad, boundary):
+    """Matrix (n + 2 pad, n) that pads n voxels on both sides, by a mode of numpy.pad."""
+    return np.pad(np.eye(n), ((pad, pad), (0, 0)), boundary)
 
 
 # A cubic B-spline at its own voxel and at the two beside it.
@@ -89,10 +95,22 @@ def cubic_weights(n_in, n_out):
     lie 2 beyond the border, and the weights of the four, (4, n_out, 1)."""
     centres = (np.arange(n_out) + 0.5) * n_in / n_out - 0.5
     below = np.floor(centres).astype(int)
+
+    # The B-spline's four pieces, t beyond the voxel below.
     t = (centres - below)[:, None]
-    weights = np.stack([(1 - t) ** 3, 4 - 6 * t ** 2 + 3 * t ** 3,
-                        1 + 3 * t + 3 * t ** 2 - 3 * t ** 3, t ** 3]) / 6
-    return below - 1, weights
+    pieces = [
+        (1 - t) ** 3,
+        4 - 6 * t ** 2 + 3 * t ** 3,
+        1 + 3 * t + 3 * t ** 2 - 3 * t ** 3,
+        t ** 3,
+    ]
+    return below - 1, np.stack(pieces) / 6
+
+
+def read_spline(coefficients, pad, n_in, n_out):
+    """Values at n_out voxels of a spline over n_in, by its coefficients (n_in + 2 pad, ...)."""
+    first, weights = cubic_weights(n_in, n_out)
+    return sum(weight * coefficients[first + pad + i] for i, weight in enumerate(weights))
 
 
 @functools.lru_cache(maxsize=256)
@@ -101,11 +119,9 @@ def spline_up(n_in, n_out, pad=12):
 
     Beyond the border the outermost voxel is repeated: before the spline is fitted, `pad` copies of
     it are added, as in scipy."""
-    padded = np.pad(np.eye(n_in), ((pad, pad), (0, 0)), "edge")
-    spline = filter_matrix(B_SPLINE, len(padded), "constant")
-    coefficients = np.linalg.solve(spline, padded)
-    first, weights = cubic_weights(n_in, n_out)
-    return sum(weight * coefficients[first + pad + i] for i, weight in enumerate(weights))
+    spline = filter_matrix(B_SPLINE, n_in + 2 * pad, "constant")
+    coefficients = np.linalg.solve(spline, padded_identity(n_in, pad, "edge"))
+    return read_spline(coefficients, pad, n_in, n_out)
 
 
 @functools.lru_cache(maxsize=64)
@@ -121,23 +137,26 @@ def resampling_matrix(n_in, n_out):
     coefficients = np.linalg.solve(spline, smooth)
 
     # Read the spline at the new centres. The four coefficients reach 2 beyond the border.
-    mirrored = np.pad(np.eye(n_in), ((2, 2), (0, 0)), "reflect")
-    first, weights = cubic_weights(n_in, n_out)
-    cubic = sum(weight * mirrored[first + 2 + i] for i, weight in enumerate(weights))
-    return cubic @ coefficients
+    mirrored = padded_identity(n_in, 2, "reflect")
+    return read_spline(mirrored, 2, n_in, n_out) @ coefficients
 
 
 def resample(volume, shape):
     """Volume (D, H, W) -> float32 of the given shape, as scikit-image's resize(order=3).
 
-    One matrix product per axis, clipped to the input's range. Every axis that shrinks is smoothed."""
+    One matrix product per axis, clipped to the input's range. Any axis that shrinks is smoothed."""
     x = torch.from_numpy(np.ascontiguousarray(volume, dtype=np.float32))[None]
 
     # The axis that shrinks most comes first, which leaves the least work for the others.
-    for axis in sorted(range(3), key=lambda a: shape[a] / volume.shape[a]):
+    growth = np.divide(shape, volume.shape)
+    for axis in np.argsort(growth, kind="stable").tolist():
         if shape[axis] != volume.shape[axis]:
-            x = apply_matrix(x, resampling_matrix(volume.shape[axis], shape[axis]), axis)
-    return x[0].clamp(float(volume.min()), float(volume.max())).numpy()
+            matrix = resampling_matrix(volume.shape[axis], shape[axis])
+            x = apply_matrix(x, matrix, axis)
+
+    # A cubic spline overshoots: keep to the range of the volume.
+    low, high = float(volume.min()), float(volume.max())
+    return x[0].clamp(low, high).numpy()
 
 
 def nearest_index(n_in, n_out):

@@ -296,7 +296,7 @@ def filter_frequencies(x, gain, axis):
 
 @torch.no_grad()
 def motion_ghosting(x, alpha, every, axis):
-    """Ghosts along an axis: planes 0, every, 2 every, ... of k-space times alpha, except the last."""
+    """Ghosts along an axis: planes 0, every, 2 every ... of k-space, but not the last, times alpha."""
     gain = np.ones(x.shape[axis + 1])
     gain[0:-1:every] = alpha
     return filter_frequencies(x, gain, axis)
@@ -315,7 +315,7 @@ def gibbs_ringing(x, keep, axis):
 
 @torch.no_grad()
 def low_resolution(x, shape):
-    """Down to `shape` by nearest voxel, and back up by cubic spline, within the range it had there."""
+    """Down to `shape` by nearest voxel, back up by cubic spline, clipped to the range in between."""
     small = x.float()
     for axis, n in enumerate(shape):
         index = torch.from_numpy(resample.nearest_index(x.shape[axis + 1], n))

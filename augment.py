@@ -1,13 +1,12 @@
 """Augmentations (paper, Appendix B, Table 5) as pure functions of tensors and drawn parameters.
 
 `draw` is the policy: what is applied to one sample, how often and how strongly. `spatial` moves
-the image (which becomes the target) and the label together. `intensity` changes the input only;
-undoing it is the "augmentation reversal" of section 3.1. One sample is (C, D, H, W); axes 0, 1, 2
-are D, H, W.
+image and label together. `intensity` changes the input only; undoing it is the "augmentation
+reversal" of section 3.1. One sample is (C, D, H, W); axes 0, 1, 2 are D, H, W.
 
-Parameters, and the random numbers of the elastic field, are drawn on the CPU, so they are bitwise
-the same on every device. Noise comes from a seeded generator on the device: it is bitwise the same
-on one kind of device, and the same in distribution across kinds. Nothing waits for the device.
+Parameters, and the random numbers of the elastic field, are drawn on the CPU: bitwise the same on
+every device. Noise is drawn on the device: bitwise the same on one kind of device, the same in
+distribution across kinds. Nothing waits for the device.
 """
 
 import math
@@ -58,7 +57,10 @@ def draw(seed, preset, patch_size):
     # Intensity; in the official code, and here, it moves the target too.
     elastic = None
     if rng.random() < 0.33:
-        elastic = (rng.uniform(200, 600), rng.uniform(20, 30), int(rng.integers(2 ** 62)))
+        alpha = rng.uniform(200, 600)
+        sigma = rng.uniform(20, 30)
+        noise_seed = int(rng.integers(2 ** 62))
+        elastic = (alpha, sigma, noise_seed)
 
     context = context_of(size, angles, scale, elastic)
     return Draw(size, context, angles, scale, elastic, draw_intensity(rng, size))
@@ -72,7 +74,9 @@ def draw_intensity(rng, size):
 
     # Additive noise: p 0.2; sigma [1e-4, 1e-3] as in the code. Table 5 prints "[1^-3, 1^-4]".
     if rng.random() < 0.2:
-        drawn.append(("gaussian_noise", (rng.uniform(1e-4, 1e-3), int(rng.integers(2 ** 62)))))
+        sigma = rng.uniform(1e-4, 1e-3)
+        noise_seed = int(rng.integers(2 ** 62))
+        drawn.append(("gaussian_noise", (sigma, noise_seed)))
 
     # Blur: p 0.1; sigma [0, 1] voxels.
     if rng.random() < 0.1:
@@ -80,18 +84,22 @@ def draw_intensity(rng, size):
 
     # Multiplicative noise: p 0.2; sigma as above.
     if rng.random() < 0.2:
-        parameters = (rng.uniform(1e-4, 1e-3), int(rng.integers(2 ** 62)))
-        drawn.append(("multiplicative_noise", parameters))
+        sigma = rng.uniform(1e-4, 1e-3)
+        noise_seed = int(rng.integers(2 ** 62))
+        drawn.append(("multiplicative_noise", (sigma, noise_seed)))
 
     # Motion ghosting: p 0.2; alpha [0.85, 0.95], repetitions "[2, 11]", of which 11 is excluded.
     if rng.random() < 0.2:
         axis = int(rng.integers(3))
-        drawn.append(("motion_ghosting", (rng.uniform(0.85, 0.95), int(rng.integers(2, 11)), axis)))
+        alpha = rng.uniform(0.85, 0.95)
+        every = int(rng.integers(2, 11))
+        drawn.append(("motion_ghosting", (alpha, every, axis)))
 
     # Gibbs ringing: p 0.2. The official code keeps 96 to 128 planes, here [0.75, 1] of the side.
     if rng.random() < 0.2:
         axis = int(rng.integers(3))
-        drawn.append(("gibbs_ringing", (round(rng.uniform(0.75, 1) * size[axis]), axis)))
+        keep = round(rng.uniform(0.75, 1) * size[axis])
+        drawn.append(("gibbs_ringing", (keep, axis)))
 
     # Low resolution: p 0.1, each axis 0.33; one zoom [0.5, 1] for all of them.
     if rng.random() < 0.1:
@@ -99,14 +107,16 @@ def draw_intensity(rng, size):
         low = tuple(round(n * zoom) if rng.random() < 0.33 else n for n in size)
         drawn.append(("low_resolution", (low,)))
 
-    # Bias field: p 0.33; centred on any voxel.
+    # Bias field: p 0.33; its centre is any voxel.
     if rng.random() < 0.33:
-        drawn.append(("bias_field", (tuple(int(rng.integers(n)) for n in size),)))
+        center = tuple(int(rng.integers(n)) for n in size)
+        drawn.append(("bias_field", (center,)))
 
     # Gamma: p 0.2; [0.5, 1] or [1, 2] as in the code. It "inverts" 0.05 of them: Table 5's 0.01.
     if rng.random() < 0.2:
         value = rng.uniform(0.5, 1) if rng.random() < 0.5 else rng.uniform(1, 2)
-        drawn.append(("gamma", (value, rng.random() < 0.05)))
+        invert = rng.random() < 0.05
+        drawn.append(("gamma", (value, invert)))
     return tuple(drawn)
 
 
@@ -238,9 +248,8 @@ lookup = lookup_by_grid_sample
 def elastic_displacement(alpha, sigma, seed, size, device):
     """Displacement (3, *size) in voxels: alpha times white noise U(-1, 1) under a Gaussian filter.
 
-    To filter noise of full size is the most expensive step of the official code. A field that
-    smooth needs noise on nodes sigma / 2 apart only, filtered and interpolated by one matrix per
-    axis; its standard deviation is the same."""
+    The official code filters noise of full size. A field this smooth needs noise on nodes sigma / 2
+    apart only, filtered and interpolated by one matrix per axis; its deviation is the same."""
     step = sigma / 2
     nodes = [math.ceil(n / step) + 1 for n in size]
     generator = torch.Generator().manual_seed(seed)
@@ -275,9 +284,6 @@ def multiplicative_noise(x, sigma, seed):
 def gaussian_blur(x, sigma):
     """Gaussian filter of sigma voxels, cut at 4 sigma; mirrored border, outer voxel included."""
     kernel = resample.gaussian_kernel(sigma)
-    if len(kernel) == 1:
-        return x.clone()
-
     blurred = x.float()
     for axis, n in enumerate(x.shape[1:]):
         matrix = resample.filter_matrix(kernel, n, "symmetric")
@@ -296,7 +302,7 @@ def filter_frequencies(x, gain, axis):
 
 @torch.no_grad()
 def motion_ghosting(x, alpha, every, axis):
-    """Ghosts along an axis: planes 0, every, 2 every ... of k-space, but not the last, times alpha."""
+    """Ghosts along an axis: planes 0, every, 2 every ... of k-space times alpha, save the last."""
     gain = np.ones(x.shape[axis + 1])
     gain[0:-1:every] = alpha
     return filter_frequencies(x, gain, axis)
@@ -315,7 +321,7 @@ def gibbs_ringing(x, keep, axis):
 
 @torch.no_grad()
 def low_resolution(x, shape):
-    """Down to `shape` by nearest voxel, back up by cubic spline, clipped to the range in between."""
+    """Down to `shape` by nearest voxel, back up by cubic spline, clipped to the range between."""
     small = x.float()
     for axis, n in enumerate(shape):
         index = torch.from_numpy(resample.nearest_index(x.shape[axis + 1], n))

@@ -1,15 +1,14 @@
 """Augmentations (paper, Appendix B, Table 5) as pure functions of tensors and drawn parameters.
 
-`draw` is the policy: what is applied to one sample, how often, how strongly. `spatial` moves image, target
-and label together, in one lookup; `intensity` changes the input only. Undoing it is the "augmentation
+`draw` is the policy: what is applied to one sample, how often and how strongly. `spatial` moves
+image and label together. `intensity` changes the input only; undoing it is the "augmentation
 reversal" of section 3.1. One sample is (C, D, H, W); axes 0, 1, 2 are D, H, W.
 
-Parameters, and the random numbers of the elastic field, are drawn on the CPU: bitwise the same on every
-device, and what is computed from them agrees to rounding. Noise comes from a seeded generator on the device:
-bitwise the same on one kind of device, the same in distribution across kinds. Nothing waits for the device.
+Parameters, and the random numbers of the elastic field, are drawn on the CPU: bitwise the same on
+every device. Noise is drawn on the device: bitwise the same on one kind of device, the same in
+distribution across kinds. Nothing waits for the device.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -23,299 +22,344 @@ import resample
 class Draw(NamedTuple):
     """The parameters of one sample; None where a transform was not drawn."""
     size: tuple  # patch (D, H, W)
-    context: tuple  # box to read around the patch, so that rotation and zoom find data, not padding
+    context: tuple  # box to read around the patch, so that the transforms find data, not padding
     angles: tuple | None = None  # degrees about axes 0, 1, 2; 0 where the axis was not drawn
     scale: float | None = None  # above 1 reads a larger region: the head appears smaller
     elastic: tuple | None = None  # alpha, sigma, seed
     intensity: tuple = ()  # (function name, parameters) in the order of application
 
 
-# ---------------------------------------------------------------------------------------- the policy, Table 5
+# ---------------------------------------------------------------------------- the policy, Table 5
 def draw(seed, preset, patch_size):
-    """Table 5 on one screen: the augmentations of one sample with their probabilities and ranges -> Draw.
+    """Draw the augmentations of one sample -> Draw. Table 5, in the order of application.
 
-    preset: none; spatial, the rotation and scale of finetuning (section 3.2); all, Table 5. (The official
-    pretraining preset named spatial holds the elastic deformation too; the paper never uses it alone.) The
-    channels of a sample share one draw; the official code draws each intensity transform once a channel."""
+    preset: "none"; "spatial", the rotation and scale of finetuning (section 3.2); "all", Table 5.
+    The official preset named spatial holds the elastic deformation too; the paper never uses it
+    alone. In the comments, p is the probability that a sample gets the transform, and [a, b] the
+    range that a parameter is drawn from, uniformly."""
     rng = np.random.default_rng(seed)
     size = (patch_size,) * 3 if isinstance(patch_size, int) else tuple(patch_size)
-
-    def chance(p):
-        return rng.random() < p
-
     if preset == "none":
         return Draw(size, size)
-    angles = scale = elastic = None
-    if chance(0.2):  # rotation, each axis 0.66
-        angles = tuple(rng.uniform(-30, 30) if chance(0.66) else 0.0 for _ in range(3))
-    if chance(0.2):
-        scale = rng.uniform(0.9, 1.1)
+
+    # Rotation: p 0.2, each axis 0.66; [-30, 30] degrees.
+    angles = None
+    if rng.random() < 0.2:
+        angles = tuple(rng.uniform(-30, 30) if rng.random() < 0.66 else 0.0 for _ in range(3))
+
+    # Scale: p 0.2; [0.9, 1.1].
+    scale = rng.uniform(0.9, 1.1) if rng.random() < 0.2 else None
+
     if preset == "spatial":
         return Draw(size, context_of(size, angles, scale, None), angles, scale)
-    if chance(0.33):  # listed under Intensity in Table 5; in the code, and here, it moves the target too
-        elastic = (rng.uniform(200, 600), rng.uniform(20, 30), int(rng.integers(2 ** 62)))
 
-    steps = []
-    if chance(0.2):  # "[1^-3, 1^-4]" in Table 5; the code: U(1e-4, 1e-3)
-        steps.append(("gaussian_noise", (rng.uniform(1e-4, 1e-3), int(rng.integers(2 ** 62)))))
-    if chance(0.1):
-        steps.append(("gaussian_blur", (rng.uniform(0, 1),)))
-    if chance(0.2):
-        steps.append(("multiplicative_noise", (rng.uniform(1e-4, 1e-3), int(rng.integers(2 ** 62)))))
-    if chance(0.2):  # repetitions "[2, 11]", the upper end exclusive
+    # Elastic deformation: p 0.33; alpha [200, 600], sigma [20, 30] voxels. Table 5 lists it under
+    # Intensity; in the official code, and here, it moves the target too.
+    elastic = None
+    if rng.random() < 0.33:
+        alpha = rng.uniform(200, 600)
+        sigma = rng.uniform(20, 30)
+        noise_seed = int(rng.integers(2 ** 62))
+        elastic = (alpha, sigma, noise_seed)
+
+    context = context_of(size, angles, scale, elastic)
+    return Draw(size, context, angles, scale, elastic, draw_intensity(rng, size))
+
+
+def draw_intensity(rng, size):
+    """The other rows of Table 5, in the order of application: ((function name, parameters), ...).
+
+    All channels of a sample share them; the official code draws them once per channel."""
+    drawn = []
+
+    # Additive noise: p 0.2; sigma [1e-4, 1e-3] as in the code. Table 5 prints "[1^-3, 1^-4]".
+    if rng.random() < 0.2:
+        sigma = rng.uniform(1e-4, 1e-3)
+        noise_seed = int(rng.integers(2 ** 62))
+        drawn.append(("gaussian_noise", (sigma, noise_seed)))
+
+    # Blur: p 0.1; sigma [0, 1] voxels.
+    if rng.random() < 0.1:
+        drawn.append(("gaussian_blur", (rng.uniform(0, 1),)))
+
+    # Multiplicative noise: p 0.2; sigma as above.
+    if rng.random() < 0.2:
+        sigma = rng.uniform(1e-4, 1e-3)
+        noise_seed = int(rng.integers(2 ** 62))
+        drawn.append(("multiplicative_noise", (sigma, noise_seed)))
+
+    # Motion ghosting: p 0.2; alpha [0.85, 0.95], repetitions "[2, 11]", of which 11 is excluded.
+    if rng.random() < 0.2:
         axis = int(rng.integers(3))
-        steps.append(("motion_ghosting", (rng.uniform(0.85, 0.95), int(rng.integers(2, 11)), axis)))
-    if chance(0.2):  # the code keeps 96 to 128 planes of any patch; here 0.75 to 1.0 of the side
+        alpha = rng.uniform(0.85, 0.95)
+        every = int(rng.integers(2, 11))
+        drawn.append(("motion_ghosting", (alpha, every, axis)))
+
+    # Gibbs ringing: p 0.2. The official code keeps 96 to 128 planes, here [0.75, 1] of the side.
+    if rng.random() < 0.2:
         axis = int(rng.integers(3))
-        steps.append(("gibbs_ringing", (round(rng.uniform(0.75, 1) * size[axis]), axis)))
-    if chance(0.1):  # each axis 0.33, one zoom for all; where no axis is drawn, nothing happens
+        keep = round(rng.uniform(0.75, 1) * size[axis])
+        drawn.append(("gibbs_ringing", (keep, axis)))
+
+    # Low resolution: p 0.1, each axis 0.33; one zoom [0.5, 1] for all of them.
+    if rng.random() < 0.1:
         zoom = rng.uniform(0.5, 1)
-        steps.append(("low_resolution", (tuple(round(n * zoom) if chance(0.33) else n for n in size),)))
-    if chance(0.33):
-        steps.append(("bias_field", (tuple(int(rng.integers(n)) for n in size),)))
-    if chance(0.2):  # invert: 0.05 of 0.2 is Table 5's 0.01; the output's colours are not inverted
-        gamma_value = rng.uniform(0.5, 1) if chance(0.5) else rng.uniform(1, 2)
-        steps.append(("gamma", (gamma_value, chance(0.05))))
-    return Draw(size, context_of(size, angles, scale, elastic), angles, scale, elastic, tuple(steps))
+        low = tuple(round(n * zoom) if rng.random() < 0.33 else n for n in size)
+        drawn.append(("low_resolution", (low,)))
+
+    # Bias field: p 0.33; its centre is any voxel.
+    if rng.random() < 0.33:
+        center = tuple(int(rng.integers(n)) for n in size)
+        drawn.append(("bias_field", (center,)))
+
+    # Gamma: p 0.2; [0.5, 1] or [1, 2] as in the code. It "inverts" 0.05 of them: Table 5's 0.01.
+    if rng.random() < 0.2:
+        value = rng.uniform(0.5, 1) if rng.random() < 0.5 else rng.uniform(1, 2)
+        invert = rng.random() < 0.05
+        drawn.append(("gamma", (value, invert)))
+    return tuple(drawn)
 
 
 @torch.no_grad()
 def intensity(batch, draws):
-    """(B, C, D, H, W) and B draws -> the batch with each sample's intensity transforms applied, in order.
+    """Apply each sample's intensity transforms, in order, to a batch (B, C, D, H, W); B draws.
 
-    After each one, a channel is clipped to the range it had just before it, as in the official pretraining
-    (not in its finetuning). Computed in float32, the dtype is kept; with nothing drawn, the batch itself."""
-    if not any(d.intensity for d in draws):
+    Computed in float32; the dtype is kept. With nothing drawn, the result is the batch itself."""
+    if not any(drawn.intensity for drawn in draws):
         return batch
-    result = torch.empty_like(batch)
-    for i, d in enumerate(draws):
-        x = batch[i]
-        for name, parameters in d.intensity:
+
+    samples = []
+    for x, drawn in zip(batch, draws, strict=True):
+        for name, parameters in drawn.intensity:
+            # Clip each channel to the range it had before the transform. The official code does
+            # so in pretraining but not in finetuning.
             x = x.float()
-            low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-            x = _clip(TRANSFORMS[name](x, *parameters), low, high)
-        result[i] = x
-    return result
+            low, high = channel_range(x)
+            x = TRANSFORMS[name](x, *parameters).clamp_(low, high)
+        samples.append(x)
+    return torch.stack(samples).to(batch.dtype)
 
 
-# ----------------------------------------------------------------------------------------- spatial transforms
+def channel_range(x):
+    """Smallest and largest value of each channel of x (C, D, H, W): (C, 1, 1, 1) each."""
+    return x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+
+
+# ----------------------------------------------------------------------------- spatial transforms
 @torch.no_grad()
 def spatial(crops, labels, draws):
-    """Crops (C, *context), of unequal sizes, -> batch (B, C, *size) float32; labels (*context) or None alike.
-    A sample without a spatial transform passes bitwise; the official code interpolates every sample."""
-    size, device = draws[0].size, crops[0].device
-    images, moved = torch.empty(len(crops), len(crops[0]), *size, device=device), []
-    for i, (crop, label, d) in enumerate(zip(crops, labels or [None] * len(crops), draws, strict=True)):
-        angles, scale = d.angles or (0, 0, 0), d.scale or 1.0
-        if d.elastic or scale != 1 or any(angles):
-            field = elastic_displacement(*d.elastic, size, device) if d.elastic else None
-            crop, label = spatial_transform(crop.float(), label, angles, scale, field, size)
-        images[i] = crop
-        moved.append(label)
-    return images, None if labels is None else torch.stack(moved)
+    """Apply each sample's spatial transforms -> batch (B, C, *size) float32 and labels (B, *size).
+
+    Crops are (C, *context), of unequal contexts; labels are (*context) each, or None. A sample
+    without a spatial transform passes bitwise; the official code interpolates every sample."""
+    images = []
+    moved_labels = []
+    for image, label, drawn in zip(crops, labels or [None] * len(crops), draws, strict=True):
+        image = image.float()
+        angles = drawn.angles or (0, 0, 0)
+        scale = drawn.scale or 1.0
+        field = None
+        if drawn.elastic:
+            field = elastic_displacement(*drawn.elastic, drawn.size, image.device)
+
+        if any(angles) or scale != 1 or drawn.elastic:
+            image, label = spatial_transform(image, label, angles, scale, field, drawn.size)
+        images.append(image)
+        moved_labels.append(label)
+    return torch.stack(images), None if labels is None else torch.stack(moved_labels)
 
 
 def rotation_matrix(angles):
     """R = R0 R1 R2, right-handed rotations in degrees about axes 0, 1, 2: (3, 3) float64."""
     matrix = np.eye(3)
     for axis, angle in enumerate(np.deg2rad(np.asarray(angles, dtype=np.float64))):
-        turn, (i, j) = np.eye(3), ((axis + 1) % 3, (axis + 2) % 3)
+        i, j = (axis + 1) % 3, (axis + 2) % 3
+        turn = np.eye(3)
         turn[i, i] = turn[j, j] = math.cos(angle)
-        turn[i, j], turn[j, i] = -math.sin(angle), math.sin(angle)
+        turn[i, j] = -math.sin(angle)
+        turn[j, i] = math.sin(angle)
         matrix = matrix @ turn
     return matrix
 
 
 def context_of(size, angles, scale, elastic):
-    """Box that the transformed patch reads, of the patch's parity on each axis so that the centres align."""
-    if not (angles or scale or elastic):
-        return size
+    """Box (D, H, W) that a transformed patch reads, centred on the patch. None: not drawn."""
     reach = np.array([(n - 1) / 2 for n in size])
-    if elastic:  # displacements are sub-voxel to about 2 voxels: five standard deviations
+
+    # Displacements have a standard deviation of up to 0.6 voxels: allow for five of them.
+    if elastic:
         alpha, sigma, _ = elastic
-        reach = reach + 5 * alpha * math.sqrt((1 / (2 * math.sqrt(math.pi) * sigma)) ** 3 / 3)
-    reach = (scale or 1.0) * np.abs(rotation_matrix(angles or (0, 0, 0)).T) @ reach
-    return tuple(n + 2 * max(0, math.ceil(r - (n - 1) / 2 - 1e-6)) for n, r in zip(size, reach, strict=True))
+        power = (1 / (2 * math.sqrt(math.pi) * sigma)) ** 3 / 3
+        reach = reach + 5 * alpha * math.sqrt(power)
+
+    # Along each axis it is a corner that reads furthest, hence the absolute values.
+    matrix = (scale or 1.0) * rotation_matrix(angles or (0, 0, 0)).T
+    reach = np.abs(matrix) @ reach
+
+    # Add the same number of voxels on both sides, so that the centres align.
+    beyond = [math.ceil(r - (n - 1) / 2 - 1e-6) for n, r in zip(size, reach, strict=True)]
+    return tuple(n + 2 * max(0, more) for n, more in zip(size, beyond, strict=True))
 
 
 @torch.no_grad()
 def spatial_transform(x, label, angles, scale, displacement, size):
-    """x (C, D, H, W) and label (..., D, H, W) or None, looked up once at moved positions.
+    """Move x (C, D, H, W) and a label (..., D, H, W) or None -> (C, *size) and (..., *size).
 
-    The position c of a voxel of the result, from its centre, plus the displacement (3, *size) in voxels,
-    reads the source at scale * R^T c from its centre: trilinear for x, nearest for the label, 0 outside."""
-    matrix = (scale * rotation_matrix(angles).T).tolist()
-    if displacement is None and not any(angles):
-        moved = _zoom(x.float(), scale, size)
-    else:
-        moved = _lookup(x.float(), False, matrix, displacement, size)
-    low, high = x.amin((1, 2, 3), keepdim=True).float(), x.amax((1, 2, 3), keepdim=True).float()
-    moved = _clip(moved, low.clamp_(max=0), high.clamp_(min=0)).to(x.dtype)  # weights sum to 1 up to rounding
+    A voxel at c from the centre of the result reads the source at scale * R^T (c + displacement)
+    from its centre, in voxels: trilinear for x, nearest for the label, 0 outside. Angles are in
+    degrees, displacement is (3, *size) or None."""
+    matrix = scale * rotation_matrix(angles).T
+    moved = lookup(x.float(), matrix, displacement, size, "bilinear")
+
+    # The weights of a voxel sum to 1 but for rounding: stay in the range of x and of the 0 outside.
+    low, high = channel_range(x)
+    moved = moved.clamp_(low.clamp_(max=0), high.clamp_(min=0)).to(x.dtype)
     if label is None:
         return moved, None
-    found = _lookup(label.reshape(-1, *label.shape[-3:]).float(), True, matrix, displacement, size)
+
+    # Any leading dimensions of the label travel as channels.
+    volumes = label.reshape(-1, *label.shape[-3:]).float()
+    found = lookup(volumes, matrix, displacement, size, "nearest")
     return moved, found.view(*label.shape[:-3], *size).to(label.dtype)
 
 
-def _zoom(x, scale, size):
-    """Trilinear, without rotation and displacement: the first axis by a matrix, then plane by plane."""
-    depth, *sides = x.shape[1:]
-    z, *lines = ((np.arange(n) - (n - 1) / 2) * scale for n in size)
-    weights = np.maximum(1 - abs(z[:, None] + (depth - 1) / 2 - np.arange(depth)), 0)
-    planes = resample.apply_matrix(x, weights, 0).view(-1, 1, *sides)
-    lines = [resample.upload_array(line * 2 / max(n - 1, 1), x) for line, n in zip(lines, sides, strict=True)]
-    grid = torch.stack(torch.meshgrid(*lines, indexing="ij")[::-1], -1).expand(len(planes), -1, -1, -1)
-    return F.grid_sample(planes, grid, "bilinear", "zeros", align_corners=True).view(-1, *size)
+def lookup_by_grid_sample(x, matrix, displacement, size, mode):
+    """Read x (C, D, H, W) float32 at matrix (c + displacement), for each voxel c of the result.
 
-
-def _lookup(x, nearest, matrix, displacement, size):
-    """Trilinear or nearest, by gathers and linear blends: on a CPU twice as fast as grid_sample."""
-    sides = [n + 3 for n in x.shape[1:]]  # with one voxel of 0 below, two above
-    strides = (sides[1] * sides[2], sides[2], 1)
-    volumes, moved = F.pad(x, (1, 2) * 3).flatten(1), x.new_empty(len(x), *size)
+    mode: "bilinear", which is trilinear in a volume, or "nearest"."""
+    # Where each voxel of the result lies, from the centre: (3, *size).
     lines = [torch.arange(n, device=x.device) - (n - 1) / 2 for n in size]
-    planes = max(1, 2 ** 17 // (size[1] * size[2])) if x.device.type == "cpu" else size[0]  # fit the cache
-    for start in range(0, size[0], planes):
-        part, index, fractions = slice(start, start + planes), 0, []
-        for row, side, stride in zip(matrix, sides, strides, strict=True):
-            a, b, c = (line * weight for line, weight in zip(lines, row, strict=True))
-            position = (a[part, None, None] + (side / 2 - 1) + b[:, None]) + c
-            for i, weight in enumerate(row if displacement is not None else ()):
-                if weight:
-                    position.add_(displacement[i, part], alpha=weight)
-            position.clamp_(0, side - 2)
-            corner = (position + 0.5 if nearest else position).int()
-            index = corner * stride + index
-            fractions += [] if nearest else [(position - corner).view(-1)]
-        for source, target in zip(volumes, moved, strict=True):
-            target[part] = _blend(source, index.view(-1), fractions, strides).view_as(index)
-    return moved
+    position = torch.stack(torch.meshgrid(*lines, indexing="ij"))
+    if displacement is not None:
+        position += displacement
+
+    # Where it reads x. grid_sample counts from -1 to 1 between the outer faces of x, and wants the
+    # last axis first.
+    sides = np.array(x.shape[1:])
+    to_grid = matrix[::-1] * 2 / sides[::-1, None]
+    grid = torch.tensordot(resample.upload_array(to_grid, x), position, 1).movedim(0, -1)
+    return F.grid_sample(x[None], grid[None], mode, "zeros", align_corners=False)[0]
 
 
-def _blend(source, index, fractions, strides):
-    """Linear interpolation along one axis of linear interpolations along the others."""
-    if not fractions:
-        return source.index_select(0, index)
-    far = _blend(source, index + strides[0], fractions[1:], strides[1:])
-    return _blend(source, index, fractions[1:], strides[1:]).lerp_(far, fractions[0])
+# fast_cpu.install_lookup puts a quicker one here for tensors on a CPU.
+lookup = lookup_by_grid_sample
 
 
-@torch.no_grad()
 def elastic_displacement(alpha, sigma, seed, size, device):
-    """Smooth displacement (3, *size) in voxels: alpha times white noise U(-1, 1) filtered with a Gaussian.
+    """Displacement (3, *size) in voxels: alpha times white noise U(-1, 1) under a Gaussian filter.
 
-    The reference filters full-size noise, its most expensive step. A field that smooth is given by noise on
-    nodes sigma / 2 apart, filtered and interpolated by one matrix an axis, with its standard deviation."""
+    The official code filters noise of full size. A field this smooth needs noise on nodes sigma / 2
+    apart only, filtered and interpolated by one matrix per axis; its deviation is the same."""
     step = sigma / 2
-    generator = torch.Generator().manual_seed(seed)
     nodes = [math.ceil(n / step) + 1 for n in size]
-    field = resample.upload((2 * torch.rand(3, *nodes, generator=generator) - 1) * alpha, device)
+    generator = torch.Generator().manual_seed(seed)
+    noise = 2 * torch.rand(3, *nodes, generator=generator) - 1
+    field = resample.upload(noise * alpha, device)
     for axis in (2, 1, 0):
-        n, m = size[axis], nodes[axis]
-        distance = np.arange(n)[:, None] - (n - 1) / 2 - (np.arange(m) - (m - 1) / 2) * step
-        kernel = np.exp(-0.5 * (distance / sigma) ** 2) * math.sqrt(step / (2 * math.pi)) / sigma
-        field = resample.apply_matrix(field, kernel, axis)
+        matrix = resample.smooth_noise_matrix(nodes[axis], size[axis], step, sigma)
+        field = resample.apply_matrix(field, matrix, axis)
     return field
 
 
-def _clip(x, low, high):
-    """x.clamp_(low, high), many times quicker on a CPU."""
-    return torch.minimum(torch.maximum(x, low, out=x), high, out=x)
-
-
-def _noise(x, sigma, seed):
+# --------------------------------------------------------------------------- intensity transforms
+def normal_noise(x, sigma, seed):
+    """Normal noise of standard deviation sigma, of the shape and on the device of x."""
     generator = torch.Generator(x.device).manual_seed(seed)
     return torch.empty(x.shape, device=x.device).normal_(0, sigma, generator=generator)
 
 
 @torch.no_grad()
 def gaussian_noise(x, sigma, seed):
-    """x + n, n normal of standard deviation sigma. At most 0.001 of [0, 1]: next to nothing, as published."""
-    return _noise(x, sigma, seed).add_(x).to(x.dtype)
+    """x + n, n normal of standard deviation sigma. Table 5's are next to nothing beside [0, 1]."""
+    return normal_noise(x, sigma, seed).add_(x).to(x.dtype)
 
 
 @torch.no_grad()
 def multiplicative_noise(x, sigma, seed):
     """x + x n, n normal of standard deviation sigma."""
-    return _noise(x, sigma, seed).add_(1).mul_(x).to(x.dtype)
+    return normal_noise(x, sigma, seed).add_(1).mul_(x).to(x.dtype)
 
 
 @torch.no_grad()
 def gaussian_blur(x, sigma):
-    """Gaussian filter of sigma voxels, cut at 4 sigma; mirrored border, its outermost voxel repeated."""
-    radius = int(4 * sigma + 0.5)
-    if radius == 0:
-        return x.clone()
-    kernel, blurred = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2), x.float()
+    """Gaussian filter of sigma voxels, cut at 4 sigma; mirrored border, outer voxel included."""
+    kernel = resample.gaussian_kernel(sigma)
+    blurred = x.float()
     for axis, n in enumerate(x.shape[1:]):
-        mirrored = np.pad(np.eye(n), ((radius, radius), (0, 0)), "symmetric")
-        matrix = sum(weight * mirrored[i:i + n] for i, weight in enumerate(kernel / kernel.sum()))
+        matrix = resample.filter_matrix(kernel, n, "symmetric")
         blurred = resample.apply_matrix(blurred, matrix, axis)
     return blurred.to(x.dtype)
 
 
-def _filter_frequencies(x, gain, axis):
-    """Magnitude of x after its frequencies along one axis are multiplied by gain (n,), unshifted order.
-    Its even part makes the real half of the result, its odd part the imaginary one, by quicker transforms."""
-    n, mirrored, shape = len(gain), np.roll(gain[::-1], 1), [-1 if a == axis else 1 for a in range(3)]
-    low = x.amin((1, 2, 3), keepdim=True).float().clamp_(max=0)  # the magnitude would fold negative values
-    spectrum = torch.fft.rfft(x - low, dim=axis + 1)
-    halves = [torch.fft.irfft(spectrum * (resample.upload_array(part[:n // 2 + 1], x).view(shape) * unit), n,
-                              axis + 1)
-              for part, unit in ((gain + mirrored, 0.5), (gain - mirrored, 0.5j)) if part.any()]
-    return functools.reduce(torch.hypot, halves).abs().add_(low).to(x.dtype)
+def filter_frequencies(x, gain, axis):
+    """Magnitude of x after its frequencies along one axis are multiplied by gain (n,), 0 first."""
+    # The magnitude would fold negative values over: lift them to 0 meanwhile.
+    low = x.amin((1, 2, 3), keepdim=True).float().clamp_(max=0)
+    spectrum = torch.fft.fft(x - low, dim=axis + 1)
+    spectrum *= resample.upload_array(gain, x).view(-1, *[1] * (2 - axis))
+    return torch.fft.ifft(spectrum, dim=axis + 1).abs().add_(low).to(x.dtype)
 
 
 @torch.no_grad()
 def motion_ghosting(x, alpha, every, axis):
-    """Ghosts along an axis: planes 0, every, 2 every, ... of k-space, except the last plane, times alpha."""
+    """Ghosts along an axis: planes 0, every, 2 every ... of k-space times alpha, save the last."""
     gain = np.ones(x.shape[axis + 1])
     gain[0:-1:every] = alpha
-    return _filter_frequencies(x, gain, axis)
+    return filter_frequencies(x, gain, axis)
 
 
 @torch.no_grad()
 def gibbs_ringing(x, keep, axis):
-    """Ringing along an axis: all but the `keep` central frequencies are 0. keep = side is the identity."""
+    """Ringing along an axis: only the `keep` central frequencies stay; all of them: no change."""
     n = x.shape[axis + 1]
+    middle = math.ceil(n / 2)
+    half = math.ceil(keep / 2)
     gain = np.zeros(n)
-    gain[math.ceil(n / 2) - math.ceil(keep / 2):math.ceil(n / 2) + math.ceil(keep / 2)] = 1
-    return _filter_frequencies(x, np.fft.ifftshift(gain), axis)
+    gain[middle - half:middle + half] = 1
+    return filter_frequencies(x, np.fft.ifftshift(gain), axis)
 
 
 @torch.no_grad()
 def low_resolution(x, shape):
-    """Down to `shape` by nearest voxel, back up by cubic spline, clipped to the down-sampled range."""
-    index = torch.arange(len(x), device=x.device, dtype=torch.int32)  # into the flattened volume
-    for n, m in zip(x.shape[1:], shape, strict=True):
-        nearest = (2 * torch.arange(m, device=x.device) + 1) * n // (2 * m)  # floor((i + 1/2) n / m), exactly
-        index = index[..., None] * n + nearest.int()
-    small = x.float().reshape(-1).index_select(0, index.view(-1)).view(-1, *shape)
-    low, high = small.amin((1, 2, 3), keepdim=True), small.amax((1, 2, 3), keepdim=True)
+    """Down to `shape` by nearest voxel, back up by cubic spline, clipped to the range between."""
+    small = x.float()
+    for axis, n in enumerate(shape):
+        index = torch.from_numpy(resample.nearest_index(x.shape[axis + 1], n))
+        small = small.index_select(axis + 1, resample.upload(index, x.device))
+
+    low, high = channel_range(small)
     for axis in (2, 1, 0):
-        if shape[axis] != x.shape[axis + 1]:
-            small = resample.apply_matrix(small, resample.spline_up(shape[axis], x.shape[axis + 1]), axis)
-    return _clip(small, low, high).to(x.dtype)
+        side = x.shape[axis + 1]
+        if shape[axis] != side:
+            small = resample.apply_matrix(small, resample.spline_up(shape[axis], side), axis)
+    return small.clamp_(low, high).to(x.dtype)
 
 
 @torch.no_grad()
 def bias_field(x, center):
-    """x times 1 - sum over axes of ((i - center) / side)^2, at least 0 (the official field goes negative)."""
-    a, b, c = (((torch.arange(n, device=x.device) - at) / n) ** 2
-               for n, at in zip(x.shape[1:], center, strict=True))
-    return ((1 - a[:, None, None] - b[:, None] - c).clamp_(min=0) * x).to(x.dtype)
+    """x times 1 - sum over axes of ((i - center) / side)^2.
+
+    The field stops at 0; the official one goes on below it."""
+    field = 1
+    for axis, n in enumerate(x.shape[1:]):
+        distance = (torch.arange(n, device=x.device) - center[axis]) / n
+        field = field - (distance ** 2).view(-1, *[1] * (2 - axis))
+    return (field.clamp_(min=0) * x).to(x.dtype)
 
 
 @torch.no_grad()
 def gamma(x, gamma, invert):
-    """Gamma curve on each channel's own range; `invert` applies it to the negative, and negates back."""
-    curve = x.float().neg() if invert else x.float()
-    low = curve.amin((1, 2, 3), keepdim=True)
-    span = curve.amax((1, 2, 3), keepdim=True) - low + 1e-7
+    """Gamma curve on each channel's own range.
+
+    `invert` applies it to the negative and negates back, so the colours are not inverted."""
+    sign = -1 if invert else 1
+    curve = sign * x.float()
+    low, high = channel_range(curve)
+    span = high - low + 1e-7
     curve = (curve - low).pow_(gamma).mul_(span ** (1 - gamma)).add_(low)
-    return (curve.neg_() if invert else curve).to(x.dtype)
+    return (sign * curve).to(x.dtype)
 
 
 TRANSFORMS = {function.__name__: function for function in (
-    gaussian_noise, gaussian_blur, multiplicative_noise, motion_ghosting, gibbs_ringing, low_resolution,
-    bias_field, gamma)}
+    gaussian_noise, gaussian_blur, multiplicative_noise, motion_ghosting, gibbs_ringing,
+    low_resolution, bias_field, gamma)}

@@ -303,7 +303,7 @@ def begin(run, train, validation, held_out, plan):
 
     lines = [f"{len(train)} volumes, {plan}", *shared_files(train, validation), *run.describe()]
     training.print_header(lines, settings["model"], settings["compile"], settings["precision"],
-                          run.processes, models.contiguous_on_cuda(settings["model"]))
+                          run.processes)
 
 
 def main(cfg):

@@ -1,4 +1,4 @@
-"""Splines and filters as one matrix an axis, nearest voxels, and copies to the device."""
+"""Resampling and filters as one matrix per axis, nearest voxels, and copies to the device."""
 
 import functools
 import math
@@ -8,96 +8,164 @@ import torch
 
 
 def apply_matrix(x, matrix, axis):
-    """Multiply one spatial axis of (C, D, H, W), float32, by a numpy matrix (n_out, n_in).
-    The matrices here are banded: on a CPU, 16 rows at a time are multiplied by the columns that they use."""
+    """Multiply one spatial axis of x (C, D, H, W) float32 by a numpy matrix (n_out, n_in)."""
     n_out, n_in = matrix.shape
-    inner, block = math.prod(x.shape[axis + 2:]), 16 if x.device.type == "cpu" else n_out
-    flat, on_device = x.reshape(-1, n_in, inner), upload_array(matrix, x)
+    inner = math.prod(x.shape[axis + 2:])
+    flat = x.reshape(-1, n_in, inner)
+    on_device = upload_array(matrix, x)
     result = x.new_empty(len(flat), n_out, inner)
+
+    # The matrices here are banded. On a CPU, blocks of 16 rows skip most of the zeros.
+    block = 16 if x.device.type == "cpu" else n_out
     for start in range(0, n_out, block):
-        used = np.flatnonzero(np.abs(matrix[start:start + block]).max(0) > 1e-6)
+        stop = start + block
+        largest = np.abs(matrix[start:stop]).max(0)
+        used = np.flatnonzero(largest > 1e-6)
         columns = slice(used[0], used[-1] + 1) if len(used) else slice(0, 1)
-        rows, target = on_device[start:start + block, columns], result[:, start:start + block]
+        rows = on_device[start:stop, columns]
+        source = flat[:, columns]
+        target = result[:, start:stop]
+
+        # For the last axis, inner is 1: one product serves all lines along it.
         if inner == 1:
-            torch.mm(flat[:, columns, 0], rows.T, out=target[..., 0])
+            torch.mm(source[..., 0], rows.T, out=target[..., 0])
         else:
-            torch.bmm(rows.expand(len(flat), -1, -1), flat[:, columns], out=target)
+            torch.bmm(rows.expand(len(flat), -1, -1), source, out=target)
     return result.view(*x.shape[:axis + 1], n_out, *x.shape[axis + 2:])
 
 
 def upload(tensor, device):
-    """A CPU tensor to the device, which is not waited for: out of memory that is not pinned, the copy would
-    begin only when all that is queued there is done."""
+    """Copy a CPU tensor to the device without waiting for the device.
+
+    Out of memory that is not pinned, a copy begins only when all that is queued there is done."""
     if torch.device(device).type == "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def upload_array(array, x):
-    """A small numpy array as float32 on x's device."""
+    """A small numpy array as float32 on the device of x."""
     return upload(torch.from_numpy(array).float(), x.device)
+
+
+def gaussian(distance, sigma):
+    """A Gaussian of height 1."""
+    return np.exp(-0.5 * (distance / sigma) ** 2)
+
+
+def gaussian_kernel(sigma):
+    """Weights of a Gaussian of sigma voxels, cut at 4 sigma. Their sum is 1; sigma may be 0."""
+    radius = int(4 * sigma + 0.5)
+    kernel = gaussian(np.arange(-radius, radius + 1), max(sigma, 1e-12))
+    return kernel / kernel.sum()
+
+
+def smooth_noise_matrix(nodes, n, step, sigma):
+    """Matrix (n, nodes) that makes a smooth field on n voxels out of white noise.
+
+    The noise is on nodes `step` voxels apart, and both are centred. In each axis, the field has the
+    standard deviation and the smoothness of white noise on voxels under a Gaussian of sigma."""
+    voxels = np.arange(n)[:, None] - (n - 1) / 2
+    distance = voxels - (np.arange(nodes) - (nodes - 1) / 2) * step
+    return gaussian(distance, sigma) * math.sqrt(step / (2 * math.pi)) / sigma
+
+
+def filter_matrix(kernel, n, boundary):
+    """Matrix (n, n) that filters n voxels with a kernel of odd length.
+
+    boundary: what lies beyond the outermost voxels, as a mode of numpy.pad."""
+    # A filter is a weighted sum of shifted copies; row i of `padded` says which voxel lies there.
+    padded = padded_identity(n, len(kernel) // 2, boundary)
+    return sum(weight * padded[i:i + n] for i, weight in enumerate(kernel))
+
+
+def padded_identity(n, pad, boundary):
+    """Matrix (n + 2 pad, n) that pads n voxels on both sides, by a mode of numpy.pad."""
+    return np.pad(np.eye(n), ((pad, pad), (0, 0)), boundary)
+
+
+# A cubic B-spline at its own voxel and at the two beside it.
+B_SPLINE = np.array([1, 4, 1]) / 6
+
+
+def cubic_weights(n_in, n_out):
+    """How a cubic spline over n_in voxels is read at n_out voxels; pixel centres are aligned.
+
+    Returns the index of the first of the four coefficients that a voxel reads, (n_out,), which may
+    lie 2 beyond the border, and the weights of the four, (4, n_out, 1)."""
+    centres = (np.arange(n_out) + 0.5) * n_in / n_out - 0.5
+    below = np.floor(centres).astype(int)
+
+    # The B-spline's four pieces, t beyond the voxel below.
+    t = (centres - below)[:, None]
+    pieces = [
+        (1 - t) ** 3,
+        4 - 6 * t ** 2 + 3 * t ** 3,
+        1 + 3 * t + 3 * t ** 2 - 3 * t ** 3,
+        t ** 3,
+    ]
+    return below - 1, np.stack(pieces) / 6
+
+
+def read_spline(coefficients, pad, n_in, n_out):
+    """Values at n_out voxels of a spline over n_in, by its coefficients (n_in + 2 pad, ...)."""
+    first, weights = cubic_weights(n_in, n_out)
+    return sum(weight * coefficients[first + pad + i] for i, weight in enumerate(weights))
 
 
 @functools.lru_cache(maxsize=256)
 def spline_up(n_in, n_out, pad=12):
-    """Cubic spline from n_in to n_out voxels as a matrix. Beyond the border the outermost voxel is repeated:
-    12 of them, as in scipy, are added before the spline is fitted."""
-    m = n_in + 2 * pad
-    spline = (4 * np.eye(m) + np.eye(m, k=1) + np.eye(m, k=-1)) / 6
-    coefficients = np.linalg.solve(spline, np.pad(np.eye(n_in), ((pad, pad), (0, 0)), "edge"))
-    centres = (np.arange(n_out) + 0.5) * n_in / n_out - 0.5 + pad
-    first = np.floor(centres).astype(int)
-    t = (centres - first)[:, None]
-    weights = (1 - t) ** 3, 4 - 6 * t ** 2 + 3 * t ** 3, 1 + 3 * (t + t ** 2 - t ** 3), t ** 3
-    return sum(weight / 6 * coefficients[first + i] for i, weight in enumerate(weights, start=-1))
+    """Cubic spline from n_in to n_out voxels as a matrix (n_out, n_in) float64.
+
+    Beyond the border the outermost voxel is repeated: before the spline is fitted, `pad` copies of
+    it are added, as in scipy."""
+    spline = filter_matrix(B_SPLINE, n_in + 2 * pad, "constant")
+    coefficients = np.linalg.solve(spline, padded_identity(n_in, pad, "edge"))
+    return read_spline(coefficients, pad, n_in, n_out)
 
 
 @functools.lru_cache(maxsize=64)
 def resampling_matrix(n_in, n_out):
-    """Cubic spline resampling of one axis as a matrix (n_out, n_in), float64: scikit-image's
-    resize(order=3).
+    """Cubic resampling as a matrix (n_out, n_in) float64, as scikit-image's resize(order=3).
 
-    Gaussian antialias filter, spline prefilter (the inverse of the B-spline's values at the
-    voxels), cubic weights at the new pixel centres; every boundary is mirrored about the outermost
-    voxel."""
-    def mirrored(index):  # ... 2 1 | 0 1 2 ... n-1 | n-2 ...
-        period = max(1, 2 * (n_in - 1))
-        index = index % period
-        return np.minimum(index, period - index) if n_in > 1 else index * 0
-
-    def matrix(index, weights):
-        rows = np.zeros((len(index), n_in))
-        np.add.at(rows, (np.arange(len(index))[:, None], mirrored(index)), weights)
-        return rows
-
-    at = np.arange(n_in)[:, None]
+    A Gaussian filter if the axis shrinks, the spline's coefficients, the cubic weights at the new
+    pixel centres. Every boundary is mirrored about the outermost voxel."""
+    # Filter against aliasing, and find the coefficients of the spline through the result.
     sigma = max(0.0, (n_in / n_out - 1) / 2)
-    radius = int(4 * sigma + 0.5)
-    offsets = np.arange(-radius, radius + 1)
-    kernel = np.exp(-0.5 * (offsets / max(sigma, 1e-12)) ** 2)
-    smooth = matrix(at + offsets, kernel / kernel.sum())
-    spline = matrix(at + np.arange(-1, 2), np.array([1, 4, 1]) / 6)
-    centres = (np.arange(n_out) + 0.5) * n_in / n_out - 0.5
-    first = np.floor(centres).astype(int)
-    t = (centres - first)[:, None]
-    cubic = np.concatenate([(1 - t) ** 3, 4 - 6 * t ** 2 + 3 * t ** 3,
-                            1 + 3 * t + 3 * t ** 2 - 3 * t ** 3, t ** 3], 1) / 6
-    return matrix(first[:, None] + np.arange(-1, 3), cubic) @ np.linalg.solve(spline, smooth)
+    smooth = filter_matrix(gaussian_kernel(sigma), n_in, "reflect")
+    spline = filter_matrix(B_SPLINE, n_in, "reflect")
+    coefficients = np.linalg.solve(spline, smooth)
+
+    # Read the spline at the new centres. The four coefficients reach 2 beyond the border.
+    mirrored = padded_identity(n_in, 2, "reflect")
+    return read_spline(mirrored, 2, n_in, n_out) @ coefficients
 
 
 def resample(volume, shape):
-    """(D, H, W) -> shape, as scikit-image's resize(order=3): one matrix product an axis, clipped to
-    the input's range. Like there, every axis is smoothed that shrinks."""
+    """Volume (D, H, W) -> float32 of the given shape, as scikit-image's resize(order=3).
+
+    One matrix product per axis, clipped to the input's range. Any axis that shrinks is smoothed."""
     x = torch.from_numpy(np.ascontiguousarray(volume, dtype=np.float32))[None]
-    for axis in sorted(range(3), key=lambda a: shape[a] / volume.shape[a]):  # those that shrink most first
+
+    # The axis that shrinks most comes first, which leaves the least work for the others.
+    growth = np.divide(shape, volume.shape)
+    for axis in np.argsort(growth, kind="stable").tolist():
         if shape[axis] != volume.shape[axis]:
-            x = apply_matrix(x, resampling_matrix(volume.shape[axis], shape[axis]), axis)
-    return x[0].clamp(float(volume.min()), float(volume.max())).numpy()
+            matrix = resampling_matrix(volume.shape[axis], shape[axis])
+            x = apply_matrix(x, matrix, axis)
+
+    # A cubic spline overshoots: keep to the range of the volume.
+    low, high = float(volume.min()), float(volume.max())
+    return x[0].clamp(low, high).numpy()
+
+
+def nearest_index(n_in, n_out):
+    """For each of n_out voxels the nearest of n_in, (n_out,): floor((i + 1/2) n_in / n_out)."""
+    return (2 * np.arange(n_out) + 1) * n_in // (2 * n_out)
 
 
 def nearest(array, shape):
-    """Nearest voxel, pixel centres aligned: index floor((i + 0.5) * n_in / n_out) on each axis."""
+    """A numpy array (D, H, W) -> the given shape by nearest voxel; pixel centres are aligned."""
     for axis, n in enumerate(shape):
-        index = ((np.arange(n) + 0.5) * array.shape[axis] / n).astype(int)
-        array = array.take(index, axis)
+        array = array.take(nearest_index(array.shape[axis], n), axis)
     return array

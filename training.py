@@ -164,6 +164,7 @@ def quicken(model, device):
     fast = importlib.import_module(name)
     if device.type == "cpu":
         fast.keep_freed_memory()
+        fast.install_lookup()
     return fast.install(model)
 
 

@@ -1,5 +1,7 @@
-"""Table 5: equality with the official transforms and with scipy, the policy's statistics, and what must never
-happen to a sample. The golden file holds the official outputs, every third voxel of them along each axis."""
+"""Table 5: equality with the official transforms and with scipy, the policy's statistics, and what
+must never happen to a sample. What moves a sample is in test_augment_spatial.py.
+
+The golden file holds the official outputs, every third voxel of them along each axis."""
 
 import math
 
@@ -14,9 +16,7 @@ import augment
 
 GOLDEN = np.load(ROOT / "tests" / "golden" / "augment.npz")
 INPUT = torch.from_numpy(GOLDEN["input"])[None]
-ANGLES = GOLDEN["spatial_angles_deg"]
 N = 2000  # draws of the statistics
-NONE = (0, 0, 0)
 
 
 def volume(*shape, seed=0, low=0.0, high=1.0):
@@ -33,14 +33,15 @@ def with_steps(*steps, size=(1, 1, 1)):
     return augment.Draw(size, size, intensity=steps)
 
 
-# ------------------------------------------------------------------------------------ the official transforms
+# -------------------------------------------------------------------------- the official transforms
 @pytest.mark.parametrize(("name", "transform", "parameters"), [
     ("blur_sigma0.5", augment.gaussian_blur, (0.5,)),
     ("blur_sigma1.0", augment.gaussian_blur, (1.0,)),
     ("ghost_n2_alpha0.9_axis0", augment.motion_ghosting, (0.9, 2, 0)),
     ("ghost_n3_alpha0.85_axis1", augment.motion_ghosting, (0.85, 3, 1)),
     ("ghost_n10_alpha0.95_axis2", augment.motion_ghosting, (0.95, 10, 2)),
-    ("gibbs_keep24_axis0", augment.gibbs_ringing, (24, 1)),  # the official code swaps the axes 0 and 1
+    # The official code swaps the axes 0 and 1.
+    ("gibbs_keep24_axis0", augment.gibbs_ringing, (24, 1)),
     ("gibbs_keep25_axis1", augment.gibbs_ringing, (25, 0)),
     ("gibbs_keep30_axis2", augment.gibbs_ringing, (30, 2)),
     ("lowres_18x32x40", augment.low_resolution, ((18, 32, 40),)),
@@ -55,7 +56,8 @@ def test_equals_the_official_transform(name, transform, parameters):
     assert difference(result[0, ::3, ::3, ::3], GOLDEN[name]) < 1e-5
 
 
-# The official head has a border of zeros. The same formulas on odd sides, with data up to the border:
+# The official head has a border of zeros. Here: the same formulas on odd sides, with data up to
+# the border.
 SHAPE = (17, 24, 21)
 
 
@@ -96,7 +98,8 @@ def test_low_resolution_equals_skimage_up_to_the_border(low):
     x = volume(2, *SHAPE, seed=1)
     for channel, result in zip(x.double().numpy(), augment.low_resolution(x, low), strict=True):
         small = resize(channel, low, order=0, mode="edge", anti_aliasing=False)
-        assert difference(result, resize(small, SHAPE, order=3, mode="edge", anti_aliasing=False)) < 1e-5
+        expected = resize(small, SHAPE, order=3, mode="edge", anti_aliasing=False)
+        assert difference(result, expected) < 1e-5
 
 
 def test_bias_field_is_a_paraboloid_that_stops_at_zero():
@@ -104,7 +107,8 @@ def test_bias_field_is_a_paraboloid_that_stops_at_zero():
     grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1)
     field = 1 - (((grid - center) / SHAPE) ** 2).sum(-1)
     result = augment.bias_field(torch.ones(1, *SHAPE), center)[0]
-    assert difference(result, field.clip(min=0)) < 1e-6 and (field < 0).any() and result[center] == 1
+    assert difference(result, field.clip(min=0)) < 1e-6 and (field < 0).any()
+    assert result[center] == 1
 
 
 def test_inverted_gamma_keeps_the_colours():
@@ -123,101 +127,16 @@ def test_noise_is_normal_with_the_given_deviation():
     added = augment.gaussian_noise(x, 0.02, 5) - x
     share = (augment.multiplicative_noise(x, 0.02, 5) - x)[x > 0.1] / x[x > 0.1]
     for noise in (added[0], added[1], share):
-        assert noise.std().item() == pytest.approx(0.02, rel=0.02) and abs(noise.mean().item()) < 5e-4
+        assert noise.std().item() == pytest.approx(0.02, rel=0.02)
+        assert abs(noise.mean().item()) < 5e-4
         assert ((noise / 0.02).abs() < 1).double().mean().item() == pytest.approx(0.683, abs=0.01)
     assert (added[0] != added[1]).any() and (added != augment.gaussian_noise(x, 0.02, 6) - x).any()
     assert torch.equal(augment.gaussian_noise(x, 0.02, 5), augment.gaussian_noise(x, 0.02, 5))
 
 
-# ------------------------------------------------------------------------------------------ rotation and zoom
-def positions(shape, angles, scale, displacement, size):
-    """Where each voxel of the result reads the source, by the textbook: (3, *size)."""
-    turns = []
-    for axis, angle in enumerate(np.deg2rad(angles)):
-        c, s = np.cos(angle), np.sin(angle)
-        turns.append(np.roll(np.array([[1, 0, 0], [0, c, -s], [0, s, c]]), (axis, axis), (0, 1)))
-    centred = np.stack(np.meshgrid(*[np.arange(n) - (n - 1) / 2 for n in size], indexing="ij"))
-    if displacement is not None:
-        centred = centred + displacement.double().numpy()
-    read = scale * (turns[0] @ turns[1] @ turns[2]).T @ centred.reshape(3, -1)
-    return read.reshape(3, *size) + (np.array(shape).reshape(3, 1, 1, 1) - 1) / 2
-
-
-LOOKUPS = [((30, 0, 0), 1.0, False), ((0, -25, 0), 1.0, False), ((0, 0, 8), 1.0, False), (ANGLES, 1.0, False),
-           (NONE, 0.93, False), (NONE, 1.07, False), (NONE, 1.0, True), (ANGLES, 0.93, True)]
-
-
-@pytest.mark.parametrize(("angles", "scale", "displaced"), LOOKUPS)
-@pytest.mark.parametrize("size", [(17, 24, 21), (11, 30, 15)])
-def test_lookup_equals_scipy(angles, scale, displaced, size):
-    x = volume(2, *SHAPE, low=0.3)
-    label = (x[0] * 5).to(torch.uint8)
-    displacement = volume(3, *size, seed=2, low=-2, high=2) if displaced else None
-    moved, found = augment.spatial_transform(x, label, angles, scale, displacement, size)
-    read = positions(SHAPE, angles, scale, displacement, size)
-    for channel, result in zip(x.double().numpy(), moved, strict=True):
-        expected = scipy.ndimage.map_coordinates(channel, read, order=1, mode="grid-constant")
-        assert difference(result, expected) < 1e-5
-    nearest = np.floor(read + 0.5).astype(int)
-    inside = np.all((nearest >= 0) & (nearest < np.reshape(SHAPE, (3, 1, 1, 1))), 0)
-    expected = np.where(inside, label.numpy()[tuple(np.where(inside, nearest, 0))], 0)
-    decided = (np.abs(read - nearest) < 0.4999).all(0)
-    assert decided.mean() > 0.9 and np.array_equal(found.numpy()[decided], expected[decided])
-    assert found.dtype == torch.uint8 and found.shape == size
-
-
-@pytest.mark.parametrize(("name", "angles", "scale"), [
-    ("spatial_rot", ANGLES, 1.0), ("spatial_rot_scale0.93", ANGLES, 0.93), ("spatial_scale1.08", NONE, 1.08)])
-@pytest.mark.parametrize(("suffix", "size"), [("_24", (24, 24, 24)), ("_full", INPUT.shape[1:])])
-def test_trilinear_is_close_to_the_official_cubic_lookup(name, angles, scale, suffix, size):
-    moved, label = augment.spatial_transform(INPUT, (INPUT[0] > 0.5).byte(), angles, scale, None, size)
-    golden = GOLDEN[name + suffix]
-    assert np.abs(moved[0, ::3, ::3, ::3].numpy() - golden).mean() < 0.02
-    if name + suffix + "_label" in GOLDEN:
-        assert np.array_equal(label, GOLDEN[name + suffix + "_label"])
-    for wrong in ((angles[::-1], scale), (tuple(-a for a in angles), scale), (angles, 1 / scale)):
-        if tuple(wrong[0]) != tuple(angles) or wrong[1] != scale:
-            other = augment.spatial_transform(INPUT, None, *wrong, None, size)[0][0, ::3, ::3, ::3]
-            assert np.abs(other.numpy() - golden).mean() > 0.03, "another convention would be seen"
-
-
-def test_displacement_is_the_official_one():
-    displacement = torch.from_numpy(GOLDEN["elastic_displacement"]).float()
-    golden = GOLDEN["spatial_elastic_seed7_alpha500_sigma8"]
-    errors = []
-    for field in (displacement, -displacement, displacement.flip(0)):
-        moved, _ = augment.spatial_transform(INPUT, None, NONE, 1.0, field, INPUT.shape[1:])
-        errors.append(np.abs(moved[0, ::3, ::3, ::3].numpy() - golden).mean())
-    assert errors[0] < 0.02 and min(errors[1:]) > 0.05
-
-
-@pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("shape", [(12, 12, 12), (13, 13, 13), (10, 16, 12), (9, 15, 11)])
-def test_a_quarter_turn_equals_rot90(axis, shape):
-    x, label = volume(2, *shape), torch.arange(math.prod(shape)).reshape(shape)
-    plane = ((axis + 1) % 3, (axis + 2) % 3)
-    expected = torch.rot90(x, 1, (plane[0] + 1, plane[1] + 1))
-    angles = tuple(90.0 if a == axis else 0.0 for a in range(3))
-    moved, found = augment.spatial_transform(x, label, angles, 1.0, None, expected.shape[1:])
-    assert difference(moved, expected) < 1e-5
-    assert torch.equal(found, torch.rot90(label, 1, plane))
-
-
-@pytest.mark.parametrize(("angles", "scale", "displaced"), LOOKUPS)
-def test_image_and_label_move_together_to_the_voxel(angles, scale, displaced):
-    """The image holds each voxel's coordinates, the label its number: both must tell the same voxel."""
-    shape, size = (30, 34, 27), (16, 18, 15)
-    image = torch.stack(torch.meshgrid(*[torch.arange(float(n)) for n in shape], indexing="ij"))
-    displacement = augment.elastic_displacement(600, 20, 3, size, "cpu") * 4 if displaced else None
-    label = torch.arange(image[0].numel()).reshape(shape)
-    moved, number = augment.spatial_transform(image, label, angles, scale, displacement, size)
-    voxel = np.stack(np.unravel_index(number.numpy(), shape))
-    assert np.abs(voxel - moved.numpy()).max() <= 0.5 + 1e-4
-    assert len(np.unique(number)) > 0.6 * number.numel()
-
-
-# ---------------------------------------------------------------------------------------- elastic deformation
-@pytest.mark.parametrize(("alpha", "sigma", "deviation"), [(600, 20, 0.58), (400, 25, 0.28), (200, 30, 0.11)])
+# ------------------------------------------------------------------------------ elastic deformation
+@pytest.mark.parametrize(("alpha", "sigma", "deviation"), [
+    (600, 20, 0.58), (400, 25, 0.28), (200, 30, 0.11)])
 def test_elastic_displacement_has_the_official_deviation(alpha, sigma, deviation):
     """In the middle of a patch; at its border the reference, too, filters into nothing."""
     size, middle = (128, 122, 135), (slice(None), slice(54, 74), slice(51, 71), slice(57, 78))
@@ -231,19 +150,21 @@ def test_elastic_displacement_has_the_official_deviation(alpha, sigma, deviation
 
 
 def test_elastic_displacement_is_as_smooth_as_the_filter():
-    """Neighbours t voxels apart correlate by exp(-t^2 / 4 sigma^2), as after a Gaussian filter of sigma."""
+    """Neighbours t voxels apart correlate by exp(-t^2 / 4 sigma^2), as after a Gaussian filter."""
     sigma, size = 8, (96, 90, 100)
-    fields = torch.stack([augment.elastic_displacement(100, sigma, seed, size, "cpu") for seed in range(12)])
+    fields = torch.stack([augment.elastic_displacement(100, sigma, seed, size, "cpu")
+                          for seed in range(12)])
     inside = fields[..., 24:-24, 24:-24, 24:-24]
     for axis in (2, 3, 4):
         n = inside.shape[axis] - 8
-        product = (inside.narrow(axis, 0, n) * inside.narrow(axis, 8, n)).mean() / (inside ** 2).mean()
-        assert product.item() == pytest.approx(math.exp(-0.25), abs=0.06)
+        product = (inside.narrow(axis, 0, n) * inside.narrow(axis, 8, n)).mean()
+        correlation = product / (inside ** 2).mean()
+        assert correlation.item() == pytest.approx(math.exp(-0.25), abs=0.06)
     steps = fields.diff(n=2, dim=2).abs().max() / fields.std()
     assert steps < 0.12, "no kinks between the nodes"
 
 
-# ------------------------------------------------------------------------------------------------- the policy
+# --------------------------------------------------------------------------------------- the policy
 @pytest.fixture(scope="module")
 def draws():
     return [augment.draw(seed, "all", (128, 96, 65)) for seed in range(N)]
@@ -263,15 +184,16 @@ def test_frequencies_are_table_5s(draws):
     counts = {name: len(values(draws, name)) for name in augment.TRANSFORMS}
     for name in ("angles", "scale", "elastic"):
         counts[name] = sum(getattr(d, name) is not None for d in draws)
-    table = {"angles": 0.2, "scale": 0.2, "elastic": 0.33, "gaussian_noise": 0.2, "gaussian_blur": 0.1,
-             "multiplicative_noise": 0.2, "motion_ghosting": 0.2, "gibbs_ringing": 0.2, "low_resolution": 0.1,
-             "bias_field": 0.33, "gamma": 0.2}
+    table = {"angles": 0.2, "scale": 0.2, "elastic": 0.33, "gaussian_noise": 0.2,
+             "gaussian_blur": 0.1, "multiplicative_noise": 0.2, "motion_ghosting": 0.2,
+             "gibbs_ringing": 0.2, "low_resolution": 0.1, "bias_field": 0.33, "gamma": 0.2}
     assert counts.keys() == table.keys()
     assert all(within(counts[name], p, N) for name, p in table.items()), counts
     rotations = [a for d in draws if d.angles for a in d.angles]
     assert within(sum(a != 0 for a in rotations), 0.66, len(rotations))
     size = draws[0].size
-    lows = [m < n for low, in values(draws, "low_resolution") for m, n in zip(low, size, strict=True)]
+    lows = [m < n for low, in values(draws, "low_resolution")
+            for m, n in zip(low, size, strict=True)]
     assert within(sum(lows), 0.33, len(lows))
     assert within(sum(invert for _, invert in values(draws, "gamma")), 0.01, N)
     # Independent of each other: 0.433 of the samples are moved by nothing.
@@ -311,7 +233,8 @@ def test_parameters_fill_table_5s_ranges(draws):
     zooms = [[m / n for m, n in zip(low, size, strict=True) if m < n]
              for low, in values(draws, "low_resolution")]
     fills([zoom for drawn in zooms for zoom in drawn], 0.49, 1)
-    assert all(max(drawn) - min(drawn) < 0.016 for drawn in zooms if drawn), "one for all axes, but rounding"
+    spreads = [max(drawn) - min(drawn) for drawn in zooms if drawn]
+    assert max(spreads) < 0.016, "one for all axes, but for rounding"
     for axis, side in enumerate(size):
         fills([center[axis] for center, in values(draws, "bias_field")], 0, side - 1)
     gammas = [value for value, _ in values(draws, "gamma")]
@@ -331,48 +254,7 @@ def test_presets(draws):
     assert within(sum(d.scale is not None for d in moved), 0.2, N)
 
 
-def test_a_draw_depends_on_its_seed_alone():
-    draws = [augment.draw(seed, "all", 64) for seed in range(50)]
-    assert draws == [augment.draw(seed, "all", (64, 64, 64)) for seed in range(50)]
-    assert len(set(draws)) > 35
-    x, label = volume(2, 30, 30, 30).half(), torch.arange(27000).reshape(30, 30, 30)
-    for seed in (7, 12):
-        draw = augment.draw(seed, "all", 20)._replace(angles=(5.0, 0.0, 3.0), elastic=(500, 20, seed))
-        once, again = (augment.spatial([x], [label], [draw]) for _ in range(2))
-        assert torch.equal(once[0], again[0]) and torch.equal(once[1], again[1])
-        assert torch.equal(augment.intensity(once[0], [draw]), augment.intensity(once[0], [draw]))
-
-
-@pytest.mark.parametrize("size", [(32, 32, 32), (15, 24, 33)])
-def test_context_holds_all_that_the_lookup_reads(size):
-    """A world of ones stays ones: no padding enters. And the box is no larger than it must be."""
-    moved = 0
-    for seed in range(250):
-        draw = augment.draw(seed, "all", size)
-        assert all(c >= s and (c - s) % 2 == 0 for c, s in zip(draw.context, size, strict=True))
-        if draw.context == size:
-            continue
-        moved += 1
-        patch, _ = augment.spatial([torch.ones(1, *draw.context)], None, [draw])
-        assert patch.min() > 1 - 1e-5, draw
-        if draw.elastic is None:
-            smaller = torch.ones(1, *[c - 2 * (c > s) for c, s in zip(draw.context, size, strict=True)])
-            assert augment.spatial([smaller], None, [draw])[0].min() < 1 - 1e-5, draw
-    assert moved > 100
-
-
-def test_context_covers_the_strongest_elastic_deformation():
-    size, beyond = (56, 64, 60), 0
-    for seed in range(30):
-        angles = (20.0, -10.0, 5.0) if seed % 2 else None
-        context = augment.context_of(size, angles, None, (600, 20, seed))
-        beyond += context != augment.context_of(size, angles, None, None)
-        draw = augment.Draw(size, context, angles, None, (600, 20, seed))
-        assert augment.spatial([torch.ones(1, *context)], None, [draw])[0].min() > 1 - 1e-5
-    assert beyond == 30
-
-
-# --------------------------------------------------------------------------- what must not happen to a sample
+# ----------------------------------------------------------------- what must not happen to a sample
 SIZES = [(16, 16, 16), (15, 22, 9)]
 
 
@@ -399,47 +281,30 @@ def test_intensity_keeps_range_type_and_gradients_out(size, count, dtype):
         steps = every_step(size, seed)
         for case in ([step] for step in steps) if seed else [steps]:
             result = augment.intensity(x, [with_steps(*case, size=size)] * count)
-            assert result.isfinite().all() and (result >= low).all() and (result <= high).all(), case
+            assert result.isfinite().all(), case
+            assert (result >= low).all() and (result <= high).all(), case
             assert result.dtype == dtype and result.device == x.device and result.shape == x.shape
-            assert not result.requires_grad and torch.equal(x, before), "a function leaves its input as it is"
+            assert not result.requires_grad
+            assert torch.equal(x, before), "a function leaves its input as it is"
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_transforms_alone_keep_type_and_gradients_out(size, dtype):
     x = volume(2, *size).to(dtype).requires_grad_()
-    for name, parameters in every_step(size, 0) + [("gaussian_blur", (0.05,)), ("low_resolution", (size,))]:
+    identities = [("gaussian_blur", (0.05,)), ("low_resolution", (size,))]
+    for name, parameters in every_step(size, 0) + identities:
         result = augment.TRANSFORMS[name](x, *parameters)
         assert result.dtype == dtype and result.shape == x.shape and not result.requires_grad, name
         assert result.data_ptr() != x.data_ptr() and result.isfinite().all(), name
-    for angles, scale, displaced in LOOKUPS:
-        field = augment.elastic_displacement(600, 20, 1, size, "cpu") if displaced else None
-        result, _ = augment.spatial_transform(x, None, angles, scale, field, size)
-        assert result.dtype == dtype and not result.requires_grad and result.isfinite().all()
-        assert result.min() >= 0 and result.max() <= x.max()
-        flat, _ = augment.spatial_transform(torch.full_like(x, 0.7), None, angles, scale, field, size)
-        assert flat.max() <= torch.tensor(0.7, dtype=dtype), "the weights sum to 1 but for rounding"
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("count", [1, 8])
-def test_whole_draws_stay_inside_the_samples_range(size, count):
-    for seed in range(6):
-        draws = [augment.draw((seed, i), "all", size) for i in range(count)]
-        crops = [volume(1, *d.context, seed=i, low=0.2, high=1).half() for i, d in enumerate(draws)]
-        target, _ = augment.spatial(crops, None, draws)
-        image = augment.intensity(target, draws)
-        for crop, patches in zip(crops, zip(target, image, strict=True), strict=True):
-            for patch in patches:
-                assert patch.isfinite().all() and patch.max() <= crop.max() and patch.min() >= 0
-        assert target.dtype == image.dtype == torch.float32 and image.shape == (count, 1, *size)
 
 
 def test_each_step_is_clipped_to_the_range_before_it():
     x = volume(1, 2, 20, 18, 16, seed=3)
     x[:, 1] *= 0.3
-    steps = [("gibbs_ringing", (14, 0)), ("gamma", (0.6, False)), ("low_resolution", ((12, 18, 9),)),
-             ("gaussian_noise", (0.05, 4)), ("bias_field", ((3, 4, 5),))]
+    steps = [("gibbs_ringing", (14, 0)), ("gamma", (0.6, False)),
+             ("low_resolution", ((12, 18, 9),)), ("gaussian_noise", (0.05, 4)),
+             ("bias_field", ((3, 4, 5),))]
     expected = x[0]
     for name, parameters in steps:
         after = augment.TRANSFORMS[name](expected, *parameters)
@@ -452,38 +317,7 @@ def test_each_step_is_clipped_to_the_range_before_it():
 
 def test_bfloat16_is_rounded_once():
     x = volume(1, 1, 20, 18, 16).bfloat16()
-    draw = with_steps(("gaussian_noise", (1e-3, 1)), ("gaussian_blur", (0.8,)), ("gamma", (1.5, True)))
-    assert torch.equal(augment.intensity(x, [draw]), augment.intensity(x.float(), [draw]).bfloat16())
-
-
-def test_only_the_drawn_samples_change():
-    size = (12, 14, 10)
-    batch = volume(6, 1, *size)
-    draws = [augment.draw(seed, "all", size) for seed in range(6)]
-    draws[1] = draws[4] = augment.draw(0, "none", size)
-    assert sum(bool(d.intensity) for d in draws) >= 3
-    result = augment.intensity(batch, draws)
-    for i, d in enumerate(draws):
-        assert torch.equal(result[i], batch[i]) == (not d.intensity)
-        assert torch.equal(result[i:i + 1], augment.intensity(batch[i:i + 1], [d])), "whatever its batch"
-    crops = [volume(1, *d.context, seed=i) for i, d in enumerate(draws)]
-    labels = [(crop[0] * 4).byte() for crop in crops]
-    moved, found = augment.spatial(crops, labels, draws)
-    for i, d in enumerate(draws):
-        alone, label = augment.spatial(crops[i:i + 1], labels[i:i + 1], [d])
-        assert torch.equal(moved[i:i + 1], alone) and torch.equal(found[i:i + 1], label)
-        if d.context == size:
-            assert torch.equal(moved[i], crops[i]) and torch.equal(found[i], labels[i])
-
-
-def test_nothing_drawn_is_the_identity_bitwise():
-    size = (9, 12, 10)
-    none = augment.draw(3, "none", size)
-    crops, labels = [volume(2, *size, seed=i).half() for i in range(3)], [torch.ones(size).byte()] * 3
-    batch, found = augment.spatial(crops, labels, [none] * 3)
-    assert torch.equal(batch, torch.stack(crops).float()) and torch.equal(found, torch.stack(labels))
-    assert augment.intensity(batch, [none] * 3) is batch
-    unturned = none._replace(angles=(0.0, 0.0, 0.0))  # a rotation drawn, but no axis
-    assert torch.equal(augment.spatial(crops[:1], None, [unturned])[0][0], crops[0].float())
-    unchanged = with_steps(("low_resolution", (size,)), ("gaussian_blur", (0.1,)), ("gibbs_ringing", (12, 1)))
-    assert difference(augment.intensity(batch[:1], [unchanged]), batch[:1]) < 1e-6
+    steps = [("gaussian_noise", (1e-3, 1)), ("gaussian_blur", (0.8,)), ("gamma", (1.5, True))]
+    draw = with_steps(*steps)
+    rounded = augment.intensity(x.float(), [draw]).bfloat16()
+    assert torch.equal(augment.intensity(x, [draw]), rounded)

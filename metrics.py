@@ -1,4 +1,4 @@
-"""Dice, surface distances and lesions of two masks (section 4); means over cases and folds."""
+"""Dice, surface distances and lesions of masks (section 4); means over cases, folds; p values."""
 
 import itertools
 import math
@@ -227,19 +227,54 @@ def spread(means):
     return f"{np.mean(known):.2f} ± {deviation:.2f}"
 
 
-def spread_of_dice(folds, columns, belongs=lambda record: True):
-    """Dice in percent of each column, as `spread` writes it, of the records that belong."""
-    cells = []
-    for names in columns.values():
-        means = [mean_dice(filter(belongs, records), names)[0] for records in folds.values()]
-        cells.append(spread([100 * mean for mean in means]))
-    return cells
+def spread_of_dice(folds, names, belongs=lambda record: True):
+    """Dice in percent over the folds, as `spread` writes it, of the records that belong."""
+    means = [mean_dice(filter(belongs, records), names)[0] for records in folds.values()]
+    return spread([100 * mean for mean in means])
 
 
 def table(header, rows):
     """Lines of a Markdown table."""
     rule = ["---"] * len(header)
     return [f"| {' | '.join(map(str, row))} |" for row in (header, rule, *rows)]
+
+
+# ------------------------------------------------------------------------------ p values
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(200)
+
+
+def student_p(t, df):
+    """Two-sided p of Student's t; the degrees of freedom need not be whole."""
+    # With t = sqrt(df) tan(angle) the density goes as cos(angle)^(df - 1), which Gauss-Legendre
+    # quadrature integrates from 0 to the angle of this t.
+    half = math.atan(abs(t) / math.sqrt(df)) / 2
+    scale = 2 * math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
+    return max(0.0, 1 - scale * half * float(WEIGHTS @ np.cos(half * (NODES + 1)) ** (df - 1)))
+
+
+def student_quantile(q, df):
+    """The t below which a Student variable stays with probability q > 0.5."""
+    # Bisection over the same angle: the p of the middle tells on which side of it the t lies.
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        if student_p(math.sqrt(df) * math.tan(middle), df) < 2 - 2 * q:
+            high = middle
+        else:
+            low = middle
+    return math.sqrt(df) * math.tan(low)
+
+
+def holm(ps):
+    """p values corrected for their number, step down (Holm 1979); NaN do not count."""
+    adjusted = list(ps)
+    order = sorted((p, i) for i, p in enumerate(ps) if not math.isnan(p))
+    largest = 0.0
+    for rank, (p, i) in enumerate(order):
+        # A larger p never gets a smaller corrected value.
+        largest = max(largest, min(1.0, p * (len(order) - rank)))
+        adjusted[i] = largest
+    return adjusted
 
 
 # ------------------------------------------------------------------------- summary.md of a run
@@ -287,7 +322,8 @@ def fold_table(folds, assignment, columns):
         # A case without any class is dropped from several columns: count it once.
         dropped = max(dropped for _, dropped in found)
         rows.append([fold, trained, len(records), *percent, dropped])
-    rows.append(["mean ± SD", "", "", *spread_of_dice(folds, columns), ""])
+    over_folds = [spread_of_dice(folds, names) for names in columns.values()]
+    rows.append(["mean ± SD", "", "", *over_folds, ""])
     return table(["fold", "trained on", "evaluated", *columns, "dropped"], rows)
 
 
@@ -319,7 +355,8 @@ def group_table(folds, cases, columns, sites):
     rows = []
     for title, belongs in groups.items():
         count = sum(bool(belongs(case)) for case in cases)
-        rows.append([title, count, *spread_of_dice(folds, columns, belongs)])
+        means = [spread_of_dice(folds, names, belongs) for names in columns.values()]
+        rows.append([title, count, *means])
     return table(["Dice of", "cases", *columns], rows)
 
 

@@ -83,7 +83,8 @@ def over_folds(gain, fold):
     gain: (N,) Dice points. fold: (N,) numbers from 0. smallest = (t_.975 + t_.80) x standard error.
     No sign flips: with six folds their p could not go below 2/64."""
     means = np.bincount(fold, gain) / np.bincount(fold)
-    mean, df = means.mean(), len(means) - 1
+    mean = means.mean()
+    df = len(means) - 1
     if df == 0:
         return Estimate(mean)
 
@@ -92,7 +93,7 @@ def over_folds(gain, fold):
     half = metrics.student_quantile(0.975, df) * error
     smallest = half + metrics.student_quantile(0.8, df) * error
 
-    # Where all folds gain the same, there is no doubt of the gain, or no gain.
+    # Where all folds gain exactly the same, the gain is certain, or there is none.
     p = metrics.student_p(mean / error, df) if error else float(mean == 0)
     return Estimate(mean, mean - half, mean + half, p, smallest)
 
@@ -102,7 +103,8 @@ def over_patients(gain, patient, resamples=10_000, seed=0):
 
     gain: (N,) Dice points. patient: (N,) numbers from 0. A patient is drawn, or changes its sign,
     with all its cases in all folds. smallest = (z_.975 + z_.80) x standard error."""
-    sums, counts = np.bincount(patient, gain), np.bincount(patient)
+    sums = np.bincount(patient, gain)
+    counts = np.bincount(patient)
     if len(sums) == 1:
         return Estimate(gain.mean())
 

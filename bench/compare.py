@@ -1,11 +1,11 @@
-"""What the intervals of compare.py cover, and how often its permutation test errs, in simulated experiments.
+"""What the intervals of compare.py cover, and how often its tests err, in simulated experiments.
 
     python bench/compare.py [--experiments 500]
 
-Two runs of six folds, 40 cases a fold out of 60 patients, so that folds share patients. The gain of a case is
-2 Dice + what the two training runs of its fold make of it (fold SD) + what is its patient's own, the same in
-every fold, + a rest; case SD is that of the last two. Each interval is asked for two truths: the gain over
-all patients, and the gain over these 60.
+Two runs of six folds, 40 cases a fold out of 60 patients, so that folds share patients. The gain of
+a case is 2 Dice + what the two training runs of its fold make of it (fold SD) + what is its
+patient's own, the same in every fold, + a rest; case SD is that of the last two. Each interval is
+asked for two truths: the gain over all patients, and the gain over these 60.
 """
 
 import argparse
@@ -29,19 +29,28 @@ def experiment(rng, fold_sd, case_sd, share, gain=GAIN):
     patient = np.concatenate([rng.permutation(PATIENTS)[:CASES] for _ in range(FOLDS)])
     fold = np.repeat(np.arange(FOLDS), CASES)
     rest = rng.normal(0, case_sd * math.sqrt(1 - share), len(fold))
-    return gain + rng.normal(0, fold_sd, FOLDS)[fold] + own[patient] + rest, fold, patient, gain + own.mean()
+    of_fold = rng.normal(0, fold_sd, FOLDS)
+    return gain + of_fold[fold] + own[patient] + rest, fold, patient, gain + own.mean()
 
 
 def rates(experiments, fold_sd, case_sd, share, resamples=10_000, seed=0):
-    """Shares of the experiments in which the fold interval covers the gain over all patients, over these; the
-    patient interval the same; permutation test and t test find a gain (p < .05) where there is none."""
-    rng, hits = np.random.default_rng(seed), np.zeros(6)
+    """Shares of the experiments in which something happens: (6,) in this order.
+
+    The fold interval covers the gain over all patients, and that over these; the patient interval
+    covers them, in the same order; the permutation test, and the t test, find a gain (p < .05)
+    where there is none."""
+    rng = np.random.default_rng(seed)
+    hits = np.zeros(6)
     for number in range(experiments):
         gain, fold, patient, here = experiment(rng, fold_sd, case_sd, share)
         patient = np.unique(patient, return_inverse=True)[1]
         folds = compare.over_folds(gain, fold)
         patients = compare.over_patients(gain, patient, resamples, number)
+
+        # What the two intervals cover.
         hits[:4] += [e.low <= truth <= e.high for e in (folds, patients) for truth in (GAIN, here)]
+
+        # Without the true gain there is nothing to find.
         hits[4:] += [compare.over_patients(gain - GAIN, patient, resamples, number).p < 0.05,
                      compare.over_folds(gain - GAIN, fold).p < 0.05]
     return hits / experiments
@@ -53,8 +62,9 @@ def main():
     experiments = parser.parse_args().experiments
     print(f"{experiments} experiments a row, in percent; one standard error is "
           f"{100 * math.sqrt(0.95 * 0.05 / experiments):.1f} at 95.\n\n"
-          "| fold SD | case SD | patient's share | fold interval covers: all patients | these patients "
-          "| patient interval covers: all patients | these patients | permutation test errs | t test errs |\n"
+          "| fold SD | case SD | patient's share | fold interval covers: all patients "
+          "| these patients | patient interval covers: all patients | these patients "
+          "| permutation test errs | t test errs |\n"
           "|---|---|---|---|---|---|---|---|---|")
     for fold_sd, case_sd in ((0, 12), (1.5, 12), (1.5, 6)):
         for share in (0, 0.25, 0.5):

@@ -1,17 +1,17 @@
-"""predict.sliding_window beside MONAI's sliding_window_inference: same network, windows, overlap and weights.
+"""predict.sliding_window beside MONAI's, with the same network, windows, overlap and weights.
 
-    python bench/window.py [--rows pointwise:2,unet_demo:4] [--shape 240,240,155] [--patch 128] [--threads 2]
-                           [--rounds 3] [--gaussian] [--batch 1]
+    python bench/window.py [--rows pointwise:2,unet_demo:4] [--shape 240,240,155] [--patch 128]
+                           [--threads 2] [--rounds 3] [--gaussian] [--batch 1]
 
-A row is a network and its number of classes; `pointwise` is a single 1^3 convolution: what the windows cost
-without a network. Each variant runs in a process of its own, turn by turn, all with freed memory kept
-(fast_cpu.keep_freed_memory); the table has medians of at least --rounds and 5 s after one that does not
-count, or that one where it takes over a minute.
+A row is a network and its number of classes. `pointwise` is a single 1^3 convolution: it shows what
+the windows cost without a network. Each variant runs in a process of its own, turn by turn, all
+with freed memory kept (fast_cpu.keep_freed_memory). A first run does not count; the table has
+medians of at least --rounds runs and 5 s after it, or the first run if it takes over a minute.
 
-Memory is the peak of resident memory above the process before it makes the volume, measured in processes that
-give freed memory back at once; what counts is how much of it lies above one bare forward pass of a window.
-The volume is float32, as MONAI and the forward pass need it, and for ours also float16, as it is stored: then
-each window becomes float32 by itself.
+Memory is the peak of resident memory above the process before it makes the volume, measured in
+processes that give freed memory back at once. What counts is how much of it lies above one bare
+forward pass of a window. The volume is float32, as MONAI and the forward pass need it. For ours it
+is also float16, as it is stored: then each window becomes float32 by itself.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import fast_cpu  # noqa: E402
 import models  # noqa: E402
 import predict  # noqa: E402
 
-# glibc: every block from 64 KB on is a mapping of its own, so that resident memory is what is alive.
+# glibc: every block from 64 KB on is a mapping of its own: resident memory is what is alive.
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 TITLES = {"ours": "ours", "ours float16": "ours, float16 volume", "monai": "MONAI"}
 
@@ -40,7 +40,10 @@ def runner(variant, model, volume, options):
     if variant == "bare":
         return lambda: model(volume[(None, slice(None), *(slice(p) for p in patch))])[0]
     if variant.startswith("ours"):
-        return lambda: predict.sliding_window(model, volume, patch, 0.5, options.gaussian, options.batch)
+        return lambda: predict.sliding_window(model, volume, patch, 0.5, options.gaussian,
+                                              options.batch)
+
+    # MONAI is installed by `make bench` alone.
     from monai.inferers import sliding_window_inference
     line = [predict.axis_weights(p, True) for p in patch]
     weights = line[0][:, None, None] * line[1][:, None] * line[2] if options.gaussian else None
@@ -48,9 +51,15 @@ def runner(variant, model, volume, options):
                                             roi_weight_map=weights)[0]
 
 
+def peak_memory():
+    """Peak of resident memory of this process, in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def serve(options):
-    """A process that runs once for each line it reads, and answers with seconds and peak memory in MiB; to
-    the line "compare" with the largest difference between ours and its own logits."""
+    """A process that runs once for each line it reads, and answers with seconds and peak MiB.
+
+    To the line "compare" it answers with the largest difference between ours and its own logits."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if not options.memory:
@@ -62,33 +71,43 @@ def serve(options):
     with torch.inference_mode():
         model(torch.rand(1, 1, 32, 32, 32))
         runner(options.serve, model, torch.rand(1, 1, 1, 1), options)  # imports
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_memory()
+
+        # Filled plane by plane, without a second volume on the way.
         shape = [1, *map(int, options.shape.split(","))]
-        volume = torch.empty(shape, dtype=torch.float16 if "float16" in options.serve else torch.float32)
-        for plane in volume[0]:  # without a second volume on the way
+        dtype = torch.float16 if "float16" in options.serve else torch.float32
+        volume = torch.empty(shape, dtype=dtype)
+        for plane in volume[0]:
             plane.copy_(torch.rand(plane.shape))
+
         run = runner(options.serve, model, volume, options)
         for line in sys.stdin:
             if line.strip() == "compare":
-                print((run() - runner("ours", model, volume, options)()).abs().max().item(), flush=True)
+                ours = runner("ours", model, volume, options)()
+                print((run() - ours).abs().max().item(), flush=True)
                 continue
             begin = time.perf_counter()
             run()
             seconds = time.perf_counter() - begin
-            print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, flush=True)
+            print(seconds, (peak_memory() - before) / 1024, flush=True)
 
 
 def start(variant, row, options, memory=False):
     words = [sys.executable, __file__, "--serve", variant, "--rows", row]
     words += [word for key in ("shape", "patch", "threads", "batch")
               for word in (f"--{key}", str(getattr(options, key)))]
-    words += ["--gaussian"] * options.gaussian + ["--memory"] * memory
+    if options.gaussian:
+        words.append("--gaussian")
+    environment = dict(os.environ)
+    if memory:
+        words.append("--memory")
+        environment |= GIVES_BACK
     return subprocess.Popen(words, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            stderr=subprocess.DEVNULL, env=os.environ | (GIVES_BACK if memory else {}))
+                            stderr=subprocess.DEVNULL, env=environment)
 
 
 def ask(worker, line="run"):
-    """The numbers that a worker answers; NaN if it has died, as MONAI's where that is not installed."""
+    """The numbers that a worker answers; NaN if it has died, as where MONAI is not installed."""
     try:
         worker.stdin.write(line + "\n")
         worker.stdin.flush()
@@ -104,7 +123,10 @@ def measure(row, options):
         worker = start(variant, row, options, memory=True)
         peak[variant] = ask(worker)[1]
         worker.communicate()
-    workers, times = {v: start(v, row, options) for v in TITLES}, {v: [] for v in TITLES}
+
+    # Turn by turn, so that what else the machine does meets all variants alike.
+    workers = {variant: start(variant, row, options) for variant in TITLES}
+    times = {variant: [] for variant in TITLES}
     while len(times["ours"]) <= options.rounds or sum(times["ours"]) < 5:
         for variant, worker in workers.items():
             times[variant] += ask(worker)[:1]
@@ -113,13 +135,14 @@ def measure(row, options):
     difference = ask(workers["monai"], "compare")[0]
     for worker in workers.values():
         worker.communicate()
-    return {v: statistics.median(t[1:] or t) for v, t in times.items()}, peak, difference
+    seconds = {variant: statistics.median(runs[1:] or runs) for variant, runs in times.items()}
+    return seconds, peak, difference
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", default="pointwise:2,pointwise:4,unet_demo:2,unet_demo:4,unet_b:4",
-                        help="networks and their numbers of classes")
+    parser.add_argument("--rows", help="networks and their numbers of classes",
+                        default="pointwise:2,pointwise:4,unet_demo:2,unet_demo:4,unet_b:4")
     parser.add_argument("--shape", default="240,240,155", help="voxels of the volume")
     parser.add_argument("--patch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
@@ -131,10 +154,13 @@ def main():
     options = parser.parse_args()
     if options.serve:
         return serve(options)
-    print(f"Sliding window over {options.shape}, patch {options.patch}, overlap 0.5, "
-          f"{'Gaussian' if options.gaussian else 'equal'} weights, batch {options.batch}, {options.threads} "
-          f"threads, torch {torch.__version__}; medians, alternated\n\n"
-          "| network: classes | | seconds | faster than MONAI | MiB beyond a forward pass | of MONAI's |\n"
+
+    weights = "Gaussian" if options.gaussian else "equal"
+    print(f"Sliding window over {options.shape}, patch {options.patch}, overlap 0.5, {weights} "
+          f"weights, batch {options.batch}, {options.threads} threads, torch {torch.__version__}; "
+          "medians, alternated\n\n"
+          "| network: classes | | seconds | faster than MONAI | MiB beyond a forward pass "
+          "| of MONAI's |\n"
           "|---|---|---|---|---|---|")
     differences = {}
     for row in options.rows.split(","):

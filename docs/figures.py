@@ -1,10 +1,10 @@
 """Pictures from the files of a run; matplotlib is needed for this alone.
 
-    python docs/figures.py preview runs/unet_xl     # what `pretrain.py --preview N` wrote: input to target
-    python docs/figures.py losses runs/unet_xl runs/swinunetr  # by parts; of [23] the three of Figure 3
-    python docs/figures.py dice runs/wmh-unet_xl-scratch runs/wmh-unet_xl-amaes  # case by case
-    python docs/figures.py scan scan.nii.gz seg.nii.gz [truth.nii.gz]  # three planes
-    python docs/figures.py ... --out picture.png    # instead of beside the last file
+    python docs/figures.py preview runs/unet_xl                 # `pretrain.py --preview N` wrote it
+    python docs/figures.py losses runs/unet_xl runs/swinunetr   # by parts; of [23] as in Figure 3
+    python docs/figures.py dice runs/wmh-unet_xl-scratch runs/wmh-unet_xl-amaes   # case by case
+    python docs/figures.py scan scan.nii.gz seg.nii.gz [truth.nii.gz]             # three planes
+    python docs/figures.py ... --out picture.png                # instead of beside the last file
 """
 
 import argparse
@@ -23,34 +23,51 @@ from config import UserError  # noqa: E402
 
 
 def load(path):
+    """The voxels (D, H, W) of a NIfTI file in RAS order, and their sizes in mm."""
     try:
-        return np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj)
+        image = nib.as_closest_canonical(nib.load(path))
+        return np.asarray(image.dataobj), nib.affines.voxel_sizes(image.affine)
     except (OSError, nib.filebasedimages.ImageFileError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
-def read_json(path, lines=False):
+def read_json(path):
+    """A JSON file, or the list of the lines of a .jsonl file."""
     try:
         with open(path, encoding="utf-8") as file:
-            return [json.loads(line) for line in file] if lines else json.load(file)
+            if path.endswith(".jsonl"):
+                return [json.loads(line) for line in file]
+            return json.load(file)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
+def name_of(folder):
+    return os.path.basename(os.path.normpath(folder))
+
+
 def preview(plt, folder):
-    """Each held-out patch of the last preview: a middle slice of input, reconstruction and target."""
+    """The held-out patches of the last preview: a middle slice of input, reconstruction, target."""
     inputs = sorted(glob.glob(f"{glob.escape(folder)}/preview/*_input.nii.gz"))
     if not inputs:
-        raise UserError(f"{folder}/preview holds nothing: pretrain.py --preview N writes it every N steps")
+        raise UserError(f"{folder}/preview holds nothing: pretrain.py --preview N writes it every "
+                        "N steps")
+
+    # Names begin with the step, as step0000002_0_input.nii.gz does.
     last = os.path.basename(inputs[-1]).split("_")[0]
     inputs = [path for path in inputs if os.path.basename(path).startswith(last)]
-    titles = ("input: augmented and masked", "reconstruction", "target: clean, unmasked")
+    titles = {"input": "input: augmented and masked", "reconstruction": "reconstruction",
+              "target": "target: clean, unmasked"}
+
+    # A row for each patch, a column for each of the three.
     figure, axes = plt.subplots(len(inputs), 3, figsize=(7.5, 2.6 * len(inputs)), squeeze=False)
-    for row, path in zip(axes, inputs, strict=True):
-        for axis, kind, title in zip(row, ("input", "reconstruction", "target"), titles, strict=True):
-            volume = load(path.replace("_input", f"_{kind}"))
-            axis.imshow(volume[:, :, volume.shape[2] // 2].T, cmap="gray", vmin=0, vmax=1, origin="lower")
-            axis.set_title(title if path is inputs[0] else "", fontsize=9)
+    for number, path in enumerate(inputs):
+        for axis, (kind, title) in zip(axes[number], titles.items(), strict=True):
+            # The slice is transposed: a picture has its rows first.
+            volume, _ = load(path.replace("_input", f"_{kind}"))
+            middle = volume[:, :, volume.shape[2] // 2]
+            axis.imshow(middle.T, cmap="gray", vmin=0, vmax=1, origin="lower")
+            axis.set_title(title if number == 0 else "", fontsize=9)
             axis.axis("off")
     figure.suptitle(f"held-out patches, step {int(last.removeprefix('step'))}", fontsize=9)
     return figure
@@ -60,56 +77,88 @@ def losses(plt, *folders):
     """log.jsonl of each run: training (lines) and validation (points) over the steps."""
     figure, axes = plt.subplots(1, len(folders), figsize=(5 * len(folders), 3.5), squeeze=False)
     for axis, folder in zip(axes[0], folders, strict=True):
-        log = read_json(f"{folder}/log.jsonl", lines=True)
-        known = set().union(*log) if log else set()
-        parts = [k for k in ("masked", "visible", "rotation", "contrast", "l1") if k in known] or ["loss"]
+        log = read_json(f"{folder}/log.jsonl")
+
+        # Finetuning has one loss, each pretraining its own parts.
+        known = set().union(*log)
+        parts = ("masked", "visible", "rotation", "contrast", "l1")
+        parts = [part for part in parts if part in known] or ["loss"]
+
         for number, part in enumerate(parts):
             for key, style in ((part, "-"), (f"val_{part}", "o")):
-                points = [(record["step"], record[key]) for record in log if key in record]
-                if points:
-                    axis.plot(*zip(*points, strict=True), style, color=f"C{number}", label=key, markersize=3)
+                steps = [record["step"] for record in log if key in record]
+                values = [record[key] for record in log if key in record]
+                if steps:
+                    axis.plot(steps, values, style, color=f"C{number}", label=key, markersize=3)
+        # Losses fall by orders of magnitude.
         axis.set_yscale("log")
         axis.set_xlabel("step")
-        axis.set_title(os.path.basename(os.path.normpath(folder)), fontsize=9)
+        axis.set_title(name_of(folder), fontsize=9)
         axis.legend(fontsize=8)
     return figure
 
 
+def dice_of_cases(run, fold):
+    """{case: mean Dice of the classes in percent, NaN if it has none} of one fold."""
+    found = {}
+    for record in run["folds"][fold]:
+        mean, _ = metrics.mean_dice([record], run["classes"])
+        found[record["case"]] = 100 * mean
+    return found
+
+
 def dice(plt, first, second):
-    """Mean Dice of each case in two finetuning runs, a point a case and fold; on the diagonal, no change."""
-    runs = [read_json(f"{folder}/dice.json") for folder in (first, second)]
+    """Mean Dice of each case in two finetuning runs, a point for each case and fold."""
+    before, after = (read_json(f"{folder}/dice.json") for folder in (first, second))
     figure, axis = plt.subplots(figsize=(4.5, 4.5))
-    for fold in sorted(set(runs[0]["folds"]) & set(runs[1]["folds"]), key=int):
-        means = [{r["case"]: 100 * metrics.mean_dice([r], run["classes"])[0] for r in run["folds"][fold]}
-                 for run in runs]
-        points = [(means[0][case], means[1][case]) for case in set(means[0]) & set(means[1])]
-        if points:
-            axis.plot(*zip(*points, strict=True), "o", markersize=4, alpha=0.7, label=f"fold {fold}")
+    for fold in sorted(set(before["folds"]) & set(after["folds"]), key=int):
+        x, y = dice_of_cases(before, fold), dice_of_cases(after, fold)
+        shared = sorted(set(x) & set(y))
+        if shared:
+            axis.plot([x[case] for case in shared], [y[case] for case in shared], "o", markersize=4,
+                      alpha=0.7, label=f"fold {fold}")
+
+    # A case on the diagonal scores the same in both.
     axis.plot([0, 100], [0, 100], color="gray", linewidth=0.8)
-    axis.set_xlabel(f"Dice, {os.path.basename(os.path.normpath(first))}")
-    axis.set_ylabel(f"Dice, {os.path.basename(os.path.normpath(second))}")
+    axis.set_xlabel(f"Dice, {name_of(first)}")
+    axis.set_ylabel(f"Dice, {name_of(second)}")
     axis.legend(fontsize=8)
     return figure
 
 
+def fullest_planes(mask):
+    """Along each axis, the plane with most voxels of a mask (D, H, W); in an empty one the middle."""
+    if not mask.any():
+        return [n // 2 for n in mask.shape]
+    return [int(np.argmax(mask.sum(others))) for others in ((1, 2), (0, 2), (0, 1))]
+
+
 def scan(plt, path, segmentation, truth=None):
-    """Sagittal, coronal and axial slice through the middle of what was found: prediction red, truth green."""
-    volume, found = load(path), load(segmentation) > 0
-    known = load(truth) > 0 if truth else np.zeros_like(found)
-    marked = known if known.any() else found
-    at = [int(np.argmax(marked.sum(tuple(a for a in range(3) if a != axis)))) if marked.any()
-          else volume.shape[axis] // 2 for axis in range(3)]
-    sizes = nib.affines.voxel_sizes(nib.as_closest_canonical(nib.load(path)).affine)
+    """Sagittal, coronal and axial slice where most is marked: prediction red, truth green."""
+    volume, sizes = load(path)
+    found = load(segmentation)[0] > 0
+    known = load(truth)[0] > 0 if truth else np.zeros_like(found)
+
+    # The truth decides where to look, if there is any.
+    places = fullest_planes(known if known.any() else found)
+
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.6))
-    for axis, plane, title in zip(axes, range(3), ("sagittal", "coronal", "axial"), strict=True):
-        high, wide = np.delete(sizes, plane)[::-1]
-        axis.imshow(np.take(volume, at[plane], plane).T, cmap="gray", origin="lower", aspect=high / wide,
+    for plane, title in enumerate(("sagittal", "coronal", "axial")):
+        axis = axes[plane]
+
+        # Transposed, the later of the two remaining axes is the height of the picture.
+        wide, high = np.delete(sizes, plane)
+        picture = np.take(volume, places[plane], plane).T
+        axis.imshow(picture, cmap="gray", origin="lower", aspect=high / wide,
                     vmax=np.quantile(volume, 0.995))
+
+        # The prediction is drawn last, over the truth.
         for mask, colour in ((known, "tab:green"), (found, "tab:red")):
-            part = np.take(mask, at[plane], plane).T
-            if part.any():
-                axis.contour(part, levels=[0.5], colors=colour, linewidths=1)
-        axis.set_title(f"{title}: prediction red" + (", truth green" if truth else ""), fontsize=9)
+            outline = np.take(mask, places[plane], plane).T
+            if outline.any():
+                axis.contour(outline, levels=[0.5], colors=colour, linewidths=1)
+        legend = ", truth green" if truth else ""
+        axis.set_title(f"{title}: prediction red{legend}", fontsize=9)
         axis.axis("off")
     return figure
 
@@ -118,20 +167,30 @@ KINDS = {"preview": preview, "losses": losses, "dice": dice, "scan": scan}
 
 
 def main():
+    """The command line -> one picture. A mistake ends in one line."""
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("files", nargs="+")
     parser.add_argument("--out")
     arguments = parser.parse_args()
+
+    # Nothing else in the project needs it, so it may well be missing.
     try:
         import matplotlib
     except ImportError:
         sys.exit("no picture: matplotlib is not installed (pip install matplotlib)")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    # By default the picture lies in the last folder named, or beside the last file.
     last = arguments.files[-1]
-    out = arguments.out or (os.path.join(last, f"{arguments.kind}.png") if os.path.isdir(last)
-                            else last.removesuffix(".gz").removesuffix(".nii") + ".png")
+    if arguments.out:
+        out = arguments.out
+    elif os.path.isdir(last):
+        out = os.path.join(last, f"{arguments.kind}.png")
+    else:
+        out = last.removesuffix(".gz").removesuffix(".nii") + ".png"
+
     try:
         figure = KINDS[arguments.kind](plt, *arguments.files)
         figure.tight_layout()

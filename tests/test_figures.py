@@ -1,4 +1,4 @@
-"""Pictures of a run, features of a scan, and the measure of invariance, from one short pretraining."""
+"""Pictures of a run, features of a scan, the measure of invariance, of one short pretraining."""
 
 import importlib.util
 import json
@@ -20,8 +20,9 @@ import preprocess
 def run(prepared, tmp_path_factory):
     """Two steps of pretraining with a preview at each."""
     out = tmp_path_factory.mktemp("run")
-    script("pretrain.py", model="unet_demo", data=prepared, steps=2, preview=1, batch_size=2, patch_size=32,
-           features=4, workers=0, compile="false", precision="fp32", log_every=1, out=out)
+    script("pretrain.py", model="unet_demo", data=prepared, steps=2, preview=1, batch_size=2,
+           patch_size=32, features=4, workers=0, compile="false", precision="fp32", log_every=1,
+           out=out)
     return out
 
 
@@ -33,30 +34,41 @@ def draw(monkeypatch, *words):
 
 def test_previews_are_nifti_of_the_clean_target_and_the_masked_input(run):
     assert len(list((run / "preview").glob("*.nii.gz"))) % 6 == 0
-    image, output, target = (nib.load(run / "preview" / f"step0000002_0_{kind}.nii.gz").get_fdata()
-                             for kind in ("input", "reconstruction", "target"))
-    tokens = [x.reshape(8, 4, 8, 4, 8, 4).swapaxes(1, 2).swapaxes(3, 4).swapaxes(2, 3).reshape(512, 64)
-              for x in (image, target)]
-    hidden = (tokens[0] == 0).all(1)
-    assert hidden.sum() >= 308 and (tokens[1][hidden] > 0).any(), "308 of 512 tokens, not of the target"
+    image, output, target = (
+        nib.load(run / "preview" / f"step0000002_0_{kind}.nii.gz").get_fdata()
+        for kind in ("input", "reconstruction", "target"))
+
+    def tokens(volume):
+        split = volume.reshape(8, 4, 8, 4, 8, 4)
+        return split.transpose(0, 2, 4, 1, 3, 5).reshape(512, 64)
+
+    hidden = (tokens(image) == 0).all(1)
+    assert hidden.sum() >= 308, "of 512 tokens"
+    assert (tokens(target)[hidden] > 0).any(), "the target is not masked"
     assert output.shape == (32, 32, 32) and np.isfinite(output).all()
 
 
 def test_every_picture_is_drawn(run, monkeypatch, tmp_path):
     for kind in ("preview", "losses"):
         draw(monkeypatch, kind, run, "--out", tmp_path / f"{kind}.png")
+
+    # Two runs of five cases, one without a Dice.
     for name, gain in (("first", 0.0), ("second", 0.1)):
         (tmp_path / name).mkdir()
-        records = [{"case": f"c{i}", "subject": f"c{i}", "dice": {"lesion": i / 10 + gain if i else None}}
+        records = [{"case": f"c{i}", "subject": f"c{i}", "dice": {"lesion": i / 10 + gain}}
                    for i in range(5)]
+        records[0]["dice"]["lesion"] = None
         scores = {"classes": ["lesion"], "folds": {"0": records}}
         (tmp_path / name / "dice.json").write_text(json.dumps(scores))
-    draw(monkeypatch, "dice", tmp_path / "first", tmp_path / "second", "--out", tmp_path / "dice.png")
+    both = tmp_path / "first", tmp_path / "second"
+    draw(monkeypatch, "dice", *both, "--out", tmp_path / "dice.png")
+
     volume = np.random.default_rng(0).random((20, 24, 16), np.float32)
     for name, array in (("scan", volume), ("seg", (volume > 0.9).astype(np.uint8))):
         nib.Nifti1Image(array, np.diag([1, 1, 2, 1])).to_filename(tmp_path / f"{name}.nii.gz")
     files = tmp_path / "scan.nii.gz", tmp_path / "seg.nii.gz"
     draw(monkeypatch, "scan", *files, "--out", tmp_path / "scan.png")
+
     for kind in ("preview", "losses", "dice", "scan"):
         assert (tmp_path / f"{kind}.png").read_bytes()[1:4] == b"PNG"
     with pytest.raises(SystemExit, match="--preview N writes it"):
@@ -64,16 +76,21 @@ def test_every_picture_is_drawn(run, monkeypatch, tmp_path):
 
 
 def test_features_of_a_scan(run, raw, tmp_path, capsys):
-    scan = sorted(raw.rglob("*T1w.nii.gz"))[0]
-    predict.main(predict.Config(str(run / "last.pt"), (str(scan),), features=str(tmp_path / "x.npy")))
-    pooled, voxels = np.load(tmp_path / "x.npy"), np.load(tmp_path / "x_voxels.npy")
-    volume, _, _ = preprocess.prepare_scan([str(scan)])
-    assert pooled.shape == (31 * 4,) and voxels.shape == (4, *volume.shape[1:]) and voxels.dtype == np.float16
-    model, _ = predict.load_encoder(checkpoint.load_checkpoint(str(run / "last.pt")))
+    scan = str(sorted(raw.rglob("*T1w.nii.gz"))[0])
+    predict.main(predict.Config(str(run / "last.pt"), (scan,), features=str(tmp_path / "x.npy")))
+    pooled = np.load(tmp_path / "x.npy")
+    voxels = np.load(tmp_path / "x_voxels.npy")
+    volume, _, _ = preprocess.prepare_scan([scan])
+    assert pooled.shape == (31 * 4,)
+    assert voxels.shape == (4, *volume.shape[1:]) and voxels.dtype == np.float16
+
+    # Before the second window begins, the first one alone makes a voxel.
+    model = predict.rebuild(checkpoint.load_checkpoint(str(run / "last.pt")), part="encoder")
     with torch.no_grad():
-        corner = model.encoder(volume[None, :, :32, :32, :32].float())[0][0]
-    alone = predict.window_starts(volume.shape[1], 32, 0.5)[1]  # the first window alone covers these voxels
-    assert np.abs(voxels[:, :alone, :alone, :alone] - corner[:, :alone, :alone, :alone].numpy()).max() < 5e-3
+        corner = model.encoder(volume[None, :, :32, :32, :32].float())[0][0].numpy()
+    alone = (slice(None), *[slice(predict.window_starts(volume.shape[1], 32, 0.5)[1])] * 3)
+    assert np.abs(voxels[alone] - corner[alone]).max() < 5e-3
+
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
     assert "this is none" in mistake("predict", scan, ckpt=tmp_path / "other.pt", features="y")
 
@@ -88,4 +105,5 @@ def test_invariance_of_random_and_of_pretrained_weights(run, prepared, monkeypat
                                      for line in capsys.readouterr().out.splitlines()]
     assert untrained[0] == "random weights" and trained[1:] != untrained[1:]
     values = np.array([trained[1:], untrained[1:]], float)
-    assert (np.abs(values) <= 1).all() and (values[:, header[1:].index("noise")] > values[:, 0]).all()
+    assert (np.abs(values) <= 1).all()
+    assert (values[:, header[1:].index("noise")] > values[:, 0]).all()

@@ -1,5 +1,6 @@
 """Prediction: windows, and scores equal to scipy's brute force."""
 
+import itertools
 import math
 
 import nibabel as nib
@@ -17,28 +18,35 @@ import tasks
 NAN = float("nan")
 
 
-# ----------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------- scores
 def brute_force(p, t, spacing):
-    """metrics.score from scipy's distance transform, erosion and labelling."""
+    """metrics.score of two masks from scipy's distance transform, erosion and labelling."""
     voxel = np.prod(spacing) / 1000
     found = {"dice": NAN, "hd95": NAN, "asd": NAN, "nsd": NAN, "f1": NAN, "ml": p.sum() * voxel,
              "ml_error": (p.sum() - t.sum()) * voxel}
     if not p.any() and not t.any():
         return found
+
     found |= {"dice": 2 * (p & t).sum() / (p.sum() + t.sum()), "nsd": 0, "f1": 0}
     if not p.any() or not t.any():
         return found
-    p_surface, t_surface = p & ~ndimage.binary_erosion(p), t & ~ndimage.binary_erosion(t)
+
+    # Distances from one surface to the other, in both directions.
+    p_surface = p & ~ndimage.binary_erosion(p)
+    t_surface = t & ~ndimage.binary_erosion(t)
     there = ndimage.distance_transform_edt(~t_surface, spacing)[p_surface]
     back = ndimage.distance_transform_edt(~p_surface, spacing)[t_surface]
     both = np.concatenate([there, back])
+
+    # Lesions found, of the true and of the predicted ones.
     p_lesions, p_count = ndimage.label(p, np.ones((3, 3, 3)))
     t_lesions, t_count = ndimage.label(t, np.ones((3, 3, 3)))
     recall = sum((p & (t_lesions == n)).any() for n in range(1, t_count + 1)) / t_count
     precision = sum((t & (p_lesions == n)).any() for n in range(1, p_count + 1)) / p_count
-    return found | {"hd95": max(np.percentile(there, 95), np.percentile(back, 95)), "asd": both.mean(),
-                    "nsd": (both <= 2 + 1e-6).mean(),
-                    "f1": 2 * recall * precision / (recall + precision) if recall + precision else 0}
+    if recall + precision:
+        found["f1"] = 2 * recall * precision / (recall + precision)
+    return found | {"hd95": max(np.percentile(there, 95), np.percentile(back, 95)),
+                    "asd": both.mean(), "nsd": (both <= 2 + 1e-6).mean()}
 
 
 def random_mask(rng, shape):
@@ -72,12 +80,14 @@ def test_scores_of_a_shifted_cube():
     scores = metrics.score(found, truth, (3, 1, 1))
     assert scores["dice"] == 0.8 and scores["f1"] == 1 and scores["hd95"] == 6
     assert scores["ml"] == pytest.approx(3) and scores["ml_error"] == 0
-    # Of the 488 surface voxels of each, the end face lies 6 mm outside the other, the rim before it 3 mm, and
-    # the middle of the far face over 2 mm inside.
+
+    # Of the 488 surface voxels of each, the end face lies 6 mm outside the other, the rim before it
+    # 3 mm, and the middle of the far face over 2 mm inside.
     assert scores["nsd"] == pytest.approx(1 - (100 + 36 + 16) / 488)
     assert metrics.score(found, truth, (1, 1, 1))["nsd"] == 1, "2 mm are within the tolerance"
     scores = metrics.score(truth, truth, (3, 1, 1))
-    assert [scores[k] for k in ("dice", "hd95", "asd", "nsd", "f1", "ml_error")] == [1, 0, 0, 1, 1, 0]
+    kinds = ("dice", "hd95", "asd", "nsd", "f1", "ml_error")
+    assert [scores[kind] for kind in kinds] == [1, 0, 0, 1, 1, 0]
 
 
 def test_distance_respects_the_spacing():
@@ -127,7 +137,8 @@ def test_ignored_voxels_are_in_no_score():
     assert list(scores) == list(metrics.SCORES) and list(scores["dice"]) == ["core", "rim", "all"]
     found[8:, :, 7:] = 1  # in the ignored half
     assert tasks.score_case(found, truth, task, np.eye(4)) == scores
-    assert scores["dice"]["rim"] == scores["f1"]["all"] == 1 and scores["ml"]["all"] == pytest.approx(0.019)
+    assert scores["dice"]["rim"] == scores["f1"]["all"] == 1
+    assert scores["ml"]["all"] == pytest.approx(0.019)
     assert scores["dice"]["core"] == pytest.approx(metrics.dice(found, truth, [1], ignore=2)[1])
     for value in (3, 0.5, 260):
         with pytest.raises(config.UserError, match=f"holds {value}, which"):
@@ -147,13 +158,14 @@ def test_a_label_map_is_read_on_the_axes_of_the_scan(tmp_path):
         preprocess.read_label(tmp_path / "moved.nii.gz", scan)
 
 
-# ----------------------------------------------------------------------------------------------------- window
+# ------------------------------------------------------------------------------------------- window
 class Averages(torch.nn.Module):
     """Three logits that depend on all of the window and on the place in it."""
 
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(3, 1, 1, 1, generator=torch.Generator().manual_seed(0)))
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(3, 1, 1, 1, generator=generator))
         self.windows = 0
 
     def forward(self, x):
@@ -164,16 +176,18 @@ class Averages(torch.nn.Module):
 
 def plain_window(model, volume, patch, starts, gaussian):
     """Sum of weights times logits over sum of weights, both voxel by voxel in float64."""
-    line = [np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) for n in patch]
-    weights = torch.from_numpy(np.einsum("i,j,k", *line)) if gaussian else torch.ones(patch).double()
-    logits, counts = torch.zeros(3, *volume.shape[1:]).double(), torch.zeros(volume.shape[1:]).double()
-    for a in starts[0]:
-        for b in starts[1]:
-            for c in starts[2]:
-                window = (slice(a, a + patch[0]), slice(b, b + patch[1]), slice(c, c + patch[2]))
-                logits[(slice(None), *window)] += model(volume[(slice(None), *window)][None])[0] * weights
-                counts[window] += weights
-    return logits / counts
+    weights = torch.ones(patch).double()
+    if gaussian:
+        line = [np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2) for n in patch]
+        weights = torch.from_numpy(np.einsum("i,j,k", *line))
+
+    logits = torch.zeros(3, *volume.shape[1:]).double()
+    total = torch.zeros(volume.shape[1:]).double()
+    for corner in itertools.product(*starts):
+        a, b, c = (slice(start, start + n) for start, n in zip(corner, patch, strict=True))
+        logits[:, a, b, c] += model(volume[None, :, a, b, c])[0] * weights
+        total[a, b, c] += weights
+    return logits / total
 
 
 @pytest.mark.parametrize("gaussian", [False, True])
@@ -196,7 +210,8 @@ def test_empty_windows_are_skipped_only_when_asked():
     skipping = predict.sliding_window(model, volume, 16, skip_empty=True)
     assert model.windows == 5 + 2, "only the windows from 8 and 16 hold the slab"
     assert torch.equal(skipping[:, 16:24], everything[:, 16:24]), "where all windows were computed"
-    assert (skipping[:, :8] == 0).all() and (skipping[:, 32:] == 0).all(), "a tie, that class 0 wins"
+    assert (skipping[:, :8] == 0).all(), "a tie, that class 0 wins"
+    assert (skipping[:, 32:] == 0).all()
     assert predict.sliding_window(model, volume * 0, 16, skip_empty=True).shape == (3, 48, 16, 16)
 
 

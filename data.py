@@ -12,7 +12,6 @@ import json
 import math
 import os
 import signal
-from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import nibabel
@@ -126,70 +125,6 @@ def pretraining_cases(folder):
             subject = f"{volume.source}/{volume.subject}"
             cases.append(Case(volume.path, subject, (image,), None, (volume,)))
     return cases
-
-
-def sessions_of(folder, source):
-    """What a task may take from a folder: {(source, subject, session): {sequence: its volumes}}.
-
-    These are the volumes of one source, or of all where source is None, without those of the split
-    pretrain, which the paper sets aside (63 of ISLES22). A sequence may have been scanned several
-    times in a session, and each of these runs is a volume."""
-    sessions = defaultdict(lambda: defaultdict(list))
-    for volume in read_index(folder):
-        if source not in (None, volume.source) or volume.split == "pretrain":
-            continue
-        session = sessions[volume.source, volume.subject, volume.session]
-        session[volume.sequence].append(volume)
-    return sessions
-
-
-def labelled_cases(folder, source, sequences):
-    """A Case for each session that has all of `sequences` with a label: these are its channels.
-
-    Raises UserError if two sources have a case of one name."""
-    cases = []
-    for (origin, subject, number), session in sorted(sessions_of(folder, source).items()):
-        # The runs of each sequence that have a label.
-        runs = []
-        for sequence in sequences:
-            runs.append([volume for volume in session.get(sequence, []) if volume.label])
-        if not all(runs):
-            continue
-
-        # A case is named after its subject, and its session if that has a name.
-        name = "_".join(part for part in (subject, number) if part)
-        channels = choose_channels(runs)
-        images = tuple(os.path.join(folder, volume.path) for volume in channels)
-        label = os.path.join(folder, channels[0].label)
-        cases.append(Case(name, f"{origin}/{subject}", images, label, channels))
-
-    # A run files its scores under the names of its cases.
-    counts = Counter(case.name for case in cases)
-    for name, count in counts.items():
-        if count > 1:
-            raise UserError(f"{folder} has {name} in several sources: name one in the task, as "
-                            "`source`")
-    return cases
-
-
-def choose_channels(runs):
-    """One volume for each sequence, out of the labelled runs of each.
-
-    Every run may have a label map of its own. Runs of one label map belong together, so the label
-    map is chosen that most of the sequences share; of several such, the first."""
-    choices = []
-    for first in runs[0]:
-        # Of every other sequence, the run with the same label map, or else its first.
-        channels = [first]
-        for volumes in runs[1:]:
-            same = [volume for volume in volumes if volume.label_sha256 == first.label_sha256]
-            channels.append(same[0] if same else volumes[0])
-        choices.append(tuple(channels))
-
-    def sharing(channels):
-        return sum(volume.label_sha256 == channels[0].label_sha256 for volume in channels)
-
-    return max(choices, key=sharing)
 
 
 def split_subjects(subjects, fraction, seed):
@@ -488,26 +423,3 @@ def read_case(case):
     return torch.from_numpy(volume), geometry, truth
 
 
-def check_files(folder, paths):
-    """Raises UserError unless all these files of a prepared folder are there."""
-    # To list each folder once is quick for 45,000 files, even on a network disk.
-    missing = []
-    names_in = {}  # {folder: names of its files}
-    for path in paths:
-        parent, name = os.path.split(path)
-        if parent not in names_in:
-            names_in[parent] = list_folder(parent)
-        if name not in names_in[parent]:
-            missing.append(path)
-
-    if missing:
-        raise UserError(f"{folder} lacks {len(missing)} files that its index names, the first "
-                        f"{min(missing)}: copy the whole folder, or prepare it again")
-
-
-def list_folder(folder):
-    """The names in a folder; none if it cannot be listed."""
-    try:
-        return set(os.listdir(folder))
-    except OSError:
-        return set()

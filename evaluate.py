@@ -11,6 +11,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
+import checks
 import data
 import metrics
 import predict
@@ -43,7 +44,7 @@ def folds_left(out, chosen, task, folds, cases):
 
     # A missing file would stop the run only when its turn comes.
     needed = names_in(folds[fold] for fold in left)
-    data.check_files(task.data, [path for name in needed for path in tasks.files_of(cases[name])])
+    checks.check_files(task.data, [path for name in needed for path in tasks.files_of(cases[name])])
     return left
 
 

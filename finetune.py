@@ -8,19 +8,18 @@ is trained and scored.
 
 import dataclasses
 import functools
-import glob
-import json
 import os
 import time
 
 import torch
 import torch.nn.functional as F
-import yaml
 
 import augment
 import checkpoint
+import checks
 import config
 import data
+import devices
 import evaluate
 import models
 import tasks
@@ -63,7 +62,7 @@ class Config:
     def __post_init__(self):
         """UserError for values that would only fail later."""
         choices = {"augment": ("auto", "none", "spatial", "all"),
-                   "precision": tuple(training.PRECISIONS)}
+                   "precision": tuple(devices.PRECISIONS)}
         for key, known in choices.items():
             config.check_choice(key, getattr(self, key), known)
 
@@ -76,7 +75,7 @@ class Config:
         if not model:
             why = ": the checkpoint has no row" if self.ckpt else " or --ckpt"
             raise UserError(f"give --model{why}")
-        check_encoder(self.ckpt, pretrained.get("row"), model)
+        checks.check_encoder(self.ckpt, pretrained.get("row"), model)
 
         # Pretrained networks get fewer augmentations (section 3.2) than others (section 4.3).
         preset = self.augment
@@ -150,9 +149,9 @@ def segmentation_loss(network, batch, device, precision):
     # Image and label move together; then the image alone changes.
     crops, labels = data.to_device(batch, device)
     image, label = augment.spatial(crops, labels, batch.draws)
-    image = augment.intensity(image, batch.draws).to(training.PRECISIONS[precision])
+    image = augment.intensity(image, batch.draws).to(devices.PRECISIONS[precision])
 
-    with training.autocast(precision, device):
+    with devices.autocast(precision, device):
         output = network(image)
     return dice_ce(output, label)
 
@@ -180,10 +179,10 @@ def train_fold(cfg, build, task, pretrained, cases, fold, folder, processes, sto
     # The network starts from the checkpoint's encoder. What does not fit stops all processes.
     with training.stop_all_on_error():
         model, report = new_network(build, pretrained, seed)
-        models.check_patch(model, cfg.patch_size, device, cfg.precision)
-        training.quicken(model.to(device, training.PRECISIONS[cfg.precision]), device)
+        devices.check_patch(model, cfg.patch_size, device, cfg.precision)
+        devices.quicken(model.to(device, devices.PRECISIONS[cfg.precision]), device)
         if cfg.recompute:
-            models.recompute(model)
+            devices.recompute(model)
         if processes.rank == 0:
             print(report)
     optimizer = training.adamw(model, cfg.lr, cfg.weight_decay, cfg.eps, cfg.amsgrad)
@@ -224,16 +223,6 @@ def train_fold(cfg, build, task, pretrained, cases, fold, folder, processes, sto
 
 
 # ------------------------------------------------------------------------- what it starts from
-def check_encoder(path, row, model):
-    """UserError unless the checkpoint at `path` fits the model. row: its own, None if not known."""
-    if row is None or row == model:
-        return
-
-    # Rows such as mednext_l and mednext_l_mednextdec differ in their decoder only.
-    rows = [models.ROWS[name] for name in (row, model) if name in models.ROWS]
-    encoders = [known._replace(decoder="") for known in rows]
-    if len(encoders) < 2 or encoders[0] != encoders[1]:
-        raise UserError(f"{path} holds a {row}, not a {model}")
 
 
 def origin_of(ckpt, pretrained, model):
@@ -275,62 +264,27 @@ def open_cases(task, path, name, quiet):
     """The cases of a task and its folds, checked as far as the index goes. path: its file.
 
     -> {name: case} of all, folds, {name: what it was made of} of those that the folds use."""
-    cases = data.labelled_cases(task.data, task.source, task.sequences)
+    cases = tasks.labelled_cases(task.data, task.source, task.sequences)
     if not cases:
-        raise UserError(tasks.why_none(task))
+        raise UserError(checks.why_none(task))
     folds = tasks.make_folds(task.networks or name, task, cases)
     names = evaluate.names_in(folds)
     used = {case.name: case for case in cases if case.name in names}
 
     # What would stop the run after hours.
-    tasks.check_grids(used.values())
-    tasks.check_values(path, task, used.values())
+    checks.check_grids(used.values())
+    checks.check_values(path, task, used.values())
 
     # What would not stop it, and should be known.
-    remarks = tasks.check_foreground(task, used, () if task.networks else folds)
-    remarks += tasks.left_out(task, cases) + tasks.same_files(used.values())
-    remarks += tasks.other_labels(used.values())
+    remarks = checks.check_foreground(task, used, () if task.networks else folds)
+    remarks += checks.left_out(task, cases) + checks.same_files(used.values())
+    remarks += checks.other_labels(used.values())
     if not quiet:
         train = len(folds[0]["train"])
         test = len(folds[0]["evaluate"])
         print(f"task {name}: {len(cases)} cases; each fold trains on {train} and evaluates {test}",
               *remarks, sep="\n")
     return {case.name: case for case in cases}, folds, tasks.inputs_of(used.values())
-
-
-def check_folder(settings, name, task, folds, made_of):
-    """UserError if the run folder has folds, finished or not, of other settings, another task,
-    other cases or other files: they would be taken for these.
-
-    -> the files that the folder gets, {name: text}, and lines that should be known."""
-    # What the folds start from: the checkpoint, or the networks of another run.
-    out = settings["out"]
-    start = checkpoint.checksum(settings["ckpt"]) if settings["ckpt"] else None
-    if task.networks:
-        start = tasks.networks_of(settings["networks"], len(folds))
-    inputs = {"ckpt": start, "cases": made_of}
-
-    # The folder of the data may change, as long as the data are the same.
-    task_settings = dataclasses.asdict(task)
-    del task_settings["data"]
-    assignment = json.dumps({"task": name, "settings": task_settings, "folds": folds}, indent=1)
-
-    # Folds that are there must be of the same settings, the same cases and the same files.
-    lines = []
-    if glob.glob(os.path.join(glob.escape(out), "fold_*", "*")):
-        path = os.path.join(out, "config.yaml")
-        if os.path.exists(path):
-            saved = settings | config.read_yaml(Config, path)
-            checkpoint.check_same_run(f"{out} has folds", saved, settings, RESUMABLE_KEYS)
-        path = os.path.join(out, "folds.json")
-        if os.path.exists(path) and checkpoint.read_text(path) != assignment:
-            raise UserError(f"{out} has folds of another task, or of other cases: new --out, or "
-                            "the old data")
-        inputs, lines = tasks.check_inputs(out, inputs)
-
-    files = {"config.yaml": yaml.safe_dump(settings, sort_keys=False), "folds.json": assignment,
-             "inputs.json": json.dumps(inputs, indent=1)}
-    return files, lines
 
 
 # ------------------------------------------------------------------------------------ all folds
@@ -352,7 +306,8 @@ def main(cfg):
 
         # The folds, and those of them that are left to do.
         cases, folds, made_of = open_cases(task, cfg.task, name, quiet=processes.rank != 0)
-        files, lines = check_folder(dataclasses.asdict(cfg), name, task, folds, made_of)
+        files, lines = checks.check_folder(dataclasses.asdict(cfg), Config, RESUMABLE_KEYS, name,
+                                           task, folds, made_of)
         left = evaluate.folds_left(cfg.out, cfg.folds, task, folds, cases)
         if cfg.estimate and (task.networks or not left):
             raise UserError("nothing is left to train, so there is nothing to estimate")

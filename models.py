@@ -5,14 +5,12 @@ Parameter names are the official ones, so that published checkpoints load withou
 and fast_cuda.py hold quicker forms of these modules.
 """
 
-import functools
 from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import swin
 from config import UserError, check_choice
@@ -283,49 +281,3 @@ def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skip
     return Network(encoder, pred_head=MedNeXtDecoder(out_channels, f, row.blocks, row.expansion))
 
 
-def recompute(model):
-    """Activation checkpointing, after training.quicken: in the backward pass every block computes
-    its activations again instead of keeping them. bench/models.py measures memory and time."""
-    for module in model.modules():
-        if isinstance(module, (Block, MedNeXtBlock, swin.SwinBlock, swin.ResidualBlock)):
-            module.forward = functools.partial(torch.utils.checkpoint.checkpoint, module.forward,
-                                               use_reentrant=False, preserve_rng_state=False)
-
-
-class LargestTensor(TorchDispatchMode):
-    """While it is on, `elements` is the size of the largest tensor that any operation has made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
-        result = function(*arguments, **(settings or {}))
-        for tensor in result if isinstance(result, (list, tuple)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
-@torch.no_grad()
-def largest_tensor(model, x):
-    """Elements of the largest tensor in a forward pass. On the device meta it computes nothing."""
-    with LargestTensor() as largest:
-        model(x)
-    return largest.elements
-
-
-def check_patch(model, size, device, precision):
-    """UserError unless the model takes patches of this side, in voxels."""
-    # Instance norm needs more than one voxel at the coarsest level.
-    least = 2
-    where = ""
-
-    # In bf16, oneDNN's weight gradient of a 3^3 convolution over 2^3 voxels is not finite (torch
-    # 2.13).
-    if device.type == "cpu" and precision == "bf16":
-        least = 3
-        where = " in bf16 on a CPU"
-
-    multiple = model.size_multiple
-    if size % multiple or size < least * multiple:
-        raise UserError(f"patch_size {size}: choose a multiple of {multiple}, at least {least} "
-                        f"times that{where}")

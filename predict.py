@@ -15,12 +15,12 @@ import torch.nn.functional as F
 
 import checkpoint
 import config
+import devices
 import metrics
 import models
 import preprocess
 import resample
 import tasks
-import training
 from config import UserError
 
 
@@ -141,7 +141,7 @@ def segment(model, volume, geometry, patch_size, precision="fp32", overlap=0.5, 
     The logits go back trilinearly, then the largest wins. Outside the crop box of the scan that is
     the background. precision: bf16 is autocast. The others are arguments of sliding_window."""
     device = next(model.parameters()).device
-    with training.autocast(precision, device):
+    with devices.autocast(precision, device):
         logits = sliding_window(model, volume, patch_size, overlap, gaussian, batch, skip_empty)
     native = preprocess.restore(logits.cpu(), geometry)
     return np.asarray(native).argmax(0).astype(np.uint8)
@@ -175,7 +175,7 @@ def load_network(path, device):
         kind = saved.get("kind", "something else")
         raise UserError(f"{path} is no finetuned network but {kind}: finetune.py makes one")
     model = rebuild(saved, part="all")
-    return training.quicken(model.to(device), device), saved
+    return devices.quicken(model.to(device), device), saved
 
 
 # ------------------------------------------------------------------ --features: no segmentation
@@ -213,8 +213,8 @@ def write_encoding(cfg):
     print_channels(sequences, cfg.inputs)
 
     # One pass over the windows gives both.
-    device = training.pick_device(cfg.device)
-    network = training.quicken(FirstLevel(model).to(device), device)
+    device = devices.pick_device(cfg.device)
+    network = devices.quicken(FirstLevel(model).to(device), device)
     volume, _, _ = preprocess.prepare_scan(cfg.inputs)
     voxels = sliding_window(network, volume, saved["config"]["patch_size"], cfg.overlap,
                             cfg.gaussian, cfg.batch)
@@ -301,7 +301,7 @@ def main(cfg):
         write_encoding(cfg)
         return
 
-    model, saved = load_network(cfg.ckpt, training.pick_device(cfg.device))
+    model, saved = load_network(cfg.ckpt, devices.pick_device(cfg.device))
     task, trained = saved["task"], saved["config"]
     if len(cfg.inputs) != len(task["sequences"]):
         raise UserError(f"the network reads {len(task['sequences'])} channels "

@@ -7,7 +7,6 @@ compares with (section 4.3).
     python pretrain.py configs/unet_b.yaml --data datasets/mine --batch_size 4
 """
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -22,8 +21,10 @@ import yaml
 import amaes
 import augment
 import checkpoint
+import checks
 import config
 import data
+import devices
 import models
 import swin
 import training
@@ -71,7 +72,7 @@ class Config:
         """UserError for values that would only fail later, or silently."""
         choices = {"objective": ("amaes", "swin"), "decoder": ("light", "standard"),
                    "augment": ("none", "spatial", "all"), "loss_region": ("all", "masked"),
-                   "precision": tuple(training.PRECISIONS)}
+                   "precision": tuple(devices.PRECISIONS)}
         for key, known in choices.items():
             config.check_choice(key, getattr(self, key), known)
 
@@ -96,7 +97,7 @@ def open_data(folder, val_fraction, seed):
     cases = data.pretraining_cases(folder)
     if not cases:
         raise UserError(f"{folder} has no volume to pretrain on: all are of the split test")
-    data.check_files(folder, [path for case in cases for path in case.images])
+    checks.check_files(folder, [path for case in cases for path in case.images])
 
     # All volumes of a subject stay on one side.
     kept, held_out = data.split_subjects([case.subject for case in cases], val_fraction, seed)
@@ -140,18 +141,6 @@ def contents_of(settings, train, validation):
             "inputs": inputs}
 
 
-def shared_files(train, validation):
-    """Held-out volumes whose raw file is trained on, under another subject: [a line], or []."""
-    # The checksum of a raw file tells it, whatever its name.
-    trained = {case.volumes[0].sha256: case.subject for case in train}
-    shared = [case for case in validation if case.volumes[0].sha256 in trained]
-    if not shared:
-        return []
-    twin = trained[shared[0].volumes[0].sha256]
-    return [f"{len(shared)} of {len(validation)} held-out volumes are trained on, too: the first "
-            f"is {shared[0].name}, the same file as one of {twin}"]
-
-
 # ---------------------------------------------------------------------------------- the objectives
 def choose_objective(name, device, precision, token_size, mask_ratio, region):
     """An objective by its name -> the task of models.build_model that it trains; the function
@@ -170,8 +159,8 @@ def amaes_loss(network, batch, device, precision, token_size, mask_ratio, region
     """Section 3.1 on one micro-batch: its loss, and sums for the log (0 unless logging)."""
     crops, _ = data.to_device(batch, device)
     views = amaes.make_views(crops, batch.draws, batch.mask_seeds, token_size, mask_ratio,
-                             training.PRECISIONS[precision])
-    with training.autocast(precision, device):
+                             devices.PRECISIONS[precision])
+    with devices.autocast(precision, device):
         output = network(views.image)
 
     # The sums are for log lines only: on the other steps nobody reads them.
@@ -187,12 +176,12 @@ def swin_loss(network, batch, device, precision, share, logging):
     # [23] augments by turns and cuts alone: configs/swinunetr.yaml has the preset none.
     crops, _ = data.to_device(batch, device)
     patches, _ = augment.spatial(crops, None, batch.draws)
-    patches = augment.intensity(patches, batch.draws).to(training.PRECISIONS[precision])
+    patches = augment.intensity(patches, batch.draws).to(devices.PRECISIONS[precision])
 
     # Two views of each patch, cut and rotated in different ways.
     seeds = [[data.derive_seed(seed, view) for seed in batch.mask_seeds] for view in (0, 1)]
     views = swin.make_views(patches, seeds, share)
-    with training.autocast(precision, device):
+    with devices.autocast(precision, device):
         outputs = network(views.image)
 
     losses = swin.losses(outputs, views)
@@ -234,9 +223,9 @@ def write_preview(run, crops, precision, token_size, mask_ratio):
         batch = read_crops(crops, range(min(3, len(crops.cases))))
         patches, _ = data.to_device(batch, device)
         views = amaes.make_views(patches, batch.draws, batch.mask_seeds, token_size, mask_ratio,
-                                 training.PRECISIONS[precision])
+                                 devices.PRECISIONS[precision])
         run.model.eval()
-        with training.autocast(precision, device):
+        with devices.autocast(precision, device):
             output = run.model(views.image)
         run.model.train()
 
@@ -250,14 +239,6 @@ def write_preview(run, crops, precision, token_size, mask_ratio):
 
 
 # ----------------------------------------------------------------------------------------- the run
-def most_samples(model, patch_size):
-    """How many samples a forward pass may hold, so that no tensor has 2^31 elements or more.
-
-    From there on kernels count in 64 bits, or not at all."""
-    # On the device meta there are shapes, but no numbers: nothing is computed.
-    patch = torch.empty(1, 1, patch_size, patch_size, patch_size, device="meta")
-    largest = models.largest_tensor(copy.deepcopy(model).to("meta"), patch)
-    return max(1, (2 ** 31 - 1) // largest)
 
 
 def plan_batch(batch_size, micro_batch, world, objective, limit):
@@ -301,7 +282,7 @@ def begin(run, train, validation, held_out, plan):
     run.write("config.yaml", yaml.safe_dump(settings, sort_keys=False))
     run.write("held_out.json", json.dumps(held_out, indent=1))
 
-    lines = [f"{len(train)} volumes, {plan}", *shared_files(train, validation), *run.describe()]
+    lines = [f"{len(train)} volumes, {plan}", *checks.shared_files(train, validation), *run.describe()]
     training.print_header(lines, settings["model"], settings["compile"], settings["precision"],
                           run.processes)
 
@@ -318,14 +299,14 @@ def main(cfg):
         torch.manual_seed(cfg.seed)
         model = models.build_model(cfg.model, task, decoder=cfg.decoder, skips=cfg.skips,
                                    merge=cfg.merge, features=cfg.features)
-        models.check_patch(model, cfg.patch_size, device, cfg.precision)
+        devices.check_patch(model, cfg.patch_size, device, cfg.precision)
         micro, batch_line = plan_batch(cfg.batch_size, cfg.micro_batch, processes.world,
-                                       cfg.objective, lambda: most_samples(model, cfg.patch_size))
+                                       cfg.objective, lambda: devices.most_samples(model, cfg.patch_size))
         steps, warmup, steps_line = plan_steps(len(train), cfg.batch_size, cfg.steps, cfg.epochs,
                                                cfg.warmup_epochs)
-    training.quicken(model.to(device, training.PRECISIONS[cfg.precision]), device)
+    devices.quicken(model.to(device, devices.PRECISIONS[cfg.precision]), device)
     if cfg.recompute:
-        models.recompute(model)
+        devices.recompute(model)
     optimizer = training.adamw(model, cfg.lr, cfg.weight_decay, cfg.eps, cfg.amsgrad)
 
     # The run goes on from last.pt if it is there, and refuses the folder of another run.

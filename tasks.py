@@ -1,11 +1,9 @@
 """A task (paper, section 4.1): its folds, how a case is scored, and checks of its data."""
 
 import dataclasses
-import difflib
-import functools
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 
 import nibabel as nib
 import numpy as np
@@ -250,258 +248,72 @@ def files_of(case):
     return [*case.images, case.label, data.native_of(case.label), data.geometry_of(case.images[0])]
 
 
-# ------------------------------------------------------------------- label values, foreground
-@functools.cache
-def parse_values(text):
-    """"0:87120/87040 1:257/254", as in the index -> {0: (87120, 87040), 1: (257, 254)}.
 
-    Raises ValueError if it is written otherwise."""
-    counts = {}
-    for word in text.split():
-        value, _, voxels = word.partition(":")
-        native, _, prepared = voxels.partition("/")
-        counts[int(value)] = int(native), int(prepared)
-    return counts
-
-
-def values_of(volume):
-    """Label values of a prepared volume: {value: (voxels on the scan's own grid, at 1 mm)}.
-
-    {} if an earlier version prepared it, which did not count them."""
-    try:
-        return parse_values(volume.label_values)
-    except ValueError:
-        raise UserError(f"the index has the label values {volume.label_values!r} for "
-                        f"{volume.path}: prepare it again") from None
-
-
-def check_values(path, task, cases):
-    """Raises UserError for a label value that the task does not name.
-
-    Training would stop at it, or the evaluation after it."""
-    # All cases are looked through first, so that one message names every such value.
-    named = {int(value) for value in (*task.labels, *task.ignore)}
-    holders = {}  # {value without a name: the cases that hold it}
-    for case in cases:
-        for value in set(values_of(case.volumes[0])) - named:
-            holders.setdefault(value, []).append(case)
-    if not holders:
-        return
-
-    # The two lines of which one would mend it, as they would stand in the task's file.
-    values = sorted(holders)
-    labels = {int(value): number for value, number in task.labels.items()}
-    labels |= dict.fromkeys(values, max(labels.values()))
-    labels = ", ".join(f"{value}: {number}" for value, number in labels.items())
-    ignore = sorted({*map(int, task.ignore), *values})
-
-    first = holders[values[0]][0]
-    voxels, _ = values_of(first.volumes[0])[values[0]]
-    raise UserError(
-        f"{first.name} has {voxels} voxels of label value {values[0]}, which task {path} does not "
-        f"name (values without a name: {', '.join(map(str, values))}; cases with {values[0]}: "
-        f"{len(holders[values[0]])}). Write there `labels: {{{labels}}}`, with the class you want, "
-        f"or `ignore: {ignore}`")
-
-
-def foreground(task, case):
-    """Voxels of a case in each class but the background: {class number: (native, at 1 mm)}.
-
-    None if an earlier version prepared it."""
-    counts = values_of(case.volumes[0])
-    if not counts:
-        return None
-
-    # Several label values may be of one class.
-    classes = {int(value): number for value, number in task.labels.items()}
-    found = {number: (0, 0) for number in range(1, len(task.classes))}
-    for value, (native, prepared) in counts.items():
-        number = classes.get(value, 0)
-        if number > 0 and value not in task.ignore:
-            before = found[number]
-            found[number] = before[0] + native, before[1] + prepared
-    return found
-
-
-def check_foreground(task, cases, folds):
-    """Cases and training sets that lack a class, as lines to print. cases: {name: case}.
-
-    Raises UserError for a fold whose training cases are all empty: it could learn nothing."""
-    # Of what an earlier version prepared, nothing can be said.
-    known = {}  # {name: foreground}
-    for name, case in cases.items():
-        found = foreground(task, case)
-        if found is not None:
-            known[name] = found
-
-    # Cases without any foreground at 1 mm, and those of them that lost it on the way there.
-    empty = []
-    lost = []
-    for name, found in known.items():
-        if not any(prepared for _, prepared in found.values()):
-            empty.append(name)
-            if any(native for native, _ in found.values()):
-                lost.append(name)
-    lines = []
-    if empty:
-        line = f"{len(empty)} of {len(cases)} cases have no foreground voxel, {empty[0]} the first"
-        if lost:
-            line += f"; {len(lost)} of them had some on the scan's own grid"
-        lines.append(line)
-
-    return lines + check_training_sets(task, known, set(empty), folds)
-
-
-def check_training_sets(task, known, empty, folds):
-    """Classes that a fold cannot learn, as lines to print.
-
-    known: {case name: foreground}. empty: names of the cases that have none."""
-    lacking = {title: [] for title in task.classes[1:]}  # {class: folds without a voxel of it}
-    for number, fold in enumerate(folds):
-        trained = fold["train"]
-        if not set(trained) <= set(known):
-            continue  # a case that is not known may have any class
-        if set(trained) <= empty:
-            raise UserError(f"fold {number} would be trained on no foreground at all: none of its "
-                            f"{len(trained)} label maps holds any, {trained[0]} the first. Are "
-                            "these the right ones?")
-        for index, title in enumerate(task.classes[1:], start=1):
-            if not any(known[name][index][1] for name in trained):
-                lacking[title].append(str(number))
-
-    lines = []
-    for title, numbers in lacking.items():
-        if numbers:
-            lines.append(f"{title}: no voxel to train on in fold {', '.join(numbers)}")
-    return lines
 
 
 # --------------------------------------------------------------- sessions, sequences and files
-def has_label(runs):
-    """Does one of these volumes, the runs of a sequence, have a label?"""
-    return any(volume.label for volume in runs)
 
 
-def describe(key, session):
-    """One session, as "s1 session 2: FLAIR 40x40x40 (voxels of 1x1x1 mm) with a label"."""
-    _, subject, number = key
-    volumes = []
-    for sequence, runs in sorted(session.items()):
-        # Of several runs, the one that a task would take.
-        volume = next((volume for volume in runs if volume.label), runs[0])
-        labelled = "with a label" if volume.label else "without"
-        volumes.append(f"{sequence} {volume.shape} (voxels of {volume.spacing} mm) {labelled}")
-    who = f"{subject} session {number}" if number else subject
-    return f"{who}: {', '.join(volumes)}"
+# ------------------------------------------------------------------------------------- its cases
+def sessions_of(folder, source):
+    """What a task may take from a folder: {(source, subject, session): {sequence: its volumes}}.
+
+    These are the volumes of one source, or of all where source is None, without those of the split
+    pretrain, which the paper sets aside (63 of ISLES22). A sequence may have been scanned several
+    times in a session, and each of these runs is a volume."""
+    sessions = defaultdict(lambda: defaultdict(list))
+    for volume in data.read_index(folder):
+        if source not in (None, volume.source) or volume.split == "pretrain":
+            continue
+        session = sessions[volume.source, volume.subject, volume.session]
+        session[volume.sequence].append(volume)
+    return sessions
 
 
-def say_counts(counter):
-    """"FLAIR 3, T1 1", the most frequent first."""
-    return ", ".join(f"{name} {count}" for name, count in counter.most_common())
+def labelled_cases(folder, source, sequences):
+    """A Case for each session that has all of `sequences` with a label: these are its channels.
+
+    Raises UserError if two sources have a case of one name."""
+    cases = []
+    for (origin, subject, number), session in sorted(sessions_of(folder, source).items()):
+        # The runs of each sequence that have a label.
+        runs = []
+        for sequence in sequences:
+            runs.append([volume for volume in session.get(sequence, []) if volume.label])
+        if not all(runs):
+            continue
+
+        # A case is named after its subject, and its session if that has a name.
+        name = "_".join(part for part in (subject, number) if part)
+        channels = choose_channels(runs)
+        images = tuple(os.path.join(folder, volume.path) for volume in channels)
+        label = os.path.join(folder, channels[0].label)
+        cases.append(data.Case(name, f"{origin}/{subject}", images, label, channels))
+
+    # A run files its scores under the names of its cases.
+    counts = Counter(case.name for case in cases)
+    for name, count in counts.items():
+        if count > 1:
+            raise UserError(f"{folder} has {name} in several sources: name one in the task, as "
+                            "`source`")
+    return cases
 
 
-def why_none(task):
-    """Why a folder has no case for a task, in one line."""
-    start = f"{task.data} has no labelled case with {', '.join(task.sequences)}"
-    volumes = data.read_index(task.data)
-    if task.source:
-        start += f" of source {task.source}"
-        sources = Counter(volume.source for volume in volumes)
-        if task.source not in sources:
-            return f"{start}: its sources, with their volumes, are {say_counts(sources)}"
+def choose_channels(runs):
+    """One volume for each sequence, out of the labelled runs of each.
 
-    # There may be no label for any task.
-    sessions = data.sessions_of(task.data, task.source)
-    labelled = Counter()  # sessions that have a sequence with a label
-    for session in sessions.values():
-        labelled.update(sequence for sequence, runs in session.items() if has_label(runs))
-    if not labelled:
-        line = f"{start}: none of its {len(volumes)} volumes has a label"
-        aside = sum(volume.split == "pretrain" and volume.label != "" for volume in volumes)
-        if aside:
-            line += f" but {aside} of the split pretrain, which no task takes"
-        return line
+    Every run may have a label map of its own. Runs of one label map belong together, so the label
+    map is chosen that most of the sequences share; of several such, the first."""
+    choices = []
+    for first in runs[0]:
+        # Of every other sequence, the run with the same label map, or else its first.
+        channels = [first]
+        for volumes in runs[1:]:
+            same = [volume for volume in volumes if volume.label_sha256 == first.label_sha256]
+            channels.append(same[0] if same else volumes[0])
+        choices.append(tuple(channels))
 
-    # A sequence may be written otherwise in the task.
-    start = f"{start}; with a label it has {say_counts(labelled)}"
-    known = {sequence.lower(): sequence for sequence in labelled}
-    for name in task.sequences:
-        near = difflib.get_close_matches(name.lower(), known, n=1)
-        if name not in labelled and near:
-            return f"{start}. Is {name} meant to be {known[near[0]]}?"
+    def sharing(channels):
+        return sum(volume.label_sha256 == channels[0].label_sha256 for volume in channels)
 
-    # No session has all of them with a label: most often its grid fits one of them alone. The
-    # session that has most of them shows it best.
-    best = None
-    most = -1
-    for key, session in sessions.items():
-        shared = len(set(task.sequences) & set(session))
-        if shared > most and any(has_label(runs) for runs in session.values()):
-            best = key
-            most = shared
-    return (f"{start}. A label counts for the scans on its own grid: register and resample the "
-            f"others. {describe(best, sessions[best])}")
-
-
-def left_out(task, cases):
-    """Labelled sessions that lack one of the sequences, as lines to print."""
-    if len(task.sequences) == 1:
-        return []
-
-    # The sessions that are cases.
-    taken = set()
-    for case in cases:
-        volume = case.volumes[0]
-        taken.add((volume.source, volume.subject, volume.session))
-
-    # All others in which a sequence of the task has a label.
-    rest = {}
-    for key, session in data.sessions_of(task.data, task.source).items():
-        labelled = any(has_label(session.get(sequence, ())) for sequence in task.sequences)
-        if labelled and key not in taken:
-            rest[key] = session
-
-    if not rest:
-        return []
-    first = min(rest)
-    return [f"{len(rest)} labelled sessions are left out: they lack one of "
-            f"{', '.join(task.sequences)} on the label's grid. {describe(first, rest[first])}"]
-
-
-def check_grids(cases):
-    """Raises UserError if the channels of a case differ in shape.
-
-    They do where only some of them were prepared again."""
-    for case in cases:
-        shapes = {volume.sequence: volume.shape for volume in case.volumes}
-        if len(set(shapes.values())) > 1:
-            shapes = ", ".join(f"{sequence} {shape}" for sequence, shape in shapes.items())
-            raise UserError(f"the channels of {case.name} differ in shape ({shapes}): prepare it "
-                            "again")
-
-
-def same_files(cases):
-    """Raw files that several subjects share, as lines to print.
-
-    What is trained on may then be evaluated as well."""
-    subjects = {}  # {checksum of a scan: the subjects that have it}
-    for case in cases:
-        for volume in case.volumes:
-            subjects.setdefault(volume.sha256, set()).add(case.subject)
-    shared = [sorted(names) for names in subjects.values() if len(names) > 1]
-    if not shared:
-        return []
-    return [f"{len(shared)} scans are the same file under several subjects, "
-            f"{' and '.join(min(shared))} the first: what is trained on may be evaluated"]
-
-
-def other_labels(cases):
-    """Cases whose channels have label maps that differ, as lines to print."""
-    found = []
-    for case in cases:
-        if len({volume.label_sha256 for volume in case.volumes}) > 1:
-            found.append(case.name)
-    if not found:
-        return []
-    return [f"{len(found)} cases have another label map for each sequence, {found[0]} the first: "
-            "that of the task's first sequence is taken"]
+    return max(choices, key=sharing)

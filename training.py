@@ -1,12 +1,10 @@
 """Processes in step: how they start, agree and stop together; the loop of a run (`Run`); what it costs."""
 
 import contextlib
-import importlib.util
 import inspect
 import itertools
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -21,10 +19,8 @@ from tqdm import tqdm
 
 import checkpoint
 import config
+import devices
 from config import UserError
-
-# --precision -> dtype of weights and inputs. bf16 is autocast over float32 weights.
-PRECISIONS = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 
 
 # ---------------------------------------------------------------------------------------- the start
@@ -34,25 +30,12 @@ class Processes(typing.NamedTuple):
     device: torch.device
 
 
-def pick_device(device):
-    """auto, cpu or cuda -> torch.device; UserError if that is not to be had."""
-    config.check_choice("device", device, ("auto", "cpu", "cuda"))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for, but torch sees no GPU; use --device cpu")
-
-    if device != "cpu" and torch.cuda.is_available():
-        # --precision fp32 is float32, in convolutions, too.
-        torch.backends.cudnn.allow_tf32 = False
-        return torch.device("cuda")
-    return torch.device("cpu")
-
-
 def init_processes(device):
     """Join the process group that torchrun describes, or one of a single process.
 
     Both run the same code. Control messages travel over gloo on the CPU, gradients over nccl on CUDA.
     """
-    device = pick_device(device)
+    device = devices.pick_device(device)
     backend = "gloo"
     if device.type == "cuda":
         # One GPU a process: the one with its number on this node.
@@ -145,36 +128,6 @@ def adamw(model, lr, weight_decay, eps, amsgrad):
                              amsgrad=amsgrad, fused=True)
 
 
-def autocast(precision, device):
-    """The context of a forward pass: bfloat16 where it is safe for bf16, as it is for fp32 and fp64."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def quicken(model, device):
-    """Give a plain network the quick forms of its device, in place -> the model.
-
-    Call it before models.recompute. Without the file of the device, fast_cpu.py or fast_cuda.py, the
-    model stays plain.
-    """
-    device = torch.device(device)
-    name = f"fast_{device.type}"
-    if importlib.util.find_spec(name) is None:
-        return model
-
-    fast = importlib.import_module(name)
-    if device.type == "cpu":
-        fast.keep_freed_memory()
-        fast.install_lookup()
-    return fast.install(model)
-
-
-def convolves_contiguous(row):
-    """Does a row of models.py convolve contiguous volumes on CUDA? Without fast_cuda.py all do."""
-    if importlib.util.find_spec("fast_cuda") is None:
-        return True
-    return importlib.import_module("fast_cuda").convolves_contiguous(row)
-
-
 def distribute(model):
     """DistributedDataParallel: the mean of all processes' gradients.
 
@@ -190,26 +143,6 @@ def distribute(model):
     new = "forward_sync_buffers" in known  # from torch 2.13 on
     buffers = "forward_sync_buffers" if new else "broadcast_buffers"
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **{buffers: False})
-
-
-def choose_compile(wanted, row, device):
-    """Whether to compile: true or false as given. None, auto: on CUDA, but not SwinUNETR, as in Appendix A.
-
-    Not on a CPU: a compiled step is no quicker there, and the first one takes minutes (bench/RESULTS.md).
-    """
-    if wanted is not None:
-        return wanted
-    return device.type == "cuda" and row != "swinunetr"
-
-
-def say_compile(wanted, row, device):
-    """What choose_compile decided, for the header of a run."""
-    decided = "on" if choose_compile(wanted, row, device) else "off"
-    if wanted is not None:
-        return f"torch.compile {decided}"
-
-    why = "no quicker on a CPU" if device.type == "cpu" else "as in Appendix A"
-    return f"torch.compile {decided} (auto: {why}; --compile true or false)"
 
 
 def compile_or_warn(model, wanted, device):
@@ -236,26 +169,14 @@ def compile_or_warn(model, wanted, device):
     return torch.compile(model, options=options)
 
 
-def warn_of_cudnn(device, precision, contiguous):
-    """One line if torch does not use this cuDNN for 3-D convolutions in bf16 of contiguous volumes.
-
-    Its own kernels take 4 to 20 times as long, and up to 17 times the memory (pytorch 166122, 166643, 174051).
-    """
-    version = torch.backends.cudnn.version() or 0
-    if device.type == "cuda" and precision == "bf16" and contiguous and 90800 <= version < 91500:
-        name = f"{version // 10000}.{version // 100 % 100}"
-        print(f"warning: with cuDNN {name}, 3-D convolutions in bf16 take 4 to 20 times as long. Install "
-              "cuDNN 9.15 or later (torch 2.11 brings 9.19), or give --precision fp32", file=sys.stderr)
-
-
 def print_header(lines, row, compiled, precision, processes):
     """The lines, then with what a run computes: by process 0."""
     if processes.rank:
         return
     device = processes.device
-    print(*lines, f"{processes.world} x {device}, {precision}", say_compile(compiled, row, device),
+    print(*lines, f"{processes.world} x {device}, {precision}", devices.say_compile(compiled, row, device),
           checkpoint.versions(), sep="\n")
-    warn_of_cudnn(device, precision, convolves_contiguous(row))
+    devices.warn_of_cudnn(device, precision, devices.convolves_contiguous(row))
 
 
 # --------------------------------------------------------------------------------------------- the loop
@@ -324,11 +245,11 @@ class Run:
         return [f"{self.contents['row']}, {count:,} parameters", f"run folder {self.folder}{goes_on}"]
 
     def network(self, compiled):
-        """The model that takes the steps: distributed, and compiled where choose_compile says so. `model`
+        """The model that takes the steps: distributed, and compiled where devices.choose_compile says so. `model`
         itself is saved and evaluated."""
         device = self.processes.device
         self.ddp = distribute(self.model)
-        return compile_or_warn(self.ddp, choose_compile(compiled, self.contents["row"], device), device)
+        return compile_or_warn(self.ddp, devices.choose_compile(compiled, self.contents["row"], device), device)
 
     def batches(self, loader):
         """Yield the batches of the steps that are left; save every `save_every` steps and at the end.
@@ -454,10 +375,6 @@ def raise_if_not_finite(losses, *flags, keep=1):
 
 
 # ------------------------------------------------------------------------------------------- what it costs
-def synchronize(device):
-    """Wait for all that is queued on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def estimate(batches, workers, steps, device):
@@ -475,9 +392,9 @@ def estimate(batches, workers, steps, device):
         waits.append(time.perf_counter() - marks[-1])
         yield batch
         if len(waits) == count - measured:
-            synchronize(device)
+            devices.synchronize(device)
         marks.append(time.perf_counter())
-    synchronize(device)
+    devices.synchronize(device)
     marks[-1] = time.perf_counter()
     if not waits or dist.get_rank():
         return
@@ -486,20 +403,10 @@ def estimate(batches, workers, steps, device):
     seconds = marks[-1] - marks[-1 - measured]
     waiting = sum(waits[-measured:]) / seconds
     step = seconds / measured
-    peak, memory = peak_memory(device)
+    peak, memory = devices.peak_memory(device)
     fits = "fits" if peak < 0.9 * memory else "tight"
     print(f"step {step:.3g} s, {waiting:.0%} of it waiting for data; {steps} steps: "
           f"{steps * step / 3600:.2f} hours; peak memory of a process {peak / 2 ** 30:.2f} of "
           f"{memory / 2 ** 30:.1f} GiB: {fits}")
 
 
-def peak_memory(device):
-    """Most memory that this process has held so far, and what there is for it, in bytes."""
-    if device.type == "cuda":
-        # What the allocator holds is what must fit: more than what tensors use of it at once.
-        return torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return peak, memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -25,8 +25,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import devices  # noqa: E402
 import models  # noqa: E402
-import training  # noqa: E402
 
 
 def cost(row, task, batch, side, decoder="light"):
@@ -36,7 +36,7 @@ def cost(row, task, batch, side, decoder="light"):
         views = 2 if task == "swin" else 1
         model = models.build_model(row, task, out_channels=classes, decoder=decoder)
         x = torch.empty(batch * views, 1, side, side, side)
-    training.quicken(model, "cuda")  # what CUDA keeps is counted
+    devices.quicken(model, "cuda")  # what CUDA keeps is counted
 
     # Autograd shows each tensor that it keeps; parameters are there anyway.
     own = {p.untyped_storage()._cdata for p in model.parameters()}

@@ -32,12 +32,12 @@ import cost  # noqa: E402
 import augment  # noqa: E402
 import checkpoint  # noqa: E402
 import data  # noqa: E402
+import devices  # noqa: E402
 import fast_cuda  # noqa: E402
 import models  # noqa: E402
 import predict  # noqa: E402
 import pretrain  # noqa: E402
 import swin  # noqa: E402
-import training  # noqa: E402
 
 DEFAULTS = {"channels_last": fast_cuda.CHANNELS_LAST, "shifts": fast_cuda.SHIFTS, "sdpa": fast_cuda.SDPA,
             "benchmark": fast_cuda.CUDNN_BENCHMARK}
@@ -70,11 +70,11 @@ def ms(options, function):
     """Milliseconds of one of several runs, between which nobody waits; after one that does not count."""
     if options.runs > 1:
         function()
-    training.synchronize(options.device)
+    devices.synchronize(options.device)
     began = time.perf_counter()
     for _ in range(options.runs):
         function()
-    training.synchronize(options.device)
+    devices.synchronize(options.device)
     return 1e3 * (time.perf_counter() - began) / options.runs
 
 
@@ -124,7 +124,7 @@ def waits(options):
         step, _ = make_step(options, row, batch, preset)
         for _ in range(min(2, options.runs)):  # finds memory, chooses kernels
             step()
-        training.synchronize(options.device)
+        devices.synchronize(options.device)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda._sleep(int(3.5e9))  # clock cycles
@@ -133,7 +133,7 @@ def waits(options):
             forward = step()
             host = time.perf_counter() - began
             torch.cuda.set_sync_debug_mode("default")
-        training.synchronize(options.device)
+        devices.synchronize(options.device)
         whole = time.perf_counter() - began
         caught = [warning for warning in caught if "synchroniz" in str(warning.message)]
         places = sorted({f"{os.path.basename(w.filename)}:{w.lineno}" for w in caught})
@@ -208,7 +208,7 @@ def measure(options, row, batch, preset="none", compiled=False, **turned):
     switches, began = switch(**turned), time.perf_counter()
     step, flops = make_step(options, row, batch, preset, compiled)
     step()  # compiles, chooses kernels
-    training.synchronize(options.device)
+    devices.synchronize(options.device)
     first, took = time.perf_counter() - began, ms(options, step)
     gib = [torch.cuda.max_memory_allocated() / 2 ** 30, torch.cuda.max_memory_reserved() / 2 ** 30]
     name = f"{row}, compiled" if compiled else row
@@ -216,7 +216,7 @@ def measure(options, row, batch, preset="none", compiled=False, **turned):
                             "gib": gib, "first_s": first}
     with torch.profiler.profile() as profile:
         step()
-        training.synchronize(options.device)
+        devices.synchronize(options.device)
     events = [event for event in profile.key_averages() if not event.is_user_annotation]
     events = [event for event in events if event.device_type.name.lower() == options.device.type]
     spent = {event.key[:90]: getattr(event, options.self_time) / 1e3 for event in events}
@@ -354,7 +354,7 @@ def read_options(words):
         parser.error(f"no section {', '.join(unknown)}: choose of {', '.join(SECTIONS)}")
     if not options.tiny and not torch.cuda.is_available():
         parser.exit(2, "bench/gpu.py needs a GPU; --tiny runs it small, on a CPU\n")
-    options.device = training.pick_device("cpu" if options.tiny else "cuda")
+    options.device = devices.pick_device("cpu" if options.tiny else "cuda")
     options.out = options.out or (os.devnull if options.tiny else os.path.join(ROOT, "bench", "GPU.jsonl"))
     return options
 

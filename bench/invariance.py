@@ -30,11 +30,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import augment  # noqa: E402
 import checkpoint  # noqa: E402
 import data  # noqa: E402
+import devices  # noqa: E402
 import metrics  # noqa: E402
 import models  # noqa: E402
 import predict  # noqa: E402
 import pretrain  # noqa: E402
-import training  # noqa: E402
+import tasks  # noqa: E402
 
 INTENSITY = {
     "noise": lambda x: augment.gaussian_noise(x, 0.05, 0),
@@ -92,7 +93,7 @@ def pretrained(paths, folder, count):
                                    features=cfg.features).eval()
         if saved:
             checkpoint.load_weights(model, saved, part="encoder")
-        table[name] = similarities(training.quicken(model, "cpu").encoder, patches.float())
+        table[name] = similarities(devices.quicken(model, "cpu").encoder, patches.float())
     return table
 
 
@@ -113,7 +114,7 @@ def finetuned(paths, folder, count):
     for path in paths:
         model, saved = predict.load_network(path, torch.device("cpu"))
         task = saved["task"]
-        cases = data.labelled_cases(folder or task["data"], task["source"], task["sequences"])
+        cases = tasks.labelled_cases(folder or task["data"], task["source"], task["sequences"])
         cases = [case for case in cases if case.name not in saved["cases"]][:count]
         classes = data.class_table(task["labels"], task["ignore"])
         table[path] = {}

@@ -27,9 +27,9 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import data  # noqa: E402
+import devices  # noqa: E402
 import models  # noqa: E402
 import pretrain  # noqa: E402
-import training  # noqa: E402
 
 BATCH = 4
 MEBIBYTE = 2 ** 20
@@ -53,7 +53,7 @@ def steps_a_second(folder, side, workers, steps, rounds=5):
     cases = data.pretraining_cases(folder)
     dataset = data.Crops(cases, side, 0, "all")
     device = torch.device("cpu")
-    model = training.quicken(models.build_model(cfg.model, "pretrain"), device)
+    model = devices.quicken(models.build_model(cfg.model, "pretrain"), device)
     _, objective, _ = pretrain.choose_objective(
         "amaes", device, cfg.precision, cfg.token_size, cfg.mask_ratio, cfg.loss_region)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from window import GIVES_BACK  # noqa: E402
 
+import devices  # noqa: E402
 import fast_cpu  # noqa: E402
 import models  # noqa: E402
 
@@ -40,7 +41,7 @@ def build(row, variant):
         fast_cpu.keep_freed_memory()
     fast_cpu.install(model)
     if "recompute" in variant:
-        models.recompute(model)
+        devices.recompute(model)
     return model
 
 

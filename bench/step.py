@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import amaes  # noqa: E402
+import devices  # noqa: E402
 import models  # noqa: E402
-import training  # noqa: E402
 
 
 def dense(dtype):
@@ -50,7 +50,7 @@ def flops(row, side):
 def training_step(row, side, dtype, compiled):
     """A function that does one step."""
     torch.manual_seed(0)
-    model = training.quicken(models.build_model(row, "pretrain"), "cpu")
+    model = devices.quicken(models.build_model(row, "pretrain"), "cpu")
     run = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=3e-5, amsgrad=True,
                                   fused=True)

@@ -148,12 +148,12 @@ def test_table_1(everything):
 def test_tasks_find_their_cases(everything):
     """25 % held out for BraTS21, set aside for ISLES22; WMH's scanner in the subject's name."""
     folder = str(everything[0] / "out")
-    wmh = data.labelled_cases(folder, "wmh", ("FLAIR",))
+    wmh = tasks.labelled_cases(folder, "wmh", ("FLAIR",))
     assert sorted({c.volumes[0].split for c in wmh}) == ["test", "train"] and len(wmh) == 8
     assert "wmh/Amsterdam-Philips_VU.PETMR_01_1" in {c.subject for c in wmh}
-    assert [len(data.labelled_cases(folder, "isles22", (s,))) for s in ("DWI", "FLAIR")] == [3, 0]
+    assert [len(tasks.labelled_cases(folder, "isles22", (s,))) for s in ("DWI", "FLAIR")] == [3, 0]
     splits = Counter(
-        c.volumes[0].split for c in data.labelled_cases(folder, "brats21", ("FLAIR", "T1ce"))
+        c.volumes[0].split for c in tasks.labelled_cases(folder, "brats21", ("FLAIR", "T1ce"))
     )
     assert splits == {"train": 3, "test": 1}
     _, geometry, truth = data.read_case(wmh[0])
@@ -164,7 +164,7 @@ def test_nnunet_becomes_a_task(everything):
     name, task = tasks.read_task(str(everything[0] / "out" / "Dataset501_Lesions.yaml"))
     assert name == "Dataset501_Lesions" and task.sequences == ("FLAIR", "T1")
     assert task.classes == ("background", "lesion") and task.labels == {0: 0, 1: 1}
-    cases = data.labelled_cases(task.data, task.source, task.sequences)
+    cases = tasks.labelled_cases(task.data, task.source, task.sequences)
     assert [c.subject.split("/")[1] for c in cases] == ["sub02", "sub_01", "sub_03"]
 
 
@@ -215,7 +215,7 @@ def test_brats21_layout_holds_out_a_quarter(tmp_path):
     held = {r["subject"] for r in rows if r["split"] == "test"}
     assert len(held) == 1 + 1, "a quarter of the labelled, and those that the challenge holds back"
     assert not held & {r["subject"] for r in rows if r["split"] != "test"}
-    cases = data.labelled_cases(str(tmp_path / "out"), "brats21", ("FLAIR", "T1ce"))
+    cases = tasks.labelled_cases(str(tmp_path / "out"), "brats21", ("FLAIR", "T1ce"))
     assert len(cases) == 4 and all(len({v.shape for v in case.volumes}) == 1 for case in cases)
     assert len(data.pretraining_cases(str(tmp_path / "out"))) == 12
 

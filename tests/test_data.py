@@ -9,6 +9,7 @@ from folders import volume_of, write_index
 import augment
 import config
 import data
+import tasks
 
 
 def names_of(volumes):
@@ -19,10 +20,10 @@ def test_of_two_runs_the_one_with_a_label_is_the_case(tmp_path):
     bare = volume_of("a", path="volumes/first.npy")
     labelled = volume_of("a", path="volumes/second.npy", label="")
     write_index(tmp_path, [bare, labelled])
-    session, = data.sessions_of(str(tmp_path), None).values()
+    session, = tasks.sessions_of(str(tmp_path), None).values()
     assert names_of(session["FLAIR"]) == ["first.npy", "second.npy"]
 
-    case, = data.labelled_cases(str(tmp_path), None, ["FLAIR"])
+    case, = tasks.labelled_cases(str(tmp_path), None, ["FLAIR"])
     assert case.name == "a_1" and names_of(case.volumes) == ["second.npy"]
 
 
@@ -33,12 +34,12 @@ def test_channels_share_a_label_map_where_they_can(tmp_path):
                                           ("T1", 2, "y"), ("T2", 1, "x"), ("T2", 2, "y"))]
     for order in itertools.permutations(runs, 6):
         write_index(tmp_path, order)
-        case, = data.labelled_cases(str(tmp_path), None, ["FLAIR", "T1", "T2"])
+        case, = tasks.labelled_cases(str(tmp_path), None, ["FLAIR", "T1", "T2"])
         assert names_of(case.volumes) == ["FLAIR-2.npy", "T1-2.npy", "T2-2.npy"]
 
     # Without a common one, the first run counts, and the others keep their own.
     write_index(tmp_path, [volume for volume in runs if volume.label_sha256 != "y"])
-    case, = data.labelled_cases(str(tmp_path), None, ["T1", "FLAIR"])
+    case, = tasks.labelled_cases(str(tmp_path), None, ["T1", "FLAIR"])
     assert names_of(case.volumes) == ["T1-1.npy", "FLAIR-1.npy"]
 
 

@@ -21,6 +21,7 @@ from torch.utils.data._utils import pin_memory
 import augment
 import config
 import data
+import devices
 import fast_cuda
 import finetune
 import models
@@ -234,14 +235,14 @@ def test_no_recompiles_over_six_folds(prepared, tmp_path, aot):
 # ------------------------------------------------------------------------------------ small things
 def test_compile_is_for_cuda():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [training.choose_compile(None, "unet_xl", d) for d in (cpu, cuda)] == [False, True]
-    assert not training.choose_compile(None, "swinunetr", cuda)
+    assert [devices.choose_compile(None, "unet_xl", d) for d in (cpu, cuda)] == [False, True]
+    assert not devices.choose_compile(None, "swinunetr", cuda)
     for wanted in (True, False):  # an explicit value wins
-        assert [training.choose_compile(wanted, row, d) for row in ("unet_b", "swinunetr")
+        assert [devices.choose_compile(wanted, row, d) for row in ("unet_b", "swinunetr")
                 for d in (cpu, cuda)] == [wanted] * 4
     for words in ([], ["--compile", "auto"], ["--compile", "none"]):
         assert config.parse_config(pretrain.Config, words).compile is None
-    assert "off (auto: no quicker on a CPU" in training.say_compile(None, "unet_b", cpu)
+    assert "off (auto: no quicker on a CPU" in devices.say_compile(None, "unet_b", cpu)
 
 
 def test_the_compiler_leaves_the_layout_on_cuda(monkeypatch):
@@ -259,8 +260,8 @@ def test_the_compiler_leaves_the_layout_on_cuda(monkeypatch):
     (90701, "bf16", True, False), (91002, "fp32", True, False), (91002, "bf16", False, False)])
 def test_a_slow_cudnn_is_named(monkeypatch, capsys, version, precision, contiguous, warned):
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
-    training.warn_of_cudnn(torch.device("cuda"), precision, contiguous)
-    training.warn_of_cudnn(torch.device("cpu"), precision, contiguous)
+    devices.warn_of_cudnn(torch.device("cuda"), precision, contiguous)
+    devices.warn_of_cudnn(torch.device("cpu"), precision, contiguous)
     assert capsys.readouterr().err.count("Install cuDNN 9.15 or later") == warned
 
 
@@ -302,7 +303,7 @@ def test_no_tensor_has_2_to_the_31_elements(settings, micro):
     with META:
         model = models.build_model(cfg.model, "pretrain", skips=cfg.skips)
     chosen, line = pretrain.plan_batch(cfg.batch_size, cfg.micro_batch, 1, "amaes",
-                                       lambda: pretrain.most_samples(model, cfg.patch_size))
+                                       lambda: devices.most_samples(model, cfg.patch_size))
     assert chosen == micro
     capped = micro < cfg.batch_size and not cfg.micro_batch
     assert (f"x {micro} (micro_batch {micro}, so that no tensor has 2^31 elements)" in line) == capped

@@ -101,7 +101,7 @@ def test_a_task_evaluates_the_networks_of_another(sites):
 
     # The scores are those of the network of the fold.
     network, saved = predict.load_network(sites / "few" / "fold_1" / "last.pt", "cpu")
-    cases = data.labelled_cases(str(sites / "prepared"), None, ("FLAIR",))
+    cases = tasks.labelled_cases(str(sites / "prepared"), None, ("FLAIR",))
     case = next(case for case in cases if case.name == "Utrecht_3")
     volume, geometry, truth = data.read_case(case)
     found = predict.segment(network, volume, geometry, 32, overlap=0)
@@ -140,7 +140,7 @@ def test_an_estimate_takes_real_steps_and_touches_nothing(sites, tmp_path):
 def test_a_signal_in_evaluation_leaves_no_scores(sites):
     cfg = finetune.Config(task="few", patch_size=32, precision="fp32")
     model, _ = predict.load_network(sites / "few" / "fold_0" / "last.pt", "cpu")
-    cases = data.labelled_cases(str(sites / "prepared"), None, ("FLAIR",))[:1]
+    cases = tasks.labelled_cases(str(sites / "prepared"), None, ("FLAIR",))[:1]
     stop = threading.Event()
     stop.set()
     processes = training.init_processes("cpu")
@@ -169,7 +169,7 @@ def test_a_label_stored_on_other_axes_is_scored_on_the_scans(raw, tmp_path, axes
                                       "scan.nii.gz,a,,FLAIR,label.nii.gz\n")
     run("prepare_data", source="manifest", input=tmp_path / "all.csv", out=tmp_path / "prepared",
         workers=1)
-    case = data.labelled_cases(str(tmp_path / "prepared"), None, ("FLAIR",))[0]
+    case = tasks.labelled_cases(str(tmp_path / "prepared"), None, ("FLAIR",))[0]
     _, _, truth = data.read_case(case)
     assert np.array_equal(truth, np.asarray(label.dataobj))
 

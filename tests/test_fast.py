@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import ROOT
 
+import devices
 import fast_cpu
 import fast_cuda
 import models
 import swin
-import training
 
 # A file, and switches of it that are not as they are by default.
 CPU = (fast_cpu, {})
@@ -205,25 +205,25 @@ def test_quicken_takes_the_file_of_the_device(monkeypatch):
                              (torch.device("cpu"), fast_cpu.ConvNormAct),
                              ("meta", models.ConvNormAct)):
         block = models.ConvNormAct(1, 2)
-        assert training.quicken(block, device) is block and type(block) is expected
+        assert devices.quicken(block, device) is block and type(block) is expected
     assert torch.backends.cudnn.benchmark == fast_cuda.CUDNN_BENCHMARK
 
 
 def test_who_convolves_contiguous_volumes_on_cuda(monkeypatch):
-    assert [training.convolves_contiguous(row) for row in ("unet_b", "mednext_l", "swinunetr")] == [
+    assert [devices.convolves_contiguous(row) for row in ("unet_b", "mednext_l", "swinunetr")] == [
         False, False, True]
     monkeypatch.setattr(fast_cuda, "CHANNELS_LAST", False)
-    assert training.convolves_contiguous("unet_b")
+    assert devices.convolves_contiguous("unet_b")
 
 
 WITHOUT = """
 import importlib.util, torch, models, training
 assert not importlib.util.find_spec("fast_cpu") and not importlib.util.find_spec("fast_cuda")
-assert training.convolves_contiguous("unet_b")
+assert devices.convolves_contiguous("unet_b")
 for row in ("unet_demo", "mednext_m", "swinunetr"):
     side, features = (64, 16) if row == "swinunetr" else (32, 4)
     for device in ("cpu", "cuda"):
-        model = training.quicken(models.build_model(row, "pretrain", features=features), device)
+        model = devices.quicken(models.build_model(row, "pretrain", features=features), device)
     model(torch.rand(1, 1, side, side, side)).mean().backward()
 """
 

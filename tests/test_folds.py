@@ -39,7 +39,7 @@ def test_split_arithmetic_of_the_paper(n, quarter, evaluate, counts):
         kept, held = data.split_subjects([case.subject for case in cases], 0.25, 0)
     assert (len(kept), len(held)) == counts[:2]
 
-    # Those of the split pretrain are no cases, as in data.labelled_cases.
+    # Those of the split pretrain are no cases, as in tasks.labelled_cases.
     usable = []
     for case in cases:
         split = quarter if case.subject in held else "train"

@@ -28,6 +28,7 @@ import preprocess
 import records
 import resample
 import scans
+import tasks
 
 
 # ------------------------------------------------------------------------------ readers and headers
@@ -175,7 +176,7 @@ def test_a_label_value_near_an_integer_is_that_integer(noise, tmp_path):
     values = np.where(mask, factor, -0.0004).astype(kind)
     _, row = one_scan(tmp_path, image, image_of(values, label.affine))
     assert set(np.unique(np.load(tmp_path / "out" / row.label))) == {0, 1}
-    (case,) = data.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
+    (case,) = tasks.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
     assert np.array_equal(data.read_case(case)[2], mask)
     assert np.array_equal(preprocess.read_label(tmp_path / "label.nii.gz", image), mask)
 
@@ -223,7 +224,7 @@ def test_nan_outside_the_field_of_view_is_0_and_counted(tmp_path, capsys):
     assert np.array_equal(np.load(tmp_path / "out" / row.path), expected.astype(np.float16))
     assert np.load(tmp_path / "out" / row.label).sum() == np.nansum(mask)
     assert record_of(tmp_path / "out", row)["nan"] == zeros[:9].size
-    (case,) = data.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
+    (case,) = tasks.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
     read = preprocess.read_label(tmp_path / "label.nii.gz", image)
     assert data.read_case(case)[2].sum() == read.sum()
 

@@ -14,11 +14,11 @@ from torch import nn
 import amaes
 import checkpoint
 import config
+import devices
 import fast_cpu
 import finetune
 import models
 import swin
-import training
 
 GOLDEN = ROOT / "tests" / "golden"
 OFFICIAL = {  # official name -> our row, task
@@ -83,9 +83,9 @@ def test_recomputing_changes_nothing_but_the_memory(row):
     x, found = torch.rand(1, 1, 64, 64, 64), []
     for recompute in (False, True):
         torch.manual_seed(0)
-        model = training.quicken(models.build_model(row, "segment"), "cpu")
+        model = devices.quicken(models.build_model(row, "segment"), "cpu")
         if recompute:
-            models.recompute(model)
+            devices.recompute(model)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, k=kept: k.append(t.nbytes) or t, lambda t: t):
             output = model(x)
@@ -175,7 +175,7 @@ def test_mednext_decoder_is_monais():
 # ------------------------------------------------------------------------------------------ every row learns
 def train(model, loss_of, lr=2e-3, steps=30):
     """Losses of a few steps, in the form in which the scripts train on a CPU."""
-    training.quicken(model, "cpu")
+    devices.quicken(model, "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     losses = []
     for _ in range(steps):
@@ -231,7 +231,7 @@ def test_swin_needs_its_own_sizes(task):
     with pytest.raises(config.UserError, match="multiples of 32"):
         model(torch.zeros(1, 1, 48, 32, 32))
     with pytest.raises(config.UserError, match="at least 2 times that"):
-        models.check_patch(model, 32, torch.device("cpu"), "fp32")
+        devices.check_patch(model, 32, torch.device("cpu"), "fp32")
 
 
 # -------------------------------------------------------------------------------------- the objective of [23]
@@ -391,7 +391,7 @@ def test_one_step_at_full_size(row, task):
     torch.set_num_threads(2)
     x, label = sample([96 if row == "swinunetr" else 64] * 3, 2)
     model = models.build_model(row, task, out_channels=2 if task == "segment" else 1)
-    training.quicken(model, "cpu")
+    devices.quicken(model, "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, amsgrad=True, fused=True)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(x)

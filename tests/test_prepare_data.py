@@ -21,6 +21,7 @@ from tqdm import tqdm
 import data
 import preprocess
 import records
+import tasks
 
 
 # ---------------------------------------------------------------------------- the folder it writes
@@ -69,7 +70,7 @@ def test_a_label_on_other_axes_belongs_to_the_scan_on_its_grid(tmp_path):
 def test_an_input_may_be_called_volumes(tmp_path):
     session_of_two(tmp_path / "raw")
     prepare("bids", tmp_path / "raw", tmp_path / "out", name="my_volumes")
-    (case,) = data.labelled_cases(str(tmp_path / "out"), "my_volumes", ["FLAIR"])
+    (case,) = tasks.labelled_cases(str(tmp_path / "out"), "my_volumes", ["FLAIR"])
     volume, geometry, truth = data.read_case(case)
     assert list(volume.shape[1:]) == geometry["resampled"] and truth.any()
 
@@ -83,7 +84,7 @@ def test_of_two_volumes_of_a_sequence_the_task_takes_the_labelled_one(prepared, 
             data.Volume._fields,
             [*rows, rows[0]._replace(path=other, label="")],
         )
-        assert len(data.labelled_cases(str(out), None, ["FLAIR"])) == len(rows)
+        assert len(tasks.labelled_cases(str(out), None, ["FLAIR"])) == len(rows)
 
 
 # --------------------------------------------------------------------------------- runs that go on
@@ -118,7 +119,7 @@ def test_a_corrected_label_is_taken_by_the_next_run(tmp_path):
     label = nib.load(path)
     image_of(np.ones(label.shape, np.uint8), label.affine).to_filename(path)
     prepare("bids", tmp_path / "raw", tmp_path / "out")
-    (case,) = data.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
+    (case,) = tasks.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
     assert np.load(case.label).all() and data.read_case(case)[2].all()
 
 

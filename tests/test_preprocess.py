@@ -13,6 +13,7 @@ import data
 import preprocess
 import resample
 import scans
+import tasks
 
 GOLDEN = np.load(ROOT / "tests" / "golden" / "preprocess.npz")
 BOX = GOLDEN["crop_box"].reshape(3, 2) + [0, 1]  # half-open, as the official code slices it
@@ -176,7 +177,7 @@ def test_a_scaled_label_is_the_same_for_training_and_for_scores(tmp_path):
     mask.to_filename(folder / "sub-1_lesion.nii.gz")
     assert nib.load(folder / "sub-1_lesion.nii.gz").dataobj.slope != 1
     prepare("bids", tmp_path / "raw", tmp_path / "out")
-    (case,) = data.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
+    (case,) = tasks.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
     assert data.read_case(case)[2].max() == 1
     assert preprocess.read_label(folder / "sub-1_lesion.nii.gz", image).max() == 1
 
@@ -192,7 +193,7 @@ def test_labels_on_two_grids_of_one_session(tmp_path):
     (tmp_path / "scans.csv").write_text("\n".join(lines))
     assert prepare("manifest", tmp_path / "scans.csv", tmp_path / "out") == 0
     for name in ("FLAIR", "DWI"):
-        (case,) = data.labelled_cases(str(tmp_path / "out"), None, [name])
+        (case,) = tasks.labelled_cases(str(tmp_path / "out"), None, [name])
         volume, geometry, truth = data.read_case(case)
         back = preprocess.restore(volume, geometry)
         assert back.shape[1:] == truth.shape and truth.any()

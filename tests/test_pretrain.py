@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 import amaes
 import checkpoint
 import data
+import devices
 import models
 import pretrain
 import training
@@ -125,7 +126,7 @@ def test_every_network_is_one_graph(row, task):
     if task == "swin" and row != "swinunetr":
         pytest.skip("the objective of [23] is SwinUNETR's")
     counter = CompileCounter()
-    model = training.quicken(models.build_model(row, task, features=16), "cpu")
+    model = devices.quicken(models.build_model(row, task, features=16), "cpu")
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -24,6 +24,7 @@ import data
 import records
 import scans
 import sources
+import tasks
 
 
 def replace(path, image, when):
@@ -103,7 +104,7 @@ def test_an_old_folder_opens_and_is_prepared_again(prepared, raw, tmp_path):
     rows = data.read_index(str(out))
     assert [row[:10] for row in rows] == [row[:10] for row in data.read_index(str(prepared))]
     assert {row.label_sha256 + row.label_values for row in rows} == {""}
-    assert data.labelled_cases(str(out), None, ["FLAIR"])
+    assert tasks.labelled_cases(str(out), None, ["FLAIR"])
 
     for path in out.rglob("*.npy"):
         path.unlink()

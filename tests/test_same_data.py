@@ -13,6 +13,7 @@ from folders import TASK, TINY, lesion, prepare, write_index
 from test_finetune import run
 
 import checkpoint
+import checks
 import config
 import data
 import finetune
@@ -329,7 +330,7 @@ def test_pretraining_checks_its_data_before_the_first_step(labels, tmp_path):
 
     train, validation, held_out = open_data()
     assert (len(train), len(validation), len(held_out)) == (4, 1, 1)
-    assert pretrain.shared_files(train, validation) == []
+    assert checks.shared_files(train, validation) == []
     message = "5 volumes of 5 subjects, and val_fraction 1.0 holds out all"
     with pytest.raises(config.UserError, match=message):
         open_data(val_fraction=1.0)
@@ -337,7 +338,7 @@ def test_pretraining_checks_its_data_before_the_first_step(labels, tmp_path):
     # The same scan under several names.
     volumes = data.read_index(str(folder))
     write_index(folder, [volume._replace(sha256="one") for volume in volumes])
-    line, = pretrain.shared_files(*open_data()[:2])
+    line, = checks.shared_files(*open_data()[:2])
     assert line.startswith("1 of 1 held-out volumes are trained on, too: the first is vol")
 
     # Test cases alone.

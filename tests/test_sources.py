@@ -29,6 +29,7 @@ import data
 import preprocess
 import scans
 import sources
+import tasks
 
 
 # ----------------------------------------------------------------------------- which label is whose
@@ -163,7 +164,7 @@ def test_the_channels_of_a_case_are_of_one_run(missing, tmp_path):
         files.pop(f"sub-{subject}/anat/sub-{subject}_{missing}", None)
         save(tmp_path / "raw", {f"{path}.nii.gz": image for path, image in files.items()})
     assert prepare("bids", tmp_path / "raw", tmp_path / "out") == 0
-    cases = data.labelled_cases(str(tmp_path / "out"), None, ["FLAIR", "T1"])
+    cases = tasks.labelled_cases(str(tmp_path / "out"), None, ["FLAIR", "T1"])
     assert len(cases) == 4
     for case in cases:
         flair, t1 = case.volumes
@@ -286,7 +287,7 @@ def test_the_same_corners_in_ras_are_the_same_grid(axes, tmp_path):
     )
     assert prepare("manifest", table, tmp_path / "out") == 0
     for channels in (["FLAIR", "T1"], ["T1", "FLAIR"]):
-        (case,) = data.labelled_cases(str(tmp_path / "out"), None, channels)
+        (case,) = tasks.labelled_cases(str(tmp_path / "out"), None, channels)
         volume, geometry, truth = data.read_case(case)
         prepared = np.load(case.label)
         assert volume.shape[1:] == prepared.shape

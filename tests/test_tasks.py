@@ -8,6 +8,7 @@ import pytest
 from conftest import mistake
 from folders import TASK, volume_of, write_index
 
+import checks
 import config
 import data
 import tasks
@@ -43,11 +44,11 @@ def test_a_task_that_contradicts_itself_is_refused(tmp_path, changes, message):
 # ---------------------------------------------------------------------------- label values
 def test_label_values_of_the_index():
     volume = volume_of("a", label="0:87120/87040 1:257/254 4:3/0")
-    assert tasks.values_of(volume) == {0: (87120, 87040), 1: (257, 254), 4: (3, 0)}
-    assert tasks.values_of(volume_of("a", label="")) == {}, "prepared before values were counted"
+    assert checks.values_of(volume) == {0: (87120, 87040), 1: (257, 254), 4: (3, 0)}
+    assert checks.values_of(volume_of("a", label="")) == {}, "prepared before values were counted"
     for damaged in ("0:1", "0:1/2/3", "a:1/2", "0:1/2,1:3/4", "x"):
         with pytest.raises(config.UserError, match=r"volumes/mine/a_1_FLAIR.npy: prepare it again"):
-            tasks.values_of(volume_of("a", label=damaged))
+            checks.values_of(volume_of("a", label=damaged))
 
 
 def test_a_value_that_the_task_does_not_name():
@@ -60,14 +61,14 @@ def test_a_value_that_the_task_does_not_name():
 
     # Nothing to complain of.
     every_label = {"0": 0, "1": 1, "2": 1, "3": 1}
-    tasks.check_values("mine.yaml", task_of(), cases_of(good))
-    tasks.check_values("mine.yaml", task_of(), cases_of(volume_of("a", label="")))
-    tasks.check_values("mine.yaml", task_of(ignore=(2, 3, 5)), cases_of(good, bad, lost))
-    tasks.check_values("mine.yaml", task_of(labels=every_label), cases_of(good, bad))
+    checks.check_values("mine.yaml", task_of(), cases_of(good))
+    checks.check_values("mine.yaml", task_of(), cases_of(volume_of("a", label="")))
+    checks.check_values("mine.yaml", task_of(ignore=(2, 3, 5)), cases_of(good, bad, lost))
+    checks.check_values("mine.yaml", task_of(labels=every_label), cases_of(good, bad))
 
     cases = cases_of(good, bad, bad._replace(subject="d"), lost)
     with pytest.raises(config.UserError) as error:
-        tasks.check_values("mine.yaml", task_of(), cases)
+        checks.check_values("mine.yaml", task_of(), cases)
     message = str(error.value)
     assert message.startswith("b has 4 voxels of label value 2, which task mine.yaml does not name")
     assert "values without a name: 2, 3, 5; cases with 2: 2" in message
@@ -75,7 +76,7 @@ def test_a_value_that_the_task_does_not_name():
     assert "`ignore: [2, 3, 5]`" in message
 
     with pytest.raises(config.UserError, match="c has 1 voxels of label value 5"):
-        tasks.check_values("mine.yaml", task_of(), cases_of(good, lost))
+        checks.check_values("mine.yaml", task_of(), cases_of(good, lost))
 
 
 def test_cases_and_folds_without_foreground():
@@ -87,23 +88,23 @@ def test_cases_and_folds_without_foreground():
     one = task_of(ignore=(2,))
     said = ("3 of 5 cases have no foreground voxel, b the first; 1 of them had some on the scan's "
             "own grid")
-    assert tasks.check_foreground(one, cases, folds) == [said]
+    assert checks.check_foreground(one, cases, folds) == [said]
 
     # A class that one fold cannot learn.
     two = task_of(classes=("background", "core", "rim"), labels={0: 0, 1: 1, 2: 2})
     folds[1] = {"train": ["d", "e"], "evaluate": ["a"]}
-    lines = tasks.check_foreground(two, cases, folds)
+    lines = checks.check_foreground(two, cases, folds)
     assert lines[1:] == ["rim: no voxel to train on in fold 0"]
 
     # A fold that cannot learn anything. Where nothing is trained, it is said and no error.
     folds[1] = {"train": ["b", "c"], "evaluate": ["a"]}
     message = "fold 1 would be trained on no foreground at all: none of "
     with pytest.raises(config.UserError, match=message):
-        tasks.check_foreground(one, cases, folds)
-    assert tasks.check_foreground(one, cases, ()) != []
+        checks.check_foreground(one, cases, folds)
+    assert checks.check_foreground(one, cases, ()) != []
 
     old = {name: cases_of(volume_of(name, label=""))[0] for name in rows}
-    assert tasks.check_foreground(task_of(), old, folds) == []
+    assert checks.check_foreground(task_of(), old, folds) == []
 
 
 # ----------------------------------------------------------- sequences, sessions and grids
@@ -138,10 +139,10 @@ def test_why_a_folder_has_no_case(tmp_path, wanted, source, message):
 def test_a_folder_without_labels_says_so(tmp_path):
     write_index(tmp_path, [volume_of(name) for name in "abc"])
     task = task_of(data=str(tmp_path))
-    assert tasks.why_none(task).endswith("none of its 3 volumes has a label")
+    assert checks.why_none(task).endswith("none of its 3 volumes has a label")
 
     write_index(tmp_path, [volume_of("a"), volume_of("b", label="", split="pretrain")])
-    line = tasks.why_none(task)
+    line = checks.why_none(task)
     assert line.endswith("has a label but 1 of the split pretrain, which no task takes")
 
 
@@ -150,32 +151,32 @@ def test_sessions_left_out_and_odd_pairs_are_said(tmp_path):
     volumes += [volume_of("c", label=""), volume_of("c", "T1"), volume_of("d", label="")]
     write_index(tmp_path, [*volumes, volume_of("e")])
     task = task_of(data=str(tmp_path), sequences=("FLAIR", "T1"))
-    cases = data.labelled_cases(task.data, None, task.sequences)
-    line, = tasks.left_out(task, cases)
+    cases = tasks.labelled_cases(task.data, None, task.sequences)
+    line, = checks.left_out(task, cases)
     assert line.startswith("2 labelled sessions are left out: they lack one of FLAIR, T1")
     assert "c session 1" in line
-    assert tasks.left_out(task_of(data=str(tmp_path)), cases) == []
+    assert checks.left_out(task_of(data=str(tmp_path)), cases) == []
 
     # These two cases are as they should be.
-    assert tasks.other_labels(cases) == []
-    assert tasks.same_files(cases) == []
-    tasks.check_grids(cases)
+    assert checks.other_labels(cases) == []
+    assert checks.same_files(cases) == []
+    checks.check_grids(cases)
 
     # And these are not.
     first, second = cases
     flair, t1 = first.volumes
     two_labels = first._replace(volumes=(flair, t1._replace(label_sha256="x")))
-    line, = tasks.other_labels([two_labels])
+    line, = checks.other_labels([two_labels])
     assert "1 cases have another label map for each sequence, a_1 the first" in line
 
     twin = second._replace(volumes=(flair, second.volumes[1]))
-    line, = tasks.same_files([first, twin])
+    line, = checks.same_files([first, twin])
     assert "1 scans are the same file under several subjects, mine/a and mine/b the first" in line
 
     two_grids = first._replace(volumes=(flair, t1._replace(shape="30x30x31")))
     message = "a_1 differ in shape (FLAIR 30x30x30, T1 30x30x31)"
     with pytest.raises(config.UserError, match=re.escape(message)):
-        tasks.check_grids([second, two_grids])
+        checks.check_grids([second, two_grids])
 
 
 def test_checks_of_45000_volumes_take_under_a_second(tmp_path):
@@ -189,10 +190,10 @@ def test_checks_of_45000_volumes_take_under_a_second(tmp_path):
     cases = {case.name: case for case in cases_of(*volumes)}
 
     began = time.perf_counter()
-    tasks.check_values("mine.yaml", task_of(), cases.values())
-    tasks.check_foreground(task_of(), cases, [{"train": list(cases), "evaluate": []}])
-    tasks.check_grids(cases.values())
-    tasks.same_files(cases.values())
+    checks.check_values("mine.yaml", task_of(), cases.values())
+    checks.check_foreground(task_of(), cases, [{"train": list(cases), "evaluate": []}])
+    checks.check_grids(cases.values())
+    checks.same_files(cases.values())
     with pytest.raises(config.UserError, match="lacks 44000 files"):
-        data.check_files(tmp_path, [tmp_path / volume.path for volume in volumes])
+        checks.check_files(tmp_path, [tmp_path / volume.path for volume in volumes])
     assert time.perf_counter() - began < 3, "half a second on an idle core"

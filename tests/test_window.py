@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import mistake, run, script
 
-import data
 import predict
 import preprocess
+import tasks
 
 
 class Shift(torch.nn.Module):
@@ -63,7 +63,7 @@ def test_prediction_lies_on_the_scans_own_grid(finetuned, raw, tmp_path):
 def test_prediction_scores_as_the_evaluation_does(finetuned, prepared, raw, tmp_path):
     fold = finetuned[0] / "fold_0"
     record = json.loads((fold / "dice.json").read_text())[0]
-    cases = data.labelled_cases(str(prepared), None, ("FLAIR",))
+    cases = tasks.labelled_cases(str(prepared), None, ("FLAIR",))
     case = next(case for case in cases if case.name == record["case"])
     subject = case.volumes[0].subject
     scan = next(scan for scan in scans_of(raw) if subject in scan)

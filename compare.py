@@ -329,6 +329,7 @@ def gain_table(title, gains, estimates, note):
 def against_first(runs):
     """Every other run against the first: Dice of each of their parts; then the gains."""
     first, *others = runs
+
     # Refuse what cannot be paired, before the first table.
     for run in others:
         same_folds(first, run)

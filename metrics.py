@@ -41,7 +41,9 @@ def dice(prediction, truth, labels, ignore=None):
         predicted = np.isin(prediction, label)
         true = np.isin(truth, label)
         voxels = predicted.sum() + true.sum()
-        scores[label] = float(2 * (predicted & true).sum() / voxels) if voxels else math.nan
+        scores[label] = math.nan
+        if voxels:
+            scores[label] = float(2 * (predicted & true).sum() / voxels)
     return scores
 
 
@@ -52,8 +54,8 @@ def surface(mask):
     interior = mask.copy()
     for axis in range(3):
         for step in (-1, 1):
-            neighbour = np.roll(padded, step, axis)[1:-1, 1:-1, 1:-1]
-            interior &= neighbour
+            shifted = np.roll(padded, step, axis)
+            interior &= shifted[1:-1, 1:-1, 1:-1]
     return mask & ~interior
 
 
@@ -223,7 +225,9 @@ def spread(means):
     known = [mean for mean in means if not math.isnan(mean)]
     if not known:
         return "-"
-    deviation = np.std(known, ddof=1) if len(known) > 1 else 0
+    deviation = 0
+    if len(known) > 1:
+        deviation = np.std(known, ddof=1)
     return f"{np.mean(known):.2f} ± {deviation:.2f}"
 
 
@@ -248,8 +252,12 @@ def student_p(t, df):
     # With t = sqrt(df) tan(angle) the density goes as cos(angle)^(df - 1), which Gauss-Legendre
     # quadrature integrates from 0 to the angle of this t.
     half = math.atan(abs(t) / math.sqrt(df)) / 2
-    scale = 2 * math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
-    return max(0.0, 1 - scale * half * float(WEIGHTS @ np.cos(half * (NODES + 1)) ** (df - 1)))
+    density = np.cos(half * (NODES + 1)) ** (df - 1)
+
+    # lgamma, since the gamma function itself overflows for many degrees of freedom.
+    ratio = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2))
+    scale = 2 * ratio / math.sqrt(math.pi)
+    return max(0.0, 1 - scale * half * float(WEIGHTS @ density))
 
 
 def student_quantile(q, df):
@@ -268,7 +276,8 @@ def student_quantile(q, df):
 def holm(ps):
     """p values corrected for their number, step down (Holm 1979); NaN do not count."""
     adjusted = list(ps)
-    order = sorted((p, i) for i, p in enumerate(ps) if not math.isnan(p))
+    known = [(p, i) for i, p in enumerate(ps) if not math.isnan(p)]
+    order = sorted(known)
     largest = 0.0
     for rank, (p, i) in enumerate(order):
         # A larger p never gets a smaller corrected value.
@@ -374,6 +383,8 @@ def score_table(folds, names):
         cells = []
         for name in names:
             found = [mean_dice(records, [name], kind) for records in folds.values()]
-            cells += [spread([mean for mean, _ in found]), sum(dropped for _, dropped in found)]
+            means = [mean for mean, _ in found]
+            dropped = sum(count for _, count in found)
+            cells += [spread(means), dropped]
         rows.append([title, *cells])
     return table(header, rows)

@@ -33,7 +33,7 @@ class Config:
     csv: str | None = None  # also write them to this csv file
 
 
-# ---------------------------------------------------------------------- what the paper printed
+# --------------------------------------------------------------------------- what the paper printed
 class PaperTable(NamedTuple):
     rows: dict  # (model, pretraining) -> {hours or params: number, task: "Dice ± deviation"}
     tasks: dict  # task -> title of its column
@@ -67,7 +67,7 @@ WELCH = ("By Welch's test on the printed means and deviations, 3 of the paper's 
 NOTES = {2: DEVIATIONS, 3: DEVIATIONS, 4: MEANS, 6: f"{DEVIATIONS} {WELCH}"}
 
 
-# --------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 class Estimate(NamedTuple):
     """What a test says of a gain, in Dice points. NaN: a single fold or patient says nothing."""
     gain: float  # the mean
@@ -124,7 +124,7 @@ def over_patients(gain, patient, resamples=10_000, seed=0):
     return Estimate(gain.mean(), low, high, p, z * means.std(ddof=1))
 
 
-# ----------------------------------------------------------------------------------- the runs
+# ----------------------------------------------------------------------------------------- the runs
 def read_json(folder, name):
     """A file of a run folder. UserError if it is missing or damaged."""
     try:
@@ -265,7 +265,7 @@ def fill(runs, number):
     return cells, others
 
 
-# --------------------------------------------------------------------------------- the tables
+# --------------------------------------------------------------------------------------- the tables
 class Table(NamedTuple):
     header: list
     lines: list
@@ -403,7 +403,7 @@ def as_in_paper(cells, number):
     return [Table(header, lines, NOTES[number]), *gain_tables(gains)]
 
 
-# --------------------------------------------------------------------------------- the output
+# --------------------------------------------------------------------------------------- the output
 def markdown(tables):
     lines = []
     for table in tables:

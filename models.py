@@ -8,7 +8,6 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
-import torch.utils.checkpoint
 from torch import nn
 
 import swin
@@ -79,9 +78,12 @@ class UNetEncoder(nn.Module):
 
     def forward(self, x):
         levels = [self.in_conv(x)]
+
+        # Each level is made of the one above it, at half its side.
         for block in (self.encoder_conv1, self.encoder_conv2, self.encoder_conv3,
                       self.encoder_conv4):
             levels.append(block(self.pool(levels[-1])))
+
         return levels
 
 
@@ -124,6 +126,7 @@ class UNetDecoder(nn.Module):
             if self.skips:
                 x = torch.cat([x, skip], 1)
             x = block(x)
+
         return self.out_conv(x)
 
 
@@ -138,12 +141,15 @@ class MedNeXtBlock(nn.Module):
         super().__init__()
         self.stride = stride
         self.up = up
+
         convolution = nn.ConvTranspose3d if up else nn.Conv3d
         self.conv1 = convolution(channels_in, channels_in, 3, stride, 1, groups=channels_in)
         self.norm = nn.GroupNorm(channels_in, channels_in)  # one group per channel
         self.conv2 = nn.Conv3d(channels_in, channels_in * expansion, 1)
         self.act = nn.GELU()
         self.conv3 = nn.Conv3d(channels_in * expansion, channels_out, 1)
+
+        # The shortcut must change the side and the channels as the block does.
         self.res_conv = nn.Identity()
         if stride == 2:
             self.res_conv = convolution(channels_in, channels_out, 1, stride)

@@ -29,7 +29,7 @@ def under(name, module):
     return nn.Sequential(OrderedDict([(name, module)]))
 
 
-# --------------------------------------------------------------------------------- the transformer
+# ---------------------------------------------------------------------------------- the transformer
 class WindowAttention(nn.Module):
     """Self-attention inside windows of up to 7^3 tokens, with a learned bias for each offset
     between two tokens: (windows, n, d) -> (windows, n, d)."""
@@ -205,7 +205,7 @@ class SwinEncoder(nn.Module):
         return [F.layer_norm(state, state.shape[-1:]).movedim(-1, 1) for state in states]
 
 
-# ------------------------------------------------------------------------------------ the networks
+# ------------------------------------------------------------------------------------- the networks
 class ResidualBlock(nn.Module):
     """Two 3^3 convolutions with instance norm and leaky ReLU, and a shortcut around them."""
 
@@ -332,7 +332,7 @@ def check_multiple(x, multiple):
         raise UserError(f"input {tuple(x.shape[2:])}: choose multiples of {multiple}")
 
 
-# ----------------------------------------------------------------------- the pretraining of [23]
+# -------------------------------------------------------------------------- the pretraining of [23]
 class Views(NamedTuple):
     image: torch.Tensor  # (2B, C, D, H, W): what the network sees, all first views, then all second
     target: torch.Tensor  # (2B, C, D, H, W): the same, not cut

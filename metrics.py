@@ -237,6 +237,14 @@ def spread_of_dice(folds, names, belongs=lambda record: True):
     return spread(percent)
 
 
+def markdown(tables):
+    """Tables of a header, lines and a note, one after the other, as one page of Markdown."""
+    lines = []
+    for each in tables:
+        lines += [*table(each.header, each.lines), "", each.note, ""]
+    return "\n".join(lines)
+
+
 def table(header, rows):
     """Lines of a Markdown table."""
     rule = ["---"] * len(header)
@@ -255,7 +263,7 @@ def student_p(t, df):
     angles = half * (NODES + 1)
     total = float(WEIGHTS @ np.cos(angles) ** (df - 1))
 
-    # The density at 0, which makes a whole of it.
+    # With this factor, the integral over all angles is 1.
     log_ratio = math.lgamma((df + 1) / 2) - math.lgamma(df / 2)
     scale = 2 * math.exp(log_ratio) / math.sqrt(math.pi)
     return max(0.0, 1 - scale * half * total)

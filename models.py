@@ -190,6 +190,7 @@ class MedNeXtEncoder(nn.Module):
 
     def forward(self, x):
         levels = [self.enc_block_0(self.stem(x))]
+
         for down, level in ((self.down_0, self.enc_block_1), (self.down_1, self.enc_block_2),
                             (self.down_2, self.enc_block_3), (self.down_3, self.bottleneck)):
             levels.append(level(down(levels[-1])))

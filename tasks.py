@@ -1,5 +1,5 @@
-"""A task (paper, section 4.1): its folds, how a case is scored, what a run was made of, and the
-cases of a folder."""
+"""A task (paper, section 4.1): its folds, how a case is scored, what a run of it was made of and
+found, and its cases in a prepared folder."""
 
 import dataclasses
 import json
@@ -250,6 +250,31 @@ def networks_of(folder, folds):
 def files_of(case):
     """All files of a prepared case that training and evaluation read."""
     return [*case.images, case.label, data.native_of(case.label), data.geometry_of(case.images[0])]
+
+
+# --------------------------------------------------------------------------------- what a run found
+def read_json(folder, name):
+    """A file of a run folder. UserError if it is missing or damaged."""
+    # The folder may hold anything: it is named on the command line.
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
+            return json.load(file)
+    except OSError:
+        raise UserError(f"{folder} has no {name}: no run folder of finetune.py, or "
+                        "unfinished") from None
+    except ValueError:
+        raise UserError(f"{folder}/{name} is damaged; finetune.py run again rewrites it") from None
+
+
+def read_run(folder):
+    """dice.json of a run folder, with `path` and, from folds.json, `assignment` of cases to folds.
+
+    UserError if a file is missing or damaged, or no fold is finished."""
+    assignment = read_json(folder, "folds.json")
+    run = read_json(folder, "dice.json")
+    if not run["folds"]:
+        raise UserError(f"{folder} has no finished fold")
+    return run | {"path": folder, "assignment": assignment}
 
 
 # ---------------------------------------------------------------------------- its cases in a folder

@@ -140,7 +140,6 @@ def distribute(model):
     known = inspect.signature(DistributedDataParallel).parameters
     new = "forward_sync_buffers" in known  # from torch 2.13 on
     buffers = "forward_sync_buffers" if new else "broadcast_buffers"
-
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **{buffers: False})
 
 
@@ -163,8 +162,9 @@ def compile_or_warn(model, wanted, device):
         return model
 
     # On CUDA the layout of volumes is ours: the compiler's own, made for images, would undo it.
-    options = {"layout_optimization": False} if device.type == "cuda" else None
-    return torch.compile(model, options=options)
+    if device.type == "cuda":
+        return torch.compile(model, options={"layout_optimization": False})
+    return torch.compile(model)
 
 
 def print_header(lines, row, compiled, precision, processes):

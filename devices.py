@@ -69,12 +69,12 @@ def convolves_contiguous(row):
 
 
 def choose_compile(wanted, row, device):
-    """Whether to compile a row of models.py: as wanted, or, for None, as it pays on the device."""
+    """Whether to compile a row of models.py: as `wanted`; for None on CUDA, but not SwinUNETR."""
     if wanted is not None:
         return wanted
 
-    # Appendix A compiles all but SwinUNETR. On a CPU a compiled step is no quicker, and the first
-    # one takes minutes (bench/RESULTS.md).
+    # So does Appendix A. On a CPU a compiled step is no quicker, and the first one takes minutes
+    # (bench/RESULTS.md).
     return device.type == "cuda" and row != "swinunetr"
 
 

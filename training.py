@@ -57,7 +57,7 @@ def init_processes(device):
 
 
 def catch_signals():
-    """SIGTERM (preemption) and SIGINT (Ctrl-C) set the event: a run ends after its step."""
+    """SIGTERM (preemption) and SIGINT (Ctrl-C) set the returned event: a run ends after a step."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -377,7 +377,7 @@ def raise_if_not_finite(losses, *flags, keep=1):
             bad = (f"loss {loss.item()} at step {step}, samples {', '.join(names)}; "
                    "last.pt is from before it")
 
-    # Flags and losses go in one message: a step has no other between the processes.
+    # Flags and losses go in one message: most steps need no other, save the gradients.
     *flags, diverged = any_process(*flags, bad)
     if diverged:
         stop_all(bad)

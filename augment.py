@@ -29,7 +29,7 @@ class Draw(NamedTuple):
     intensity: tuple = ()  # (function name, parameters) in the order of application
 
 
-# ---------------------------------------------------------------------------- the policy, Table 5
+# ------------------------------------------------------------------------------ the policy, Table 5
 def draw(seed, preset, patch_size):
     """Draw the augmentations of one sample -> Draw. Table 5, in the order of application.
 
@@ -145,7 +145,7 @@ def channel_range(x):
     return x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
 
 
-# ----------------------------------------------------------------------------- spatial transforms
+# ------------------------------------------------------------------------------- spatial transforms
 @torch.no_grad()
 def spatial(crops, labels, draws):
     """Apply each sample's spatial transforms -> batch (B, C, *size) float32 and labels (B, *size).
@@ -172,7 +172,7 @@ def spatial(crops, labels, draws):
 def rotation_matrix(angles):
     """R = R0 R1 R2, right-handed rotations in degrees about axes 0, 1, 2: (3, 3) float64."""
     matrix = np.eye(3)
-    for axis, angle in enumerate(np.deg2rad(np.asarray(angles, dtype=np.float64))):
+    for axis, angle in enumerate(np.radians(angles)):
         i, j = (axis + 1) % 3, (axis + 2) % 3
         turn = np.eye(3)
         turn[i, i] = turn[j, j] = math.cos(angle)
@@ -184,21 +184,22 @@ def rotation_matrix(angles):
 
 def context_of(size, angles, scale, elastic):
     """Box (D, H, W) that a transformed patch reads, centred on the patch. None: not drawn."""
-    reach = np.array([(n - 1) / 2 for n in size])
+    half = (np.array(size) - 1) / 2
+    reach = half
 
     # Displacements have a standard deviation of up to 0.6 voxels: allow for five of them.
     if elastic:
         alpha, sigma, _ = elastic
         power = (1 / (2 * math.sqrt(math.pi) * sigma)) ** 3 / 3
-        reach = reach + 5 * alpha * math.sqrt(power)
+        reach = half + 5 * alpha * math.sqrt(power)
 
     # Along each axis it is a corner that reads furthest, hence the absolute values.
     matrix = (scale or 1.0) * rotation_matrix(angles or (0, 0, 0)).T
     reach = np.abs(matrix) @ reach
 
     # Add the same number of voxels on both sides, so that the centres align.
-    beyond = [math.ceil(r - (n - 1) / 2 - 1e-6) for n, r in zip(size, reach, strict=True)]
-    return tuple(n + 2 * max(0, more) for n, more in zip(size, beyond, strict=True))
+    beyond = np.ceil(reach - half - 1e-6).astype(int).clip(min=0)
+    return tuple((size + 2 * beyond).tolist())
 
 
 @torch.no_grad()
@@ -213,7 +214,9 @@ def spatial_transform(x, label, angles, scale, displacement, size):
 
     # The weights of a voxel sum to 1 but for rounding: stay in the range of x and of the 0 outside.
     low, high = channel_range(x)
-    moved = moved.clamp_(low.clamp_(max=0), high.clamp_(min=0)).to(x.dtype)
+    low.clamp_(max=0)
+    high.clamp_(min=0)
+    moved = moved.clamp_(low, high).to(x.dtype)
     if label is None:
         return moved, None
 
@@ -237,7 +240,8 @@ def lookup_by_grid_sample(x, matrix, displacement, size, mode):
     # last axis first.
     sides = np.array(x.shape[1:])
     to_grid = matrix[::-1] * 2 / sides[::-1, None]
-    grid = torch.tensordot(resample.upload_array(to_grid, x), position, 1).movedim(0, -1)
+    to_grid = resample.upload_array(to_grid, x)
+    grid = torch.tensordot(to_grid, position, 1).movedim(0, -1)
     return F.grid_sample(x[None], grid[None], mode, "zeros", align_corners=False)[0]
 
 
@@ -261,7 +265,7 @@ def elastic_displacement(alpha, sigma, seed, size, device):
     return field
 
 
-# --------------------------------------------------------------------------- intensity transforms
+# ----------------------------------------------------------------------------- intensity transforms
 def normal_noise(x, sigma, seed):
     """Normal noise of standard deviation sigma, of the shape and on the device of x."""
     generator = torch.Generator(x.device).manual_seed(seed)
@@ -291,21 +295,12 @@ def gaussian_blur(x, sigma):
     return blurred.to(x.dtype)
 
 
-def filter_frequencies(x, gain, axis):
-    """Magnitude of x after its frequencies along one axis are multiplied by gain (n,), 0 first."""
-    # The magnitude would fold negative values over: lift them to 0 meanwhile.
-    low = x.amin((1, 2, 3), keepdim=True).float().clamp_(max=0)
-    spectrum = torch.fft.fft(x - low, dim=axis + 1)
-    spectrum *= resample.upload_array(gain, x).view(-1, *[1] * (2 - axis))
-    return torch.fft.ifft(spectrum, dim=axis + 1).abs().add_(low).to(x.dtype)
-
-
 @torch.no_grad()
 def motion_ghosting(x, alpha, every, axis):
     """Ghosts along an axis: planes 0, every, 2 every ... of k-space times alpha, save the last."""
     gain = np.ones(x.shape[axis + 1])
     gain[0:-1:every] = alpha
-    return filter_frequencies(x, gain, axis)
+    return resample.filter_frequencies(x, gain, axis)
 
 
 @torch.no_grad()
@@ -316,7 +311,7 @@ def gibbs_ringing(x, keep, axis):
     half = math.ceil(keep / 2)
     gain = np.zeros(n)
     gain[middle - half:middle + half] = 1
-    return filter_frequencies(x, np.fft.ifftshift(gain), axis)
+    return resample.filter_frequencies(x, np.fft.ifftshift(gain), axis)
 
 
 @torch.no_grad()
@@ -324,27 +319,27 @@ def low_resolution(x, shape):
     """Down to `shape` by nearest voxel, back up by cubic spline, clipped to the range between."""
     small = x.float()
     for axis, n in enumerate(shape):
-        index = torch.from_numpy(resample.nearest_index(x.shape[axis + 1], n))
-        small = small.index_select(axis + 1, resample.upload(index, x.device))
+        index = resample.nearest_index(x.shape[axis + 1], n)
+        index = resample.upload(torch.from_numpy(index), x.device)
+        small = small.index_select(axis + 1, index)
 
     low, high = channel_range(small)
     for axis in (2, 1, 0):
         side = x.shape[axis + 1]
         if shape[axis] != side:
-            small = resample.apply_matrix(small, resample.spline_up(shape[axis], side), axis)
+            matrix = resample.spline_up(shape[axis], side)
+            small = resample.apply_matrix(small, matrix, axis)
     return small.clamp_(low, high).to(x.dtype)
 
 
 @torch.no_grad()
 def bias_field(x, center):
-    """x times 1 - sum over axes of ((i - center) / side)^2.
-
-    The field stops at 0; the official one goes on below it."""
+    """x times 1 - sum over axes of ((i - center) / side)^2, or times 0 where that is negative."""
     field = 1
     for axis, n in enumerate(x.shape[1:]):
         distance = (torch.arange(n, device=x.device) - center[axis]) / n
-        field = field - (distance ** 2).view(-1, *[1] * (2 - axis))
-    return (field.clamp_(min=0) * x).to(x.dtype)
+        field = field - resample.along_axis(distance ** 2, axis)
+    return (field.clamp_(min=0) * x).to(x.dtype)  # the official field goes on below 0
 
 
 @torch.no_grad()

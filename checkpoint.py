@@ -213,7 +213,8 @@ def load_checkpoint(path):
 
 # ------------------------------------------------------------------------------ to go on with a run
 def check_same_run(what, saved, now, resumable):
-    """UserError if the settings `saved` of what is there are not those of `now`, `resumable` keys aside."""
+    """UserError if the settings `saved` of what is there differ from `now` in a key that is not
+    among the `resumable` ones."""
     changed = []
     for key, value in now.items():
         if key not in resumable and saved.get(key) != value:
@@ -258,7 +259,8 @@ def resume(path, contents, resumable, model, optimizer):
     saved = load_checkpoint(path)
     check_same_run(f"{path} is", saved.get("config", {}), contents["config"], resumable)
     other_data = f"{path} is of a run on other data"
-    if None not in (contents["sha256"], saved.get("sha256")) and saved["sha256"] != contents["sha256"]:
+    known = None not in (contents["sha256"], saved.get("sha256"))
+    if known and saved["sha256"] != contents["sha256"]:
         raise UserError(f"{other_data}: new --out, or the old data")
     check_same_inputs(other_data, saved.get("inputs", {}), contents["inputs"])
 

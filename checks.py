@@ -1,4 +1,4 @@
-"""What is looked at before the first step: what would stop a run after hours, or spoil it unseen."""
+"""What is looked at before the first step: all that would stop a run after hours or spoil it."""
 
 import dataclasses
 import difflib
@@ -68,7 +68,7 @@ def check_encoder(path, row, model):
         raise UserError(f"{path} holds a {row}, not a {model}")
 
 
-# ------------------------------------------------------------------- label values, foreground
+# ---------------------------------------------------------------------- label values and foreground
 @functools.cache
 def parse_values(text):
     """"0:87120/87040 1:257/254", as in the index -> {0: (87120, 87040), 1: (257, 254)}.
@@ -194,7 +194,7 @@ def check_training_sets(task, known, empty, folds):
     return lines
 
 
-# --------------------------------------------------------------- sessions, sequences and files
+# ------------------------------------------------------------------------------ the cases of a task
 def has_label(runs):
     """Does one of these volumes, the runs of a sequence, have a label?"""
     return any(volume.label for volume in runs)
@@ -325,7 +325,7 @@ def other_labels(cases):
             "that of the task's first sequence is taken"]
 
 
-# -------------------------------------------------------------------------------- the run folder
+# ------------------------------------------------------------------------- the run folder of a task
 def check_folder(settings, config_class, resumable, name, task, folds, made_of):
     """UserError if the run folder has folds, finished or not, of other settings, another task,
     other cases or other files: they would be taken for these.

@@ -10,7 +10,6 @@ measures what the interval of each covers.
 
 import csv
 import dataclasses
-import json
 import math
 import os
 from statistics import NormalDist
@@ -23,6 +22,7 @@ import checkpoint
 import config
 import metrics
 from config import UserError
+from tasks import read_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Config:
     csv: str | None = None  # also write them to this csv file
 
 
-# ---------------------------------------------------------------------- what the paper printed
+# --------------------------------------------------------------------------- what the paper printed
 class PaperTable(NamedTuple):
     rows: dict  # (model, pretraining) -> {hours or params: number, task: "Dice ± deviation"}
     tasks: dict  # task -> title of its column
@@ -67,7 +67,7 @@ WELCH = ("By Welch's test on the printed means and deviations, 3 of the paper's 
 NOTES = {2: DEVIATIONS, 3: DEVIATIONS, 4: MEANS, 6: f"{DEVIATIONS} {WELCH}"}
 
 
-# --------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- statistics
 class Estimate(NamedTuple):
     """What a test says of a gain, in Dice points. NaN: a single fold or patient says nothing."""
     gain: float  # the mean
@@ -124,30 +124,7 @@ def over_patients(gain, patient, resamples=10_000, seed=0):
     return Estimate(gain.mean(), low, high, p, z * means.std(ddof=1))
 
 
-# ----------------------------------------------------------------------------------- the runs
-def read_json(folder, name):
-    """A file of a run folder. UserError if it is missing or damaged."""
-    try:
-        with open(os.path.join(folder, name), encoding="utf-8") as file:
-            return json.load(file)
-    except OSError:
-        raise UserError(f"{folder} has no {name}: no run folder of finetune.py, or "
-                        "unfinished") from None
-    except ValueError:
-        raise UserError(f"{folder}/{name} is damaged; finetune.py run again rewrites it") from None
-
-
-def read_run(folder):
-    """dice.json of a run folder, with `path` and, from folds.json, `assignment` of cases to folds.
-
-    UserError if a file is missing or damaged, or no fold is finished."""
-    assignment = read_json(folder, "folds.json")
-    run = read_json(folder, "dice.json")
-    if not run["folds"]:
-        raise UserError(f"{folder} has no finished fold")
-    return run | {"path": folder, "assignment": assignment}
-
-
+# ----------------------------------------------------------------------------------------- the runs
 def parts(run):
     """{name: the run scored by that alone}: the mean of the classes, each of them, each region, and
     the classes on scanners that the training set does not have (20 of the 110 cases of WMH OOD)."""
@@ -199,12 +176,15 @@ class Pairs(NamedTuple):
 
 def pair(first, second):
     """The Pairs of two runs, as same_folds allows; a case scores the mean Dice of its classes."""
-    gains, folds, patients, left_out = [], [], [], 0
+    gains = []
+    folds = []
+    patients = []
+    left_out = 0
     for fold in same_folds(first, second):
         after = by_case(second, fold)
         for case, before in by_case(first, fold).items():
-            dice, dice_after = (metrics.mean_dice([record], first["classes"])[0]
-                                for record in (before, after[case]))
+            dice, _ = metrics.mean_dice([before], first["classes"])
+            dice_after, _ = metrics.mean_dice([after[case]], first["classes"])
             gain = 100 * (dice_after - dice)
 
             # Dice is NaN where no class is in prediction or truth.
@@ -249,7 +229,8 @@ def fill(runs, number):
     """{(row, task): run} of Table `number`, and the paths of the runs that have no place in it.
 
     UserError if two runs have the same place, or none has one."""
-    cells, others = {}, []
+    cells = {}
+    others = []
     for run in runs:
         cell = row_of(run), run["task"]
         if not has_place(run, TABLES[number]):
@@ -265,7 +246,7 @@ def fill(runs, number):
     return cells, others
 
 
-# --------------------------------------------------------------------------------- the tables
+# --------------------------------------------------------------------------------------- the tables
 class Table(NamedTuple):
     header: list
     lines: list
@@ -312,29 +293,27 @@ def gain_table(title, gains, estimates, note):
     corrected = metrics.holm([estimate.p for estimate in estimates])
     lines = []
     for gain, estimate, p_holm in zip(gains, estimates, corrected, strict=True):
+        # A single fold or patient gives no interval.
         interval = "-"
         if not math.isnan(estimate.low):
             interval = f"{estimate.low:+.2f} to {estimate.high:+.2f}"
-        line = [gain.label, text(estimate.gain, "+.2f"), text(gain.printed, "+.2f"), interval]
-        line += [text(estimate.p, ".4f"), text(p_holm, ".4f"), text(estimate.smallest)]
-
-        # How much stands behind it.
-        pairs = gain.pairs
-        line += [str(pairs.fold.max() + 1), str(pairs.patient.max() + 1)]
-        line += [f"{(pairs.gain > 0).sum()} of {len(pairs.gain)}"]
-        lines.append(line)
+        better = f"{(gain.pairs.gain > 0).sum()} of {len(gain.pairs.gain)}"
+        lines.append([
+            gain.label, text(estimate.gain, "+.2f"), text(gain.printed, "+.2f"), interval,
+            text(estimate.p, ".4f"), text(p_holm, ".4f"), text(estimate.smallest),
+            str(gain.pairs.fold.max() + 1), str(gain.pairs.patient.max() + 1), better])
     return Table(header, lines, note)
 
 
 def against_first(runs):
     """Every other run against the first: Dice of each of their parts; then the gains."""
+    # Runs that cannot be paired are refused before the work begins.
     first, *others = runs
-
-    # Refuse what cannot be paired, before the first table.
     for run in others:
         same_folds(first, run)
 
-    lines, gains = [], []
+    lines = []
+    gains = []
     for name, before in parts(first).items():
         after = [parts(run)[name] for run in others]
         lines.append([name, *map(dice_of, [before, *after])])
@@ -369,12 +348,13 @@ def as_in_paper(cells, number):
         runs.setdefault(row, run)
 
     # The rows that the paper has come first, then what else was run.
-    lines, gains = [], []
+    lines = []
+    gains = []
     for row in dict.fromkeys([*paper.rows, *runs]):
         base = row[0], paper.base
         printed, printed_base = (paper.rows.get(name, {}) for name in (row, base))
 
-        # What it costs, and how many times as fast as the base it is.
+        # What the row costs, and how many times as fast as the base it is.
         costs = [cost_of(runs.get(row), cost), printed.get(cost)]
         line = [*row, *(text(value, ".3g") for value in costs)]
         if cost == "hours":
@@ -404,31 +384,24 @@ def as_in_paper(cells, number):
     return [Table(header, lines, NOTES[number]), *gain_tables(gains)]
 
 
-# --------------------------------------------------------------------------------- the output
-def markdown(tables):
-    lines = []
-    for table in tables:
-        lines += [*metrics.table(table.header, table.lines), "", table.note, ""]
-    return "\n".join(lines)
-
-
+# --------------------------------------------------------------------------------------- the output
 def main(cfg):
     if cfg.table not in (None, *TABLES):
         raise UserError(f"table {cfg.table}: choose {', '.join(map(str, TABLES))}")
-    if cfg.table is None and len(cfg.inputs) < 2:
-        raise UserError("name two run folders or more: python compare.py runs/BASELINE runs/OTHER")
-
     if cfg.table is None:
+        if len(cfg.inputs) < 2:
+            raise UserError("name two run folders or more: python compare.py runs/BASELINE "
+                            "runs/OTHER")
         tables = against_first([read_run(folder) for folder in cfg.inputs])
     else:
-        # runs/* also names what pretrain.py made.
+        # runs/* also names the runs of pretrain.py, which have no scores.
         scored = [folder for folder in cfg.inputs if os.path.exists(f"{folder}/dice.json")]
         cells, others = fill([read_run(folder) for folder in scored], cfg.table)
         tables = as_in_paper(cells, cfg.table)
         others += [f"{folder} (no dice.json)" for folder in cfg.inputs if folder not in scored]
         print(f"not in Table {cfg.table}: {', '.join(others) or 'none of the folders'}\n")
 
-    page = markdown(tables)
+    page = metrics.markdown(tables)
     print(page)
     if cfg.out:
         checkpoint.write_text(cfg.out, page)

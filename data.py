@@ -1,4 +1,4 @@
-"""The prepared folder: its index and its files, the cases in it, and the stream of crops.
+"""The prepared folder: its index, its cases and its files; the stream of crops and its batches.
 
 Every draw is a function of (seed, epoch, sample, purpose) alone. So the stream of samples, crops,
 augmentations and masks is the same with any number of processes or workers, and after a restart.
@@ -31,7 +31,7 @@ def derive_seed(*parts):
     return int.from_bytes(digest, "little") >> 1  # 63 bits
 
 
-# ----------------------------------------------------------------------------------- the index
+# ---------------------------------------------------------------------------------------- the index
 class Volume(NamedTuple):
     """One row of the index, as prepare_data.py writes it. Every field is text."""
     path: str  # of the volume, below the prepared folder
@@ -54,14 +54,13 @@ def read_index(folder):
     Raises UserError if there is no index, or if it is damaged or points out of the folder."""
     parts = sorted(glob.glob(os.path.join(glob.escape(folder), "index", "*.csv")))
     if not parts:
-        raise UserError(f"{folder} has no index/*.csv: not a prepared folder, as prepare_data.py "
-                        "makes")
+        raise UserError(f"{folder} has no index/*.csv: not a prepared folder, as "
+                        "prepare_data.py makes")
 
     # A volume that several parts name is of the last one.
     volumes = {}
     for part in parts:
-        for volume in read_part(part):
-            volumes[volume.path] = volume
+        volumes |= {volume.path: volume for volume in read_part(part)}
 
     # An index may come from anybody, so it must not lead to other files.
     for volume in volumes.values():
@@ -104,7 +103,7 @@ def parse_rows(part, rows):
         yield Volume(**{field: row[column] for field, column in columns.items()})
 
 
-# --------------------------------------------------------------------------------------- cases
+# -------------------------------------------------------------------------------------------- cases
 class Case(NamedTuple):
     """What one sample is cut from."""
     name: str
@@ -141,7 +140,7 @@ def split_subjects(subjects, fraction, seed):
     return kept, sorted(held_out)
 
 
-# ---------------------------------------------------------------------------- the sample stream
+# -------------------------------------------------------------------------------- the sample stream
 @functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
 def epoch_order(n, seed, epoch):
     """The order of n samples in one epoch."""
@@ -177,7 +176,7 @@ class SampleStream(Sampler):
         return epoch, int(epoch_order(self.n, self.seed, epoch)[place])
 
 
-# --------------------------------------------------------------------------------------- crops
+# -------------------------------------------------------------------------------------------- crops
 IGNORE = 255  # the class of voxels that neither the loss nor the score looks at
 UNKNOWN = 254  # the class of label values that a task does not name
 
@@ -258,8 +257,7 @@ class Crops(Dataset):
         margin = np.subtract(context, self.patch) // 2
         start = np.subtract(start, margin)
 
-        crop = np.stack([read_box(volume, start, context) for volume in volumes])
-        crop = torch.from_numpy(crop)
+        crop = torch.from_numpy(np.stack([read_box(volume, start, context) for volume in volumes]))
         if label is None:
             return crop, None
 
@@ -330,7 +328,7 @@ def read_box(array, start, size):
     return box
 
 
-# ------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 class Batch(NamedTuple):
     """Samples, field by field. Crops differ in size, since their contexts do: they are a list."""
     crops: list
@@ -375,17 +373,15 @@ def make_loader(dataset, stream, workers, device):
 
 
 def ignore_signals(_):
-    """Ctrl-C and Slurm signal all processes of a job. A loader process goes on, since the trainer
-    finishes its step and then ends it."""
+    """Ctrl-C and Slurm signal all processes of a job: a loader goes on until its trainer ends."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def training_loader(crops, batch_size, first_step, steps, processes, workers):
-    """The batches of this process from first_step on. The stream of samples depends on the seed of the crops
-    and on the step, not on the number of processes or workers."""
-    stream = SampleStream(len(crops.cases), crops.seed, batch_size, first_step, steps, processes.rank,
-                          processes.world)
+    """The batches of this process from first_step on, as a SampleStream with the crops' seed."""
+    stream = SampleStream(len(crops.cases), crops.seed, batch_size, first_step, steps,
+                          processes.rank, processes.world)
     return make_loader(crops, stream, workers, processes.device)
 
 
@@ -397,7 +393,7 @@ def to_device(batch, device):
     return crops, [resample.upload(label, device) for label in batch.labels]
 
 
-# ---------------------------------------------------------------------------- files of a folder
+# -------------------------------------------------------------------------------- files of a folder
 def geometry_of(volume):
     """Path of the geometry of a prepared volume: out/volumes/x.npy -> out/geometry/x.json."""
     folder, source, name = volume.removesuffix(".npy").rsplit("/", 2)
@@ -414,6 +410,7 @@ def read_case(case):
 
     -> volume (C, D, H, W) float16 tensor, its geometry, label values on the scan's own grid."""
     volume = np.stack([np.load(path) for path in case.images])
+
     with open(geometry_of(case.images[0]), encoding="utf-8") as file:
         geometry = json.load(file)
 
@@ -421,5 +418,3 @@ def read_case(case):
     label = nibabel.load(native_of(case.label))
     truth = preprocess.on_axes(label, np.array(geometry["affine"]))
     return torch.from_numpy(volume), geometry, truth
-
-

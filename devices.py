@@ -1,4 +1,4 @@
-"""A device: which one, in what precision and form it computes, and what fits on it."""
+"""A device: which one, the precision and form it computes in, what fits on it and what it used."""
 
 import copy
 import functools
@@ -21,35 +21,38 @@ PRECISIONS = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float6
 
 
 def pick_device(device):
-    """auto, cpu or cuda -> torch.device; UserError if that is not to be had."""
+    """auto, cpu or cuda -> torch.device. Raises UserError for a GPU where there is none."""
     config.check_choice("device", device, ("auto", "cpu", "cuda"))
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but torch sees no GPU; use --device cpu")
 
     if device != "cpu" and torch.cuda.is_available():
-        # --precision fp32 is float32, in convolutions, too.
+        # With --precision fp32, convolutions shall be in float32, too.
         torch.backends.cudnn.allow_tf32 = False
         return torch.device("cuda")
     return torch.device("cpu")
 
 
 def autocast(precision, device):
-    """The context of a forward pass: bfloat16 where it is safe for bf16, as it is for fp32 and fp64."""
+    """The context of a forward pass.
+
+    With bf16 it computes in bfloat16 where that is safe; with fp32 and fp64 it changes nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-# ------------------------------------------------------------------- quicker forms and compilation
+# -------------------------------------------------------------------- quicker forms and compilation
 def quicken(model, device):
     """Give a plain network the quick forms of its device, in place -> the model.
 
     Call it before recompute. Without the file of the device, fast_cpu.py or fast_cuda.py, the
-    model stays plain.
-    """
+    model stays plain."""
+    # These files are optional, so they are looked up by name.
     device = torch.device(device)
     name = f"fast_{device.type}"
     if importlib.util.find_spec(name) is None:
         return model
 
+    # On a CPU the allocator and the augmentations have quicker forms, too.
     fast = importlib.import_module(name)
     if device.type == "cpu":
         fast.keep_freed_memory()
@@ -58,19 +61,20 @@ def quicken(model, device):
 
 
 def convolves_contiguous(row):
-    """Does a row of models.py convolve contiguous volumes on CUDA? Without fast_cuda.py all do."""
+    """Does a row of models.py convolve contiguous volumes on CUDA?"""
+    # Volumes are contiguous unless fast_cuda.py makes them channels-last.
     if importlib.util.find_spec("fast_cuda") is None:
         return True
     return importlib.import_module("fast_cuda").convolves_contiguous(row)
 
 
 def choose_compile(wanted, row, device):
-    """Whether to compile: true or false as given. None, auto: on CUDA, but not SwinUNETR, as in Appendix A.
-
-    Not on a CPU: a compiled step is no quicker there, and the first one takes minutes (bench/RESULTS.md).
-    """
+    """Whether to compile a row of models.py: as `wanted`; for None on CUDA, but not SwinUNETR."""
     if wanted is not None:
         return wanted
+
+    # So does Appendix A. On a CPU a compiled step is no quicker, and the first one takes minutes
+    # (bench/RESULTS.md).
     return device.type == "cuda" and row != "swinunetr"
 
 
@@ -87,33 +91,37 @@ def say_compile(wanted, row, device):
 def warn_of_cudnn(device, precision, contiguous):
     """One line if torch does not use this cuDNN for 3-D convolutions in bf16 of contiguous volumes.
 
-    Its own kernels take 4 to 20 times as long, and up to 17 times the memory (pytorch 166122, 166643, 174051).
-    """
+    Its own kernels take 4 to 20 times as long, and up to 17 times the memory (pytorch 166122,
+    166643, 174051)."""
+    # 91500 is how cuDNN writes its version 9.15.0.
     version = torch.backends.cudnn.version() or 0
-    if device.type == "cuda" and precision == "bf16" and contiguous and 90800 <= version < 91500:
+    concerned = device.type == "cuda" and precision == "bf16" and contiguous
+    if concerned and 90800 <= version < 91500:
         name = f"{version // 10000}.{version // 100 % 100}"
-        print(f"warning: with cuDNN {name}, 3-D convolutions in bf16 take 4 to 20 times as long. Install "
-              "cuDNN 9.15 or later (torch 2.11 brings 9.19), or give --precision fp32", file=sys.stderr)
+        print(f"warning: with cuDNN {name}, 3-D convolutions in bf16 take 4 to 20 times as long. "
+              "Install cuDNN 9.15 or later (torch 2.11 brings 9.19), or give --precision fp32",
+              file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------- what fits
+# ---------------------------------------------------------------------------------------- what fits
 def recompute(model):
-    """Activation checkpointing, after devices.quicken: in the backward pass every block computes
-    its activations again instead of keeping them. bench/models.py measures memory and time."""
+    """Activation checkpointing: in the backward pass every block computes its activations again
+    instead of keeping them. Call it after quicken. bench/models.py measures memory and time."""
+    blocks = (models.Block, models.MedNeXtBlock, swin.SwinBlock, swin.ResidualBlock)
     for module in model.modules():
-        if isinstance(module, (models.Block, models.MedNeXtBlock, swin.SwinBlock, swin.ResidualBlock)):
+        if isinstance(module, blocks):
             module.forward = functools.partial(torch.utils.checkpoint.checkpoint, module.forward,
                                                use_reentrant=False, preserve_rng_state=False)
 
 
 def check_patch(model, size, device, precision):
-    """UserError unless the model takes patches of this side, in voxels."""
+    """Raises UserError unless the model takes patches of this side, in voxels."""
     # Instance norm needs more than one voxel at the coarsest level.
     least = 2
     where = ""
 
-    # In bf16, oneDNN's weight gradient of a 3^3 convolution over 2^3 voxels is not finite (torch
-    # 2.13).
+    # With torch 2.13, oneDNN's weight gradient in bf16 of a 3^3 convolution over 2^3 voxels is not
+    # finite.
     if device.type == "cpu" and precision == "bf16":
         least = 3
         where = " in bf16 on a CPU"
@@ -139,7 +147,7 @@ class LargestTensor(TorchDispatchMode):
 
 @torch.no_grad()
 def largest_tensor(model, x):
-    """Elements of the largest tensor in a forward pass. On the device meta it computes nothing."""
+    """Number of elements of the largest tensor in a forward pass of x."""
     with LargestTensor() as largest:
         model(x)
     return largest.elements
@@ -148,13 +156,14 @@ def largest_tensor(model, x):
 def most_samples(model, patch_size):
     """How many samples a forward pass may hold, so that no tensor has 2^31 elements or more.
 
-    From there on kernels count in 64 bits, or not at all."""
+    From there on kernels count in 64 bits, or do not work at all."""
     # On the device meta there are shapes, but no numbers: nothing is computed.
     patch = torch.empty(1, 1, patch_size, patch_size, patch_size, device="meta")
     largest = largest_tensor(copy.deepcopy(model).to("meta"), patch)
     return max(1, (2 ** 31 - 1) // largest)
 
 
+# ------------------------------------------------------------------------------------- what it used
 def synchronize(device):
     """Wait for all that is queued on the device."""
     if device.type == "cuda":
@@ -162,11 +171,13 @@ def synchronize(device):
 
 
 def peak_memory(device):
-    """Most memory that this process has held so far, and what there is for it, in bytes."""
+    """The most memory that this process has held so far, and what there is for it, in bytes."""
     if device.type == "cuda":
         # What the allocator holds is what must fit: more than what tensors use of it at once.
         return torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]
 
+    # The kernel counts in bytes on macOS, and elsewhere in KiB. The processes of a node share its
+    # memory.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,8 +1,7 @@
 """Optional: the same networks, quicker on a CPU. Delete this file and all works, more slowly.
 
 `install` makes a quick network of a plain one (models.py, swin.py). Outputs and gradients stay
-the same but for rounding. bench/models.py measures what it gains.
-"""
+the same but for rounding. bench/models.py measures what it gains."""
 
 import ctypes
 
@@ -21,8 +20,7 @@ import swin
 def install(model):
     """Turn the modules of a plain network into the quick ones below, in place -> the model.
 
-    A module keeps its parameters and becomes an instance of a subclass of its own class.
-    """
+    A module keeps its parameters and becomes an instance of a subclass of its own class."""
     for module in model.modules():
         if type(module) in QUICK:
             module.__class__ = QUICK[type(module)]
@@ -36,9 +34,8 @@ def install(model):
 def keep_freed_memory():
     """Make the allocator of this process keep what is freed. Elsewhere than in glibc, do nothing.
 
-    glibc gives every large tensor back to the kernel when it is freed, and each new one then costs a
-    page fault for every 4 KB: much of a training step on a CPU.
-    """
+    glibc gives every large tensor back to the kernel when it is freed, and each new one then costs
+    a page fault for every 4 KB: much of a training step on a CPU."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing through mmap
@@ -124,8 +121,10 @@ class Upsample(nn.ConvTranspose3d):
         y = nn.functional.linear(x.movedim(1, -1), weight, self.bias.repeat(k ** 3))
 
         # The offsets inside a voxel's block go beside its position on each axis.
-        y = y.view(batch, *size, k, k, k, self.out_channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
-        return y.reshape(batch, *(k * side for side in size), self.out_channels).movedim(-1, 1)
+        y = y.view(batch, *size, k, k, k, self.out_channels)
+        y = y.permute(0, 1, 4, 2, 5, 3, 6, 7)
+        sides = [k * side for side in size]
+        return y.reshape(batch, *sides, self.out_channels).movedim(-1, 1)
 
 
 # ------------------------------------------------------------------------------------------ MedNeXt
@@ -150,14 +149,17 @@ class MedNeXtBlock(models.MedNeXtBlock):
         v = y.movedim(1, -1).flatten(1, 3)
         v = v.to(torch.promote_types(v.dtype, torch.float32))
         v = v - v.mean(1, keepdim=True)
-        scale = self.norm.weight * (v.square().mean(1) + self.norm.eps).rsqrt()
+        variance = v.square().mean(1)
+        scale = self.norm.weight * (variance + self.norm.eps).rsqrt()
 
         # Expand v * scale + norm.bias, with one matrix per sample.
         expand = self.conv2.weight.flatten(1)
         bias = (expand * self.norm.bias).sum(1) + self.conv2.bias
-        h = torch.baddbmm(bias, v, (expand * scale.unsqueeze(1)).transpose(1, 2))
+        matrices = expand * scale.unsqueeze(1)
+        h = torch.baddbmm(bias, v, matrices.transpose(1, 2))
 
-        h = nn.functional.linear(self.act(h), self.conv3.weight.flatten(1), self.conv3.bias)
+        compress = self.conv3.weight.flatten(1)
+        h = nn.functional.linear(self.act(h), compress, self.conv3.bias)
         return h.unflatten(1, y.shape[2:]).movedim(-1, 1)
 
 
@@ -174,6 +176,7 @@ class DepthwiseConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
+
         mirrored = weight.to(grad.dtype).flip(2, 3, 4)
         grad_x = nn.functional.conv3d(grad, mirrored, padding=1, groups=len(weight))
         grad_weight = kernel_gradient(channels_first(x.to(grad.dtype)), channels_first(grad))
@@ -185,10 +188,10 @@ def kernel_gradient(x, grad, side=8):
     """Gradient of a depthwise kernel, (C, 1, 3, 3, 3), from the input x and the output's gradient,
     both (B, C, D, H, W). For each of the 27 offsets it is the sum of grad[v] * x[v + offset] over
     all voxels v.
- The planes (H, W) are cut into blocks of side^2 voxels. A matrix product multiplies every voxel of
-x in a block and its rim by every voxel of grad in the block, and sums over all blocks. The sums
-that are wanted, of voxels an offset apart, lie on diagonals of the result.
-    """
+
+    The planes (H, W) are cut into blocks of side^2 voxels. A matrix product multiplies every voxel
+    of x in a block and its rim by every voxel of grad in the block, and sums over all blocks. The
+    sums that are wanted, of voxels an offset apart, lie on diagonals of the result."""
     channels, depth, height, width = x.shape[1:]
     rim = side + 2
 
@@ -201,9 +204,11 @@ that are wanted, of voxels an offset apart, lie on diagonals of the result.
 
     # x as (C, depth, blocks of all samples, voxels of a block and its rim); grad as (C, blocks of
     # all planes and samples, voxels of a block).
-    rims = x.unfold(3, rim, side).unfold(4, rim, side).permute(1, 2, 0, 3, 4, 5, 6)
+    rims = x.unfold(3, rim, side).unfold(4, rim, side)
+    rims = rims.permute(1, 2, 0, 3, 4, 5, 6)
     rims = rims.reshape(channels, depth + 2, -1, rim ** 2)
-    blocks = grad.unfold(3, side, side).unfold(4, side, side).permute(1, 2, 0, 3, 4, 5, 6)
+    blocks = grad.unfold(3, side, side).unfold(4, side, side)
+    blocks = blocks.permute(1, 2, 0, 3, 4, 5, 6)
     blocks = blocks.reshape(channels, -1, side ** 2)
 
     # An offset between planes is a matrix product, and an offset in the plane a diagonal of it.
@@ -252,7 +257,7 @@ QUICK = {  # a plain class -> the quick one that takes its place
 }
 
 
-# -------------------------------------------------------------------------- augmentation lookups
+# ----------------------------------------------------------------------------- augmentation lookups
 def install_lookup():
     """Let augment.lookup read a tensor on a CPU by gathers; on other devices it stays as it was.
 
@@ -273,12 +278,13 @@ def lookup(x, matrix, displacement, size, mode):
 def zoom(x, scale, size):
     """Trilinear lookup at scale * c: the first axis by a matrix, then plane by plane."""
     depth, *sides = x.shape[1:]
-    first, *others = ((np.arange(n) - (n - 1) / 2) * scale for n in size)
+    first, *others = (resample.from_middle(n) * scale for n in size)
 
     # Each plane of the result is a mean of two planes of x, weighted by their distances.
     position = first[:, None] + (depth - 1) / 2
     distance = abs(position - np.arange(depth))
-    planes = resample.apply_matrix(x, np.maximum(1 - distance, 0), 0)
+    weights = np.maximum(1 - distance, 0)
+    planes = resample.apply_matrix(x, weights, 0)
     planes = planes.view(-1, 1, *sides)
 
     # Within a plane, -1 and 1 are the centres of the outermost pixels, and the last axis is first.
@@ -286,7 +292,8 @@ def zoom(x, scale, size):
     for line, n in zip(others, sides, strict=True):
         line = line * 2 / max(n - 1, 1)
         lines.append(resample.upload_array(line, x))
-    grid = torch.stack(torch.meshgrid(*lines, indexing="ij")[::-1], -1)
+    rows, columns = torch.meshgrid(*lines, indexing="ij")
+    grid = torch.stack([columns, rows], -1)
     grid = grid.expand(len(planes), -1, -1, -1)
     moved = F.grid_sample(planes, grid, "bilinear", "zeros", align_corners=True)
     return moved.view(-1, *size)

@@ -19,7 +19,7 @@ SCORES = {
 }
 
 
-# ---------------------------------------------------------------------------------- two masks
+# ---------------------------------------------------------------------------------------- two masks
 def dice(prediction, truth, labels, ignore=None):
     """Dice of each label: {label: 2 TP / (2 TP + FP + FN)}.
 
@@ -34,7 +34,8 @@ def dice(prediction, truth, labels, ignore=None):
 
     if ignore is not None:
         counted = ~np.isin(truth, ignore)
-        prediction, truth = prediction[counted], truth[counted]
+        prediction = prediction[counted]
+        truth = truth[counted]
 
     scores = {}
     for label in labels:
@@ -203,7 +204,7 @@ def score(prediction, truth, spacing):
     return scores
 
 
-# --------------------------------------------------------------------------- means and tables
+# --------------------------------------------------------------------------------- means and tables
 def mean_dice(records, names, kind="dice"):
     """Mean over cases of the mean over `names`, and how many cases were dropped.
 
@@ -233,8 +234,19 @@ def spread(means):
 
 def spread_of_dice(folds, names, belongs=lambda record: True):
     """Dice in percent over the folds, as `spread` writes it, of the records that belong."""
-    means = [mean_dice(filter(belongs, records), names)[0] for records in folds.values()]
-    return spread([100 * mean for mean in means])
+    percent = []
+    for records in folds.values():
+        mean, _ = mean_dice(filter(belongs, records), names)
+        percent.append(100 * mean)
+    return spread(percent)
+
+
+def markdown(tables):
+    """Tables of a header, lines and a note, one after the other, as one page of Markdown."""
+    lines = []
+    for each in tables:
+        lines += [*table(each.header, each.lines), "", each.note, ""]
+    return "\n".join(lines)
 
 
 def table(header, rows):
@@ -243,7 +255,7 @@ def table(header, rows):
     return [f"| {' | '.join(map(str, row))} |" for row in (header, rule, *rows)]
 
 
-# ------------------------------------------------------------------------------ p values
+# ----------------------------------------------------------------------------------------- p values
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(200)
 
 
@@ -252,12 +264,13 @@ def student_p(t, df):
     # With t = sqrt(df) tan(angle) the density goes as cos(angle)^(df - 1), which Gauss-Legendre
     # quadrature integrates from 0 to the angle of this t.
     half = math.atan(abs(t) / math.sqrt(df)) / 2
-    density = np.cos(half * (NODES + 1)) ** (df - 1)
+    angles = half * (NODES + 1)
+    total = float(WEIGHTS @ np.cos(angles) ** (df - 1))
 
-    # lgamma, since the gamma function itself overflows for many degrees of freedom.
-    ratio = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2))
-    scale = 2 * ratio / math.sqrt(math.pi)
-    return max(0.0, 1 - scale * half * float(WEIGHTS @ density))
+    # With this factor, the integral over all angles is 1.
+    log_ratio = math.lgamma((df + 1) / 2) - math.lgamma(df / 2)
+    scale = 2 * math.exp(log_ratio) / math.sqrt(math.pi)
+    return max(0.0, 1 - scale * half * total)
 
 
 def student_quantile(q, df):
@@ -286,7 +299,7 @@ def holm(ps):
     return adjusted
 
 
-# ------------------------------------------------------------------------- summary.md of a run
+# ------------------------------------------------------------------------------ summary.md of a run
 def summarise(run, assignment):
     """summary.md of a finetuning run, in Markdown.
 
@@ -302,8 +315,10 @@ def summarise(run, assignment):
         columns = {"mean": run["classes"]} | columns
 
     # A case that several folds evaluate counts once.
-    cases = {record["case"]: record for records in folds.values() for record in records}
-    cases = list(cases.values())
+    by_name = {}
+    for records in folds.values():
+        by_name |= {record["case"]: record for record in records}
+    cases = list(by_name.values())
 
     settings = run["config"]
     blocks = [

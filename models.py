@@ -2,14 +2,12 @@
 
 A network takes a patch (B, C, s, s, s). f is its width, the number of channels of its first level.
 Parameter names are the official ones, so that published checkpoints load without a map. fast_cpu.py
-and fast_cuda.py hold quicker forms of these modules.
-"""
+and fast_cuda.py hold quicker forms of these modules."""
 
 from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
-import torch.utils.checkpoint
 from torch import nn
 
 import swin
@@ -37,7 +35,7 @@ ROWS = {
 }
 
 
-# ------------------------------------------------------------------------------- U-Net, B and XL
+# ---------------------------------------------------------------------------------- U-Net, B and XL
 class ConvNormAct(nn.Module):
     """Convolution 3^3, instance norm, leaky ReLU."""
 
@@ -80,9 +78,12 @@ class UNetEncoder(nn.Module):
 
     def forward(self, x):
         levels = [self.in_conv(x)]
+
+        # Each level is made of the one above it, at half its side.
         for block in (self.encoder_conv1, self.encoder_conv2, self.encoder_conv3,
                       self.encoder_conv4):
             levels.append(block(self.pool(levels[-1])))
+
         return levels
 
 
@@ -91,8 +92,7 @@ class UNetDecoder(nn.Module):
 
     light: one convolution per level instead of two (Table 2). skips: the encoder's level is
     concatenated to the upsampled one. stem: the stride of the encoder's first convolution, which
-    the last one here undoes. It is 1 for all encoders except Swin's.
-    """
+    the last one here undoes. It is 1 for all encoders except Swin's."""
 
     def __init__(self, channels, f, light, skips, stem=1):
         super().__init__()
@@ -126,27 +126,30 @@ class UNetDecoder(nn.Module):
             if self.skips:
                 x = torch.cat([x, skip], 1)
             x = block(x)
+
         return self.out_conv(x)
 
 
-# ----------------------------------------------------------- MedNeXt, M and L, kernel 3 (no UpKern)
+# ----------------------------------------------------------- MedNeXt, M and L (kernel 3, no UpKern)
 class MedNeXtBlock(nn.Module):
     """Depthwise convolution, group norm, expansion, GELU, compression, and a shortcut around them.
 
     With stride 2 the block halves the side, or doubles it with `up`. The shortcut is then a
-    convolution, too.
-    """
+    convolution, too."""
 
     def __init__(self, channels_in, channels_out, expansion, stride=1, up=False):
         super().__init__()
         self.stride = stride
         self.up = up
+
         convolution = nn.ConvTranspose3d if up else nn.Conv3d
         self.conv1 = convolution(channels_in, channels_in, 3, stride, 1, groups=channels_in)
         self.norm = nn.GroupNorm(channels_in, channels_in)  # one group per channel
         self.conv2 = nn.Conv3d(channels_in, channels_in * expansion, 1)
         self.act = nn.GELU()
         self.conv3 = nn.Conv3d(channels_in * expansion, channels_out, 1)
+
+        # The shortcut must change the side and the channels as the block does.
         self.res_conv = nn.Identity()
         if stride == 2:
             self.res_conv = convolution(channels_in, channels_out, 1, stride)
@@ -187,6 +190,7 @@ class MedNeXtEncoder(nn.Module):
 
     def forward(self, x):
         levels = [self.enc_block_0(self.stem(x))]
+
         for down, level in ((self.down_0, self.enc_block_1), (self.down_1, self.enc_block_2),
                             (self.down_2, self.enc_block_3), (self.down_3, self.bottleneck)):
             levels.append(level(down(levels[-1])))
@@ -196,8 +200,7 @@ class MedNeXtEncoder(nn.Module):
 class MedNeXtDecoder(nn.Module):
     """MedNeXt's own decoder (Table 4, "MedNeXt dec"): five levels -> (B, channels, s, s, s).
 
-    It adds the skips instead of concatenating them.
-    """
+    It adds the skips instead of concatenating them."""
 
     def __init__(self, channels, f, blocks, expansion):
         super().__init__()
@@ -219,7 +222,7 @@ class MedNeXtDecoder(nn.Module):
         return self.out_0(x)
 
 
-# -------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------- whole networks
 class Network(nn.Module):
     """An encoder and one decoder, `rec_head` in pretraining and `pred_head` in segmentation:
     (B, in_channels, D, H, W) -> (B, out_channels, D, H, W)."""
@@ -247,8 +250,7 @@ def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skip
     (section 3.1). "segment" has the row's own decoder, with skips (section 3.2). "swin" is the
     encoder of SwinUNETR under the three heads of [23].
     merge: SwinUNETR's patch merging, "legacy" as in the paper's MONAI 1.3.2 or "fixed" as in 1.5.
-    features: another width f than the row's. Raises UserError for an unknown name.
-    """
+    features: another width f than the row's. Raises UserError for an unknown name."""
     check_choice("model", name, ROWS)
     check_choice("task", task, ("pretrain", "segment", "swin"))
     check_choice("decoder", decoder, ("light", "standard"))
@@ -279,5 +281,3 @@ def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skip
     if row.decoder == "unet":
         return Network(encoder, pred_head=UNetDecoder(out_channels, f, light=False, skips=True))
     return Network(encoder, pred_head=MedNeXtDecoder(out_channels, f, row.blocks, row.expansion))
-
-

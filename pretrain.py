@@ -239,8 +239,6 @@ def write_preview(run, crops, precision, token_size, mask_ratio):
 
 
 # ----------------------------------------------------------------------------------------- the run
-
-
 def plan_batch(batch_size, micro_batch, world, objective, limit):
     """How many samples a process holds at once, and a line that says how they make a batch.
 

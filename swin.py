@@ -29,7 +29,7 @@ def under(name, module):
     return nn.Sequential(OrderedDict([(name, module)]))
 
 
-# --------------------------------------------------------------------------------- the transformer
+# ---------------------------------------------------------------------------------- the transformer
 class WindowAttention(nn.Module):
     """Self-attention inside windows of up to 7^3 tokens, with a learned bias for each offset
     between two tokens: (windows, n, d) -> (windows, n, d)."""
@@ -72,8 +72,7 @@ class WindowAttention(nn.Module):
 
     def pair_bias(self, n, mask):
         """What is added to the scores: (1, heads, n, n), with a mask (its windows, heads, n, n)."""
-        # A window under 7^3 takes the corner of the index of 7^3, as in MONAI, though its tokens
-        # lie otherwise.
+        # As in MONAI, smaller windows take a corner of the index, though they lie otherwise.
         index = self.relative_position_index[:n, :n]
         bias = self.relative_position_bias_table[index].permute(2, 0, 1)[None]
         return bias if mask is None else bias + mask[:, None]
@@ -82,8 +81,7 @@ class WindowAttention(nn.Module):
 class SwinBlock(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)), on (B, D, H, W, d).
 
-    Every second block shifts its windows by 3 tokens on the axes that are longer than a window.
-    """
+    Every second block shifts its windows by 3 tokens on the axes that are longer than a window."""
 
     def __init__(self, d, heads, shifted):
         super().__init__()
@@ -125,32 +123,32 @@ class SwinBlock(nn.Module):
 
 def windows_of(x, window):
     """(B, D, H, W, d) -> (B * windows, tokens, d), both in raster order."""
-    b, *size, d = x.shape
-    i, j, k = window
-    x = x.view(b, size[0] // i, i, size[1] // j, j, size[2] // k, k, d)
-    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, i * j * k, d)
+    # Each axis is cut into windows. The last one comes first: it does not move the others.
+    for axis in (3, 2, 1):
+        x = x.unflatten(axis, (-1, window[axis - 1]))
+    x = x.permute(0, 1, 3, 5, 2, 4, 6, 7)
+    return x.flatten(0, 3).flatten(1, 3)
 
 
 def grid_of(x, shape, window):
     """The inverse of windows_of: (B * windows, tokens, d) -> shape, which is (B, D, H, W, d)."""
     b, *size, d = shape
-    i, j, k = window
-    x = x.view(b, size[0] // i, size[1] // j, size[2] // k, i, j, k, d)
+    windows = [side // w for side, w in zip(size, window, strict=True)]
+    x = x.view(b, *windows, *window, d)
     return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(shape)
 
 
 def shift_mask(size, window, shift, device):
-    """(windows, n, n): -100 between tokens that the cyclic shift brought together from opposite
-    borders of a grid of this size, else 0."""
+    """(windows, n, n): -100 between tokens that the shift has joined across a border, else 0."""
     # Number the regions whose tokens belong together. There are three on each axis: what lies
     # before the last window, the last window's own tokens, and those from the opposite border.
-    region = torch.zeros(1, *size, 1, device=device)
+    region = torch.zeros(size, device=device)
     for axis, side in enumerate(size):
         i = torch.arange(side, device=device)
         label = (i >= side - window[axis]).float() + (i >= side - shift[axis]).float()
-        region = 3 * region + label.view(-1, *[1] * (3 - axis))
+        region = 3 * region + resample.along_axis(label, axis)
 
-    region = windows_of(region, window)
+    region = windows_of(region[None, ..., None], window)
     return -100.0 * (region != region.transpose(1, 2)).float()
 
 
@@ -169,16 +167,10 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(x))
 
 
-class SwinStage(nn.Module):
+def swin_stage(d, heads, merge):
     """Two blocks and a merging: (B, D, H, W, d) -> (B, D/2, H/2, W/2, 2d)."""
-
-    def __init__(self, d, heads, merge):
-        super().__init__()
-        self.blocks = nn.Sequential(SwinBlock(d, heads, False), SwinBlock(d, heads, True))
-        self.downsample = PatchMerging(d, merge)
-
-    def forward(self, x):
-        return self.downsample(self.blocks(x))
+    blocks = nn.Sequential(SwinBlock(d, heads, False), SwinBlock(d, heads, True))
+    return nn.Sequential(OrderedDict(blocks=blocks, downsample=PatchMerging(d, merge)))
 
 
 class SwinEncoder(nn.Module):
@@ -192,10 +184,10 @@ class SwinEncoder(nn.Module):
                             "head")
         heads = f // 16  # of the first stage; 16 channels a head at every stage
         self.patch_embed = under("proj", nn.Conv3d(channels, f, 2, 2))
-        self.layers1 = nn.Sequential(SwinStage(f, heads, merge))
-        self.layers2 = nn.Sequential(SwinStage(2 * f, 2 * heads, merge))
-        self.layers3 = nn.Sequential(SwinStage(4 * f, 4 * heads, merge))
-        self.layers4 = nn.Sequential(SwinStage(8 * f, 8 * heads, merge))
+        self.layers1 = nn.Sequential(swin_stage(f, heads, merge))
+        self.layers2 = nn.Sequential(swin_stage(2 * f, 2 * heads, merge))
+        self.layers3 = nn.Sequential(swin_stage(4 * f, 4 * heads, merge))
+        self.layers4 = nn.Sequential(swin_stage(8 * f, 8 * heads, merge))
 
     def forward(self, x):
         # The transformer has the channels last.
@@ -205,7 +197,7 @@ class SwinEncoder(nn.Module):
         return [F.layer_norm(state, state.shape[-1:]).movedim(-1, 1) for state in states]
 
 
-# ------------------------------------------------------------------------------------ the networks
+# ------------------------------------------------------------------------------------- the networks
 class ResidualBlock(nn.Module):
     """Two 3^3 convolutions with instance norm and leaky ReLU, and a shortcut around them."""
 
@@ -242,14 +234,16 @@ class SwinUpBlock(nn.Module):
         return self.conv_block(torch.cat([self.transp_conv(x), skip], 1))
 
 
-class SwinUNETR(nn.Module):
-    """Segmentation network of [23]: (B, C, s, s, s) -> (B, channels_out, s, s, s).
-
-    Only swinViT, 8 of its 62 million parameters, is ever pretrained.
-    """
-
+class SwinNetwork(nn.Module):
+    """A network on the encoder swinViT, which halves the side of its input five times."""
     size_multiple = 32
     encoder_prefix = "swinViT."
+
+
+class SwinUNETR(SwinNetwork):
+    """Segmentation network of [23]: (B, C, s, s, s) -> (B, channels_out, s, s, s).
+
+    Only swinViT, 8 of its 62 million parameters, is ever pretrained."""
 
     def __init__(self, channels_in, channels_out, f, merge):
         super().__init__()
@@ -278,12 +272,9 @@ class SwinUNETR(nn.Module):
         return self.out(self.decoder1(y, self.encoder1(x)))
 
 
-class SwinHeads(nn.Module):
+class SwinHeads(SwinNetwork):
     """Pretraining network of [23]: (B, C, s, s, s) -> rotation logits (B, 4), contrastive vectors
     (B, 512), reconstruction (B, C, s, s, s)."""
-
-    size_multiple = 32
-    encoder_prefix = "swinViT."
 
     def __init__(self, channels, f, merge):
         super().__init__()
@@ -309,12 +300,9 @@ class SwinHeads(nn.Module):
         return rotation, contrast, self.conv(h4)
 
 
-class SwinReconstruction(nn.Module):
+class SwinReconstruction(SwinNetwork):
     """AMAES on the SwinUNETR encoder, which the paper leaves open: the decoder of section 3.1 takes
     the hidden states, and its last convolution undoes the patch embedding."""
-
-    size_multiple = 32
-    encoder_prefix = "swinViT."
 
     def __init__(self, encoder, rec_head):
         super().__init__()
@@ -332,7 +320,7 @@ def check_multiple(x, multiple):
         raise UserError(f"input {tuple(x.shape[2:])}: choose multiples of {multiple}")
 
 
-# ----------------------------------------------------------------------- the pretraining of [23]
+# -------------------------------------------------------------------------- the pretraining of [23]
 class Views(NamedTuple):
     image: torch.Tensor  # (2B, C, D, H, W): what the network sees, all first views, then all second
     target: torch.Tensor  # (2B, C, D, H, W): the same, not cut
@@ -340,10 +328,7 @@ class Views(NamedTuple):
 
 
 def make_views(patches, seeds, share):
-    """Two views of each patch of a batch (B, C, D, H, W); see swin_view.
-
-    seeds: for each of the two views, one seed a sample.
-    """
+    """Two views of each patch (B, C, D, H, W), by swin_view. seeds: for each view, one a sample."""
     first, second = (swin_view(patches, view_seeds, share) for view_seeds in seeds)
     rotated, cut, turns = (torch.cat(pair) for pair in zip(first, second, strict=True))
     return Views(cut, rotated, turns)
@@ -355,30 +340,24 @@ def swin_view(target, seeds, share):
     Each is rotated by k * 90 degrees about the first axis. Then boxes of it are filled with noise
     in [0, 1], and others with what lies there in another sample of the batch, which is drawn. One
     that comes earlier in the batch is cut already, as in [23], whose loop works in place.
-    -> rotated and cut, both (B, C, D, H, W), and k, (B,)
-    """
+    -> rotated and cut, both (B, C, D, H, W), and k, (B,)"""
     rngs = [np.random.default_rng(seed) for seed in seeds]
     turns = [int(rng.integers(4)) for rng in rngs]
     rotated = torch.stack([torch.rot90(x, k, (2, 3)) for x, k in zip(target, turns, strict=True)])
 
     cut = rotated.clone()
-    for sample, rng in enumerate(rngs):
-        image = cut[sample]
-
+    for image, rng in zip(cut, rngs, strict=True):
         # Noise, stretched to [0, 1] within each box.
         noise_seed = int(rng.integers(2 ** 62))
         generator = torch.Generator(image.device).manual_seed(noise_seed)
         for box in cut_boxes(rng, image.shape[1:], share):
             part = image[(slice(None), *box)]
-            noise = torch.randn(part.shape, generator=generator, device=part.device,
-                                dtype=part.dtype)
+            noise = torch.empty_like(part).normal_(generator=generator)
             spread = (noise.max() - noise.min()).clamp(min=1e-12)
             part.copy_((noise - noise.min()) / spread)
 
-        # Boxes of another sample. If the sample itself is drawn, nothing is pasted.
+        # Boxes of another sample. If the sample itself is drawn, this changes nothing.
         other = int(rng.integers(len(cut)))
-        if other == sample:
-            continue
         for box in cut_boxes(rng, image.shape[1:], share):
             image[(slice(None), *box)] = cut[(other, slice(None), *box)]
     return rotated, cut, resample.upload(torch.tensor(turns), target.device)
@@ -388,8 +367,7 @@ def cut_boxes(rng, shape, share):
     """Random boxes of a patch of this shape, (D, H, W), as tuples of slices.
 
     They are drawn until their volumes sum to U(0, share) of the patch. A side is 5 to 25 % of the
-    patch's, and ends at its border: the paper's "mask ratio 0.3" hides 14 % on average.
-    """
+    patch's, and ends at its border: the paper's "mask ratio 0.3" hides 14 % on average."""
     target = rng.uniform(0, share) * math.prod(shape)
     volume = 0
     boxes = []
@@ -410,8 +388,7 @@ def losses(outputs, views):
 
     Rotation: which of the four quarter turns. Contrast: the two views of a sample belong together.
     L1: the views as they were before they were cut. Pasting and contrast are among the samples that
-    a process holds at once, as in [23].
-    """
+    a process holds at once, as in [23]."""
     rotation, vectors, reconstruction = outputs
     dtype = views.target.dtype
     return torch.stack([
@@ -421,11 +398,9 @@ def losses(outputs, views):
 
 
 def contrastive_loss(vectors, temperature=0.5):
-    """NT-Xent: a scalar, 0 if B is 1.
-
-    vectors: (2B, d), the first views of B samples, then their second views.
-    """
-    vectors = F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=1)
+    """NT-Xent of vectors (2B, d), the first views of B samples and their second: 0 if B is 1."""
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    vectors = F.normalize(vectors.to(dtype), dim=1)
 
     # Each vector must find its partner, B places away, among all vectors but itself.
     similarity = (vectors @ vectors.T / temperature).fill_diagonal_(-math.inf)
@@ -435,10 +410,7 @@ def contrastive_loss(vectors, temperature=0.5):
 
 @torch.no_grad()
 def loss_sums(three, samples):
-    """Sums for the log, to be added over micro-batches and processes: (4,).
-
-    They are each of the three losses times the number of samples, and that number.
-    """
+    """Sums for the log, (4,): each of the three losses times the number of samples; that number."""
     return torch.cat([three, three.new_ones(1)]) * samples
 
 

@@ -1,4 +1,5 @@
-"""A task (paper, section 4.1): its folds, how a case is scored, and checks of its data."""
+"""A task (paper, section 4.1): its folds, how a case is scored, what a run of it was made of and
+found, and its cases in a prepared folder."""
 
 import dataclasses
 import json
@@ -42,6 +43,7 @@ def read_task(name):
         known = ", ".join(sorted(os.path.splitext(file)[0] for file in os.listdir(folder)))
         raise UserError(f"no task {name!r}: give a path to a task file, or one of {known}")
 
+    # The task is named after its file.
     task = config.build_config(Task, config.read_yaml(Task, path))
     check_task(path, task)
     return os.path.splitext(os.path.basename(path))[0], task
@@ -64,6 +66,7 @@ def check_task(path, task):
             raise UserError(f"{path}: labels maps label values, 0 to 255, to class numbers; "
                             "ignore lists values")
 
+    # A region is scored as the union of its classes.
     for region in task.regions.values():
         if not isinstance(region, list) or any(n not in numbers for n in region):
             raise UserError(f"{path}: a region is a list of class numbers, as [1, 2]")
@@ -98,6 +101,7 @@ def make_folds(name, task, cases):
 
     folds = []
     for fold in range(len(pool) if leave_one_out else task.folds):
+        # The seed is of the task and the fold alone: every run of the task has the same folds.
         if leave_one_out:
             trained = set(pool) - {pool[fold]}
         else:
@@ -110,7 +114,7 @@ def make_folds(name, task, cases):
     return folds
 
 
-# ------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------------ scoring
 def site(case):
     """Scanner of a WMH case: Amsterdam-GE3T of the subject wmh/Amsterdam-GE3T_100."""
     return case.subject.split("/")[-1].rpartition("_")[0]
@@ -164,7 +168,7 @@ def score_case(classes, truth, task, affine):
     return scores
 
 
-# --------------------------------------------------------------------- what a run was made of
+# --------------------------------------------------------------------------- what a run was made of
 def inputs_of(cases):
     """What each case was made of, for a later run to compare with.
 
@@ -248,13 +252,32 @@ def files_of(case):
     return [*case.images, case.label, data.native_of(case.label), data.geometry_of(case.images[0])]
 
 
+# --------------------------------------------------------------------------------- what a run found
+def read_json(folder, name):
+    """A file of a run folder. UserError if it is missing or damaged."""
+    # The folder may hold anything: it is named on the command line.
+    try:
+        with open(os.path.join(folder, name), encoding="utf-8") as file:
+            return json.load(file)
+    except OSError:
+        raise UserError(f"{folder} has no {name}: no run folder of finetune.py, or "
+                        "unfinished") from None
+    except ValueError:
+        raise UserError(f"{folder}/{name} is damaged; finetune.py run again rewrites it") from None
 
 
+def read_run(folder):
+    """dice.json of a run folder, with `path` and, from folds.json, `assignment` of cases to folds.
 
-# --------------------------------------------------------------- sessions, sequences and files
+    UserError if a file is missing or damaged, or no fold is finished."""
+    assignment = read_json(folder, "folds.json")
+    run = read_json(folder, "dice.json")
+    if not run["folds"]:
+        raise UserError(f"{folder} has no finished fold")
+    return run | {"path": folder, "assignment": assignment}
 
 
-# ------------------------------------------------------------------------------------- its cases
+# ---------------------------------------------------------------------------- its cases in a folder
 def sessions_of(folder, source):
     """What a task may take from a folder: {(source, subject, session): {sequence: its volumes}}.
 

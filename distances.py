@@ -1,0 +1,301 @@
+"""Exact distances from surface to surface, and lesions, at a cost that follows the two masks.
+
+A mask is a bool array (D, H, W). Its surface is sparse: a tumour of 100 ml in a scan of nine million
+voxels has some twenty thousand surface voxels, and most of them lie within a few voxels of the other
+surface. `to_surface` finds the distance from each to the nearest one of the other in two steps:
+
+* `by_rings` looks at the voxels around, in the order of their distance. It settles what is near.
+* What is far is compared with the whole other surface, `by_pairs`, if there is little of it.
+  Otherwise `by_lines` transforms the grid, one axis after the other.
+
+All three ways are exact, so that the choice between them changes nothing but rounding.
+"""
+
+import itertools
+
+import numpy as np
+
+REACH = 4  # voxels, the mean over the axes, as far as by_rings looks: 257 voxels where they are cubes
+BATCH = 1 << 17  # surface voxels that are looked up at a time
+PRODUCTS = 1 << 18  # distances that are calculated at a time: as many as the fast cache holds
+PAIRS_PER_VOXEL = 64  # a voxel of the grid costs by_lines about as much as so many pairs cost by_pairs
+NO_TARGET = 1 << 15  # more steps than any line has voxels; as much again fits into uint16
+
+
+def box_of(mask):
+    """The smallest box, as slices, that holds all True voxels of a mask (D, H, W).
+
+    It is empty if the mask is."""
+    box = []
+    for axis in range(3):
+        others = tuple(other for other in range(3) if other != axis)
+        filled = np.flatnonzero(mask.any(axis=others))
+        box.append(slice(filled[0], filled[-1] + 1) if len(filled) else slice(0, 0))
+    return tuple(box)
+
+
+def surface(mask):
+    """The voxels of a mask (D, H, W) that have one of their six neighbours outside of it.
+
+    What is outside of the grid is outside of the mask."""
+    interior = mask.copy()
+    for axis in range(3):
+        # Views in which the axis comes first; to write to one is to write to `interior`.
+        inside = np.moveaxis(interior, axis, 0)
+        voxels = np.moveaxis(mask, axis, 0)
+
+        inside[1:] &= voxels[:-1]
+        inside[:-1] &= voxels[1:]
+        inside[0] = False
+        inside[-1] = False
+    return mask & ~interior
+
+
+# ----------------------------------------------------------------------------------- distances
+def to_surface(queries, targets, spacing):
+    """Distance in mm from each True voxel of `queries` to the nearest one of `targets`.
+
+    queries, targets: bool (D, H, W), on a grid of voxels of `spacing` mm; `targets` is not empty.
+    Returns float32 (N,) in the order of np.nonzero(queries)."""
+    found = by_rings(queries, targets, spacing)
+    far = np.flatnonzero(np.isinf(found))
+    if not len(far):
+        return found
+
+    # Only the queries that are still without a distance matter from here on.
+    rest = np.zeros_like(queries, order="C")
+    places = 0
+    for plane, there in zip(queries, rest, strict=True):
+        count = np.count_nonzero(plane)
+        there[plane] = np.isinf(found[places:places + count])
+        places += count
+
+    # The cost of one way follows the pairs, that of the other the grid.
+    if len(far) * np.count_nonzero(targets) <= PAIRS_PER_VOXEL * targets.size:
+        found[far] = by_pairs(rest, targets, spacing)
+    else:
+        found[far] = by_lines(rest, targets, spacing)
+    return found
+
+
+def ring_offsets(shape, spacing):
+    """The offsets (K, 3) in voxels within reach, nearest first, and their lengths (K,) in mm.
+
+    An offset that leads out of a grid of this shape from everywhere is left out."""
+    size = np.asarray(spacing, float)
+    reach = REACH * np.prod(size) ** (1 / 3)
+    margin = np.minimum(reach // size, np.array(shape) - 1).astype(int)
+
+    steps = [range(-far, far + 1) for far in margin]
+    offsets = np.array(list(itertools.product(*steps)))
+    lengths = np.linalg.norm(offsets * size, axis=1)
+
+    order = np.argsort(lengths, kind="stable")
+    order = order[lengths[order] <= reach]
+    return offsets[order], lengths[order]
+
+
+def by_rings(queries, targets, spacing):
+    """As to_surface, but inf for a query without a target within reach.
+
+    The offsets come in the order of their lengths. So the first one that leads to a target leads to
+    the nearest, and a query that has met none is farther from all targets than the reach."""
+    offsets, lengths = ring_offsets(targets.shape, spacing)
+
+    # With a margin around the targets, no offset leads out of the array or into another line.
+    margin = offsets.max(axis=0)
+    padded = np.pad(np.ascontiguousarray(targets), [(far, far) for far in margin])
+    is_target = padded.ravel()
+    steps = offsets @ padded.strides  # a bool is one byte, so strides count voxels
+
+    # Planes go together while they have few queries, which bounds the memory for dense masks.
+    ends = np.cumsum(np.count_nonzero(queries, axis=(1, 2)))
+    batches = np.unique(ends // BATCH, return_index=True)[1]
+    found = np.full(ends[-1], np.inf, np.float32)
+    for first, last in itertools.pairwise([*batches, len(queries)]):
+        around = [(0, 0), *((far, far) for far in margin[1:])]
+        planes = np.pad(queries[first:last], around)
+        place = np.flatnonzero(planes) + (first + margin[0]) * padded.strides[0]
+        unsettled = np.arange(ends[last - 1] - len(place), ends[last - 1])
+
+        for step, length in zip(steps, lengths, strict=True):
+            hit = is_target[place + step]
+            if hit.any():
+                found[unsettled[hit]] = length
+                unsettled = unsettled[~hit]
+                place = place[~hit]
+            if not len(place):
+                break
+    return found
+
+
+def by_pairs(queries, targets, spacing):
+    """As to_surface: from each query to every target, in batches."""
+    # The origin is the targets' mean: sums of large squares would round more.
+    target = np.argwhere(targets) * np.asarray(spacing, float)
+    origin = target.mean(axis=0)
+    target -= origin
+    query = np.argwhere(queries) * np.asarray(spacing, float) - origin
+
+    # |q - t|^2 is |q|^2 plus one product of (-2 q, 1) and (t, |t|^2). The least product is nearest.
+    right = np.concatenate([target, (target ** 2).sum(axis=1, keepdims=True)], axis=1).T
+    left = np.concatenate([-2 * query, np.ones((len(query), 1))], axis=1)
+    least = np.empty(len(query))
+    rows = max(1, PRODUCTS // len(target))
+    for first in range(0, len(query), rows):
+        least[first:first + rows] = (left[first:first + rows] @ right).min(axis=1)
+
+    squares = least + (query ** 2).sum(axis=1)
+    return np.sqrt(np.maximum(squares, 0)).astype(np.float32)
+
+
+def by_lines(queries, targets, spacing):
+    """As to_surface: a distance transform of the grid, in those planes that have queries.
+
+    The squared distance is a sum over the three axes, so that its least value over all targets is
+    found one axis after the other: along an axis, the least of (what the axes before have left) plus
+    (the squared distance to there)."""
+    # First axis: voxels to the nearest target of the line. It is the last one or the next one.
+    gap = np.where(targets, np.uint16(0), np.uint16(NO_TARGET))
+    for plane in range(1, len(gap)):
+        np.minimum(gap[plane], gap[plane - 1] + 1, out=gap[plane])
+    for plane in range(len(gap) - 2, -1, -1):
+        np.minimum(gap[plane], gap[plane + 1] + 1, out=gap[plane])
+
+    # Columns without a target have nothing to give, neither in their own lines nor to others.
+    columns = np.flatnonzero(targets.any(axis=(0, 1)))
+    depth, height, width = np.asarray(spacing, np.float32)
+    across = (np.arange(targets.shape[2])[:, None] - columns) * width
+
+    batches = []
+    for plane in np.flatnonzero(queries.any(axis=(1, 2))):
+        # Second axis: a lower envelope over the lines of the plane.
+        in_line = gap[plane][:, columns]
+        squares = np.where(in_line < NO_TARGET, (in_line * depth) ** 2, np.float32(np.inf))
+        squares = lower_envelope(squares, height)
+
+        # Third axis: only the queries are looked up.
+        row, column = np.nonzero(queries[plane])
+        size = max(1, PRODUCTS // len(columns))
+        for first in range(0, len(row), size):
+            part = slice(first, first + size)
+            least = (squares[row[part]] + across[column[part]] ** 2).min(axis=1)
+            batches.append(np.sqrt(least))
+    return np.concatenate(batches)
+
+
+def lower_envelope(squares, size):
+    """The least of squares[j] + ((i - j) * size)^2 over all j, for each i along the first axis.
+
+    squares: float32 (H, W), small enough for the fast cache; size in mm. All shifts are tried, the
+    short ones first, until the shift alone costs as much as the worst voxel has: a longer one
+    cannot improve any."""
+    best = squares.copy()
+    for shift in range(1, len(squares)):
+        cost = np.float32((shift * size) ** 2)
+        if cost >= best.max():
+            break
+        shifted = squares + cost
+        np.minimum(best[shift:], shifted[:-shift], out=best[shift:])
+        np.minimum(best[:-shift], shifted[shift:], out=best[:-shift])
+    return best
+
+
+# ------------------------------------------------------------------------------------- lesions
+def fold(mask):
+    """The cells of 2 x 2 x 2 voxels of a mask, as uint8 codes with one bit for each voxel.
+
+    After the last cell of each axis comes an empty one. Voxel (i, j, k) of a cell has bit
+    i + 2 j + 4 k."""
+    padded = np.pad(mask, [(0, 2 + side % 2) for side in mask.shape], mode="constant")
+    bits = np.ascontiguousarray(padded).view(np.uint8)
+    bits = bits[::2] | bits[1::2] << 1
+    bits = bits[:, ::2] | bits[:, 1::2] << 2
+    return bits[..., ::2] | bits[..., 1::2] << 4
+
+
+def facing(direction):
+    """The bits of those voxels of a cell that lie on its side towards `direction`, of -1, 0 or 1."""
+    bits = 0
+    for voxel in itertools.product((0, 1), repeat=3):
+        if all(step == 0 or at == (step + 1) // 2 for at, step in zip(voxel, direction, strict=True)):
+            bits |= 1 << np.dot(voxel, (1, 2, 4))
+    return np.uint8(bits)
+
+
+def connected_cells(codes):
+    """The places (N,) of the cells with voxels in codes.ravel(), and the component (N,) of each.
+
+    codes: of `fold`. A component, by 26 neighbours, is named by the number of its first cell.
+    Voxels of one cell are all neighbours. Voxels of two adjacent cells are neighbours if each lies
+    on the side that faces the other cell: then they are at most one voxel apart along every axis,
+    and else two along one. So cells are connected exactly if both have voxels on these sides."""
+    flat = codes.ravel()
+    cells = np.flatnonzero(flat)
+    number = np.zeros(flat.size, np.int32)
+    number[cells] = np.arange(len(cells))
+    component = np.arange(len(cells), dtype=np.int32)
+
+    # Half of the 26 directions find each pair once. The empty cell at the end of each line keeps
+    # the others from running into the next line.
+    for direction in itertools.product((-1, 0, 1), repeat=3):
+        if direction <= (0, 0, 0):
+            continue
+        first = np.flatnonzero(flat[cells] & facing(direction))
+        there = cells[first] + np.dot(codes.strides, direction)
+        touches = (flat[there] & facing(np.negative(direction))) > 0
+        join(component, first[touches], number[there[touches]])
+    return cells, component
+
+
+def join(component, first, second):
+    """Join the components (N,), in place, of the cells `first` and `second`, which are connected."""
+    while True:
+        # Pairs within one component are settled.
+        one = component[first]
+        other = component[second]
+        apart = one != other
+        if not apart.any():
+            return
+        first = first[apart]
+        second = second[apart]
+
+        # Of two components that touch, the one with the larger number joins the other.
+        larger = np.maximum(one, other)[apart]
+        np.minimum.at(component, larger, np.minimum(one, other)[apart])
+
+        # What has joined a component that has itself joined another one follows it there.
+        while True:
+            followed = component[component]
+            if np.array_equal(followed, component):
+                break
+            component[:] = followed
+
+
+def components(mask):
+    """The connected component, by 26 neighbours, of each True voxel of a mask (D, H, W).
+
+    Returns int32 (N,) in the order of np.nonzero: voxels with the same number are connected."""
+    codes = fold(mask)
+    cells, component = connected_cells(codes)
+    of_cell = np.zeros(codes.size, np.int32)
+    of_cell[cells] = component
+
+    # Each plane of cells holds two planes of voxels.
+    numbers = []
+    for plane, voxels in enumerate(mask):
+        row, column = np.nonzero(voxels)
+        numbers.append(of_cell.reshape(codes.shape)[plane // 2, row // 2, column // 2])
+    return np.concatenate(numbers)
+
+
+def lesions_found(mask, other):
+    """How many lesions of a mask (D, H, W) have a voxel in the other mask, and how many there are.
+
+    A lesion is a component of `components`."""
+    cells, component = connected_cells(fold(mask))
+    shared = fold(mask & other).ravel()[cells] > 0
+
+    is_found = np.zeros(len(cells), bool)
+    is_found[component[shared]] = True
+    return np.count_nonzero(is_found), len(np.unique(component))

@@ -16,9 +16,10 @@ import itertools
 import numpy as np
 
 REACH = 4  # voxels, the mean over the axes, as far as by_rings looks: 257 voxels where they are cubes
-BATCH = 1 << 17  # surface voxels that are looked up at a time
+BATCH = 1 << 16  # surface voxels that are looked up at a time
 PRODUCTS = 1 << 18  # distances that are calculated at a time: as many as the fast cache holds
 PAIRS_PER_VOXEL = 64  # a voxel of the grid costs by_lines about as much as so many pairs cost by_pairs
+CELLS = 1 << 19  # of `fold` that are joined at a time
 NO_TARGET = 1 << 15  # more steps than any line has voxels; as much again fits into uint16
 
 
@@ -56,26 +57,38 @@ def to_surface(queries, targets, spacing):
     """Distance in mm from each True voxel of `queries` to the nearest one of `targets`.
 
     queries, targets: bool (D, H, W), on a grid of voxels of `spacing` mm; `targets` is not empty.
-    Returns float32 (N,) in the order of np.nonzero(queries)."""
-    found = by_rings(queries, targets, spacing)
-    far = np.flatnonzero(np.isinf(found))
-    if not len(far):
+    Returns float32 (N,) in the order of np.nonzero(queries). ValueError if the shapes differ."""
+    if queries.shape != targets.shape:
+        raise ValueError(f"queries {queries.shape} and targets {targets.shape} differ in shape")
+
+    # Each way fills in what is still inf.
+    found = np.full(np.count_nonzero(queries), np.inf, np.float32)
+    by_rings(queries, targets, spacing, found)
+    far = np.count_nonzero(np.isinf(found))
+    if not far:
         return found
 
-    # Only the queries that are still without a distance matter from here on.
-    rest = np.zeros_like(queries, order="C")
-    places = 0
-    for plane, there in zip(queries, rest, strict=True):
-        count = np.count_nonzero(plane)
-        there[plane] = np.isinf(found[places:places + count])
-        places += count
-
-    # The cost of one way follows the pairs, that of the other the grid.
-    if len(far) * np.count_nonzero(targets) <= PAIRS_PER_VOXEL * targets.size:
-        found[far] = by_pairs(rest, targets, spacing)
+    # The cost of one way follows the pairs, that of the other the grid. The first one's memory
+    # follows its queries.
+    pairs = far * np.count_nonzero(targets)
+    if pairs <= PAIRS_PER_VOXEL * targets.size and far <= BATCH:
+        by_pairs(queries, targets, spacing, found)
     else:
-        found[far] = by_lines(rest, targets, spacing)
+        by_lines(queries, targets, spacing, found)
     return found
+
+
+def unsettled(queries, found):
+    """The queries whose place in `found` (N,) is inf, one plane of the grid after the other.
+
+    Yields the number of the plane, and (M,) arrays: the places in `found`, the rows, the columns."""
+    end = 0
+    for number, plane in enumerate(queries):
+        start, end = end, end + np.count_nonzero(plane)
+        far = np.flatnonzero(np.isinf(found[start:end]))
+        if len(far):
+            rows, columns = np.divmod(np.flatnonzero(plane)[far], plane.shape[1])
+            yield number, start + far, rows, columns
 
 
 def ring_offsets(shape, spacing):
@@ -95,8 +108,8 @@ def ring_offsets(shape, spacing):
     return offsets[order], lengths[order]
 
 
-def by_rings(queries, targets, spacing):
-    """As to_surface, but inf for a query without a target within reach.
+def by_rings(queries, targets, spacing, found):
+    """Fill in `found` (N,), in the order of np.nonzero(queries), where a target is within reach.
 
     The offsets come in the order of their lengths. So the first one that leads to a target leads to
     the nearest, and a query that has met none is farther from all targets than the reach."""
@@ -104,57 +117,60 @@ def by_rings(queries, targets, spacing):
 
     # With a margin around the targets, no offset leads out of the array or into another line.
     margin = offsets.max(axis=0)
-    padded = np.pad(np.ascontiguousarray(targets), [(far, far) for far in margin])
+    around = [(far, far) for far in margin]
+    padded = np.pad(np.ascontiguousarray(targets), around)
     is_target = padded.ravel()
     steps = offsets @ padded.strides  # a bool is one byte, so strides count voxels
 
     # Planes go together while they have few queries, which bounds the memory for dense masks.
     ends = np.cumsum(np.count_nonzero(queries, axis=(1, 2)))
     batches = np.unique(ends // BATCH, return_index=True)[1]
-    found = np.full(ends[-1], np.inf, np.float32)
     for first, last in itertools.pairwise([*batches, len(queries)]):
-        around = [(0, 0), *((far, far) for far in margin[1:])]
-        planes = np.pad(queries[first:last], around)
-        place = np.flatnonzero(planes) + (first + margin[0]) * padded.strides[0]
-        unsettled = np.arange(ends[last - 1] - len(place), ends[last - 1])
+        planes = np.pad(queries[first:last], [(0, 0), *around[1:]])
+        voxels = np.flatnonzero(planes) + (first + margin[0]) * padded.strides[0]
+        places = np.arange(ends[last - 1] - len(voxels), ends[last - 1])
 
         for step, length in zip(steps, lengths, strict=True):
-            hit = is_target[place + step]
+            hit = is_target[voxels + step]
             if hit.any():
-                found[unsettled[hit]] = length
-                unsettled = unsettled[~hit]
-                place = place[~hit]
-            if not len(place):
+                found[places[hit]] = length
+                places = places[~hit]
+                voxels = voxels[~hit]
+            if not len(voxels):
                 break
-    return found
 
 
-def by_pairs(queries, targets, spacing):
-    """As to_surface: from each query to every target, in batches."""
+def by_pairs(queries, targets, spacing, found):
+    """Fill in what is inf in `found`, as in by_rings: from each query to every target, in batches."""
+    places = np.flatnonzero(np.isinf(found))
+    voxels = [np.stack([np.full_like(rows, plane), rows, columns], axis=1)
+              for plane, _, rows, columns in unsettled(queries, found)]
+
     # The origin is the targets' mean: sums of large squares would round more.
-    target = np.argwhere(targets) * np.asarray(spacing, float)
-    origin = target.mean(axis=0)
-    target -= origin
-    query = np.argwhere(queries) * np.asarray(spacing, float) - origin
+    size = np.asarray(spacing, float)
+    target = np.argwhere(targets) * size
+    query = np.concatenate(voxels) * size - target.mean(axis=0)
+    target -= target.mean(axis=0)
 
     # |q - t|^2 is |q|^2 plus one product of (-2 q, 1) and (t, |t|^2). The least product is nearest.
     right = np.concatenate([target, (target ** 2).sum(axis=1, keepdims=True)], axis=1).T
     left = np.concatenate([-2 * query, np.ones((len(query), 1))], axis=1)
     least = np.empty(len(query))
-    rows = max(1, PRODUCTS // len(target))
-    for first in range(0, len(query), rows):
-        least[first:first + rows] = (left[first:first + rows] @ right).min(axis=1)
+    batch = max(1, PRODUCTS // len(target))
+    for first in range(0, len(query), batch):
+        least[first:first + batch] = (left[first:first + batch] @ right).min(axis=1)
 
+    # A distance of zero may have become a square just below zero.
     squares = least + (query ** 2).sum(axis=1)
-    return np.sqrt(np.maximum(squares, 0)).astype(np.float32)
+    found[places] = np.sqrt(np.maximum(squares, 0))
 
 
-def by_lines(queries, targets, spacing):
-    """As to_surface: a distance transform of the grid, in those planes that have queries.
+def by_lines(queries, targets, spacing, found):
+    """Fill in what is inf in `found`, as in by_rings: by a transform of the planes with such queries.
 
     The squared distance is a sum over the three axes, so that its least value over all targets is
-    found one axis after the other: along an axis, the least of (what the axes before have left) plus
-    (the squared distance to there)."""
+    found one axis after the other: along each, the least of what the axes before have left plus the
+    squared distance to there."""
     # First axis: voxels to the nearest target of the line. It is the last one or the next one.
     gap = np.where(targets, np.uint16(0), np.uint16(NO_TARGET))
     for plane in range(1, len(gap)):
@@ -162,26 +178,24 @@ def by_lines(queries, targets, spacing):
     for plane in range(len(gap) - 2, -1, -1):
         np.minimum(gap[plane], gap[plane + 1] + 1, out=gap[plane])
 
-    # Columns without a target have nothing to give, neither in their own lines nor to others.
-    columns = np.flatnonzero(targets.any(axis=(0, 1)))
+    # Columns that have no target in any plane give nothing to the others.
+    filled = np.flatnonzero(targets.any(axis=(0, 1)))
     depth, height, width = np.asarray(spacing, np.float32)
-    across = (np.arange(targets.shape[2])[:, None] - columns) * width
+    steps = np.arange(targets.shape[2])[:, None] - filled
+    across = (steps.astype(np.float32) * width) ** 2
+    batch = max(1, PRODUCTS // len(filled))
 
-    batches = []
-    for plane in np.flatnonzero(queries.any(axis=(1, 2))):
+    for plane, places, rows, columns in unsettled(queries, found):
         # Second axis: a lower envelope over the lines of the plane.
-        in_line = gap[plane][:, columns]
+        in_line = gap[plane][:, filled]
         squares = np.where(in_line < NO_TARGET, (in_line * depth) ** 2, np.float32(np.inf))
-        squares = lower_envelope(squares, height)
+        in_plane = lower_envelope(squares, height)
 
         # Third axis: only the queries are looked up.
-        row, column = np.nonzero(queries[plane])
-        size = max(1, PRODUCTS // len(columns))
-        for first in range(0, len(row), size):
-            part = slice(first, first + size)
-            least = (squares[row[part]] + across[column[part]] ** 2).min(axis=1)
-            batches.append(np.sqrt(least))
-    return np.concatenate(batches)
+        for first in range(0, len(places), batch):
+            part = slice(first, first + batch)
+            least = (in_plane[rows[part]] + across[columns[part]]).min(axis=1)
+            found[places[part]] = np.sqrt(least)
 
 
 def lower_envelope(squares, size):
@@ -207,8 +221,8 @@ def fold(mask):
 
     After the last cell of each axis comes an empty one. Voxel (i, j, k) of a cell has bit
     i + 2 j + 4 k."""
-    padded = np.pad(mask, [(0, 2 + side % 2) for side in mask.shape], mode="constant")
-    bits = np.ascontiguousarray(padded).view(np.uint8)
+    padded = np.pad(np.ascontiguousarray(mask), [(0, 2 + side % 2) for side in mask.shape])
+    bits = padded.view(np.uint8)
     bits = bits[::2] | bits[1::2] << 1
     bits = bits[:, ::2] | bits[:, 1::2] << 2
     return bits[..., ::2] | bits[..., 1::2] << 4
@@ -241,10 +255,13 @@ def connected_cells(codes):
     for direction in itertools.product((-1, 0, 1), repeat=3):
         if direction <= (0, 0, 0):
             continue
-        first = np.flatnonzero(flat[cells] & facing(direction))
-        there = cells[first] + np.dot(codes.strides, direction)
-        touches = (flat[there] & facing(np.negative(direction))) > 0
-        join(component, first[touches], number[there[touches]])
+        here, there = facing(direction), facing(np.negative(direction))
+        step = np.dot(codes.strides, direction)
+        for start in range(0, len(cells), CELLS):
+            part = cells[start:start + CELLS]
+            touches = (flat[part] & here > 0) & (flat[part + step] & there > 0)
+            part = part[touches]
+            join(component, number[part], number[part + step])
     return cells, component
 
 
@@ -265,11 +282,8 @@ def join(component, first, second):
         np.minimum.at(component, larger, np.minimum(one, other)[apart])
 
         # What has joined a component that has itself joined another one follows it there.
-        while True:
-            followed = component[component]
-            if np.array_equal(followed, component):
-                break
-            component[:] = followed
+        while (component[component] != component).any():
+            component[:] = component[component]
 
 
 def components(mask):
@@ -278,21 +292,15 @@ def components(mask):
     Returns int32 (N,) in the order of np.nonzero: voxels with the same number are connected."""
     codes = fold(mask)
     cells, component = connected_cells(codes)
-    of_cell = np.zeros(codes.size, np.int32)
-    of_cell[cells] = component
+    of_cell = np.zeros(codes.shape, np.int32)
+    of_cell.ravel()[cells] = component
 
-    # Each plane of cells holds two planes of voxels.
-    numbers = []
-    for plane, voxels in enumerate(mask):
-        row, column = np.nonzero(voxels)
-        numbers.append(of_cell.reshape(codes.shape)[plane // 2, row // 2, column // 2])
-    return np.concatenate(numbers)
+    planes, rows, columns = np.nonzero(mask)
+    return of_cell[planes // 2, rows // 2, columns // 2]
 
 
 def lesions_found(mask, other):
-    """How many lesions of a mask (D, H, W) have a voxel in the other mask, and how many there are.
-
-    A lesion is a component of `components`."""
+    """How many components of a mask (D, H, W) have a voxel in the other mask, and how many it has."""
     cells, component = connected_cells(fold(mask))
     shared = fold(mask & other).ravel()[cells] > 0
 

@@ -122,7 +122,7 @@ def hard(name, shape=GRID):
     if kind == "half checkerboards":
         # The gap between them grows, along one axis after the other.
         axis, place = number % 3, (i, j, k)[number % 3]
-        gap = (0.1 + 0.1 * number) * shape[axis]
+        gap = (0.02 + 0.1 * number) * shape[axis]
         middle = shape[axis] / 2
         return checkerboard & (place < middle - gap), checkerboard & (place > middle + gap)
     if kind == "shells":
@@ -136,7 +136,8 @@ def hard(name, shape=GRID):
         return noise < 0.1 + 0.2 * number, noise[::-1] < 0.5
     if kind == "plates":
         # Two thirds of the voxels are surface on one side of the head, and one plate on the other.
-        return (i % 3 > 0) & (j > shape[1] * (0.2 + 0.15 * number)), (j == 0) & (i + k >= 0)
+        plates = (i % 3 > 0) & (j + 0 * k > shape[1] * (0.2 + 0.15 * number))
+        return plates, (j == 0) & (i + k >= 0)
     raise ValueError(f"{name!r} is not a hard case")
 
 
@@ -146,11 +147,11 @@ def ours(prediction, truth, spacing):
         return None
     box = distances.box_of(prediction | truth)
     prediction, truth = prediction[box], truth[box]
+    lesions = (distances.lesions_found(truth, prediction),
+               distances.lesions_found(prediction, truth))
     predicted, true = distances.surface(prediction), distances.surface(truth)
     return (distances.to_surface(predicted, true, spacing),
-            distances.to_surface(true, predicted, spacing),
-            distances.lesions_found(truth, prediction),
-            distances.lesions_found(prediction, truth))
+            distances.to_surface(true, predicted, spacing), *lesions)
 
 
 def by_scipy(prediction, truth, spacing):

@@ -1,8 +1,8 @@
 """Exact distances from surface to surface, and lesions, at a cost that follows the two masks.
 
-A mask is a bool array (D, H, W). Its surface is sparse: a tumour of 100 ml in a scan of nine million
-voxels has some twenty thousand surface voxels, and most of them lie within a few voxels of the other
-surface. `to_surface` finds the distance from each to the nearest one of the other in two steps:
+A mask is a bool array (D, H, W). Its surface is sparse: a tumour of 100 ml, in a scan of nine
+million voxels, has some thirty thousand surface voxels, and most of them lie within a few voxels of
+the other surface. So `to_surface` finds the distances to the other surface in two steps:
 
 * `by_rings` looks at the voxels around, in the order of their distance. It settles what is near.
 * What is far is compared with the whole other surface, `by_pairs`, if there is little of it.
@@ -15,18 +15,16 @@ import itertools
 
 import numpy as np
 
-REACH = 4  # voxels, the mean over the axes, as far as by_rings looks: 257 voxels where they are cubes
+REACH = 4  # voxels, on the mean of the axes, that by_rings looks far: 257 voxels if they are cubes
 BATCH = 1 << 16  # surface voxels that are looked up at a time
 PRODUCTS = 1 << 18  # distances that are calculated at a time: as many as the fast cache holds
-PAIRS_PER_VOXEL = 64  # a voxel of the grid costs by_lines about as much as so many pairs cost by_pairs
-CELLS = 1 << 19  # of `fold` that are joined at a time
-NO_TARGET = 1 << 15  # more steps than any line has voxels; as much again fits into uint16
+PAIRS_PER_VOXEL = 64  # pairs that take by_pairs as long as a voxel of the grid takes by_lines
+CELLS = 1 << 19  # cells of `fold` that are joined at a time
+NO_TARGET = 1 << 15  # more steps than a line has voxels; twice as many still fit into uint16
 
 
 def box_of(mask):
-    """The smallest box, as slices, that holds all True voxels of a mask (D, H, W).
-
-    It is empty if the mask is."""
+    """The smallest box, as slices, that holds a mask (D, H, W); it is empty if the mask is."""
     box = []
     for axis in range(3):
         others = tuple(other for other in range(3) if other != axis)
@@ -36,9 +34,7 @@ def box_of(mask):
 
 
 def surface(mask):
-    """The voxels of a mask (D, H, W) that have one of their six neighbours outside of it.
-
-    What is outside of the grid is outside of the mask."""
+    """The voxels of a mask (D, H, W) with one of their six neighbours outside it or the grid."""
     interior = mask.copy()
     for axis in range(3):
         # Views in which the axis comes first; to write to one is to write to `interior`.
@@ -68,10 +64,9 @@ def to_surface(queries, targets, spacing):
     if not far:
         return found
 
-    # The cost of one way follows the pairs, that of the other the grid. The first one's memory
-    # follows its queries.
+    # The cost of the one follows the pairs, that of the other the grid.
     pairs = far * np.count_nonzero(targets)
-    if pairs <= PAIRS_PER_VOXEL * targets.size and far <= BATCH:
+    if pairs <= PAIRS_PER_VOXEL * targets.size:
         by_pairs(queries, targets, spacing, found)
     else:
         by_lines(queries, targets, spacing, found)
@@ -81,10 +76,11 @@ def to_surface(queries, targets, spacing):
 def unsettled(queries, found):
     """The queries whose place in `found` (N,) is inf, one plane of the grid after the other.
 
-    Yields the number of the plane, and (M,) arrays: the places in `found`, the rows, the columns."""
+    Yields the number of the plane and three (M,): places in `found`, rows, columns."""
     end = 0
     for number, plane in enumerate(queries):
-        start, end = end, end + np.count_nonzero(plane)
+        start = end
+        end += np.count_nonzero(plane)
         far = np.flatnonzero(np.isinf(found[start:end]))
         if len(far):
             rows, columns = np.divmod(np.flatnonzero(plane)[far], plane.shape[1])
@@ -141,32 +137,30 @@ def by_rings(queries, targets, spacing, found):
 
 
 def by_pairs(queries, targets, spacing, found):
-    """Fill in what is inf in `found`, as in by_rings: from each query to every target, in batches."""
-    places = np.flatnonzero(np.isinf(found))
-    voxels = [np.stack([np.full_like(rows, plane), rows, columns], axis=1)
-              for plane, _, rows, columns in unsettled(queries, found)]
-
-    # The origin is the targets' mean: sums of large squares would round more.
+    """Fill in what is inf in `found`, as in by_rings: from each query to every target."""
     size = np.asarray(spacing, float)
     target = np.argwhere(targets) * size
-    query = np.concatenate(voxels) * size - target.mean(axis=0)
-    target -= target.mean(axis=0)
+    origin = target.mean(axis=0)  # sums of large squares would round more
+    target -= origin
 
-    # |q - t|^2 is |q|^2 plus one product of (-2 q, 1) and (t, |t|^2). The least product is nearest.
-    right = np.concatenate([target, (target ** 2).sum(axis=1, keepdims=True)], axis=1).T
-    left = np.concatenate([-2 * query, np.ones((len(query), 1))], axis=1)
-    least = np.empty(len(query))
+    # |q - t|^2 is |q|^2 plus the product of (-2 q, 1) and (t, |t|^2). The least one is nearest.
+    target_squares = (target ** 2).sum(axis=1)
+    right = np.vstack([target.T, target_squares])
     batch = max(1, PRODUCTS // len(target))
-    for first in range(0, len(query), batch):
-        least[first:first + batch] = (left[first:first + batch] @ right).min(axis=1)
+    for plane, places, rows, columns in unsettled(queries, found):
+        planes = np.full_like(rows, plane)
+        query = np.stack([planes, rows, columns], axis=1) * size - origin
+        left = np.column_stack([-2 * query, np.ones(len(query))])
+        query_squares = (query ** 2).sum(axis=1)
 
-    # A distance of zero may have become a square just below zero.
-    squares = least + (query ** 2).sum(axis=1)
-    found[places] = np.sqrt(np.maximum(squares, 0))
+        for first in range(0, len(query), batch):
+            part = slice(first, first + batch)
+            squares = (left[part] @ right).min(axis=1) + query_squares[part]
+            found[places[part]] = np.sqrt(np.maximum(squares, 0))  # 0 may have become just less
 
 
 def by_lines(queries, targets, spacing, found):
-    """Fill in what is inf in `found`, as in by_rings: by a transform of the planes with such queries.
+    """Fill in what is inf in `found`, as in by_rings: by a transform of the planes that need it.
 
     The squared distance is a sum over the three axes, so that its least value over all targets is
     found one axis after the other: along each, the least of what the axes before have left plus the
@@ -221,29 +215,27 @@ def fold(mask):
 
     After the last cell of each axis comes an empty one. Voxel (i, j, k) of a cell has bit
     i + 2 j + 4 k."""
-    padded = np.pad(np.ascontiguousarray(mask), [(0, 2 + side % 2) for side in mask.shape])
-    bits = padded.view(np.uint8)
+    margin = [(0, 2 + side % 2) for side in mask.shape]
+    bits = np.pad(np.ascontiguousarray(mask), margin).view(np.uint8)
     bits = bits[::2] | bits[1::2] << 1
     bits = bits[:, ::2] | bits[:, 1::2] << 2
     return bits[..., ::2] | bits[..., 1::2] << 4
 
 
 def facing(direction):
-    """The bits of those voxels of a cell that lie on its side towards `direction`, of -1, 0 or 1."""
-    bits = 0
-    for voxel in itertools.product((0, 1), repeat=3):
-        if all(step == 0 or at == (step + 1) // 2 for at, step in zip(voxel, direction, strict=True)):
-            bits |= 1 << np.dot(voxel, (1, 2, 4))
-    return np.uint8(bits)
+    """The bits of the voxels on that side of a cell which faces a direction, of -1, 0 and 1."""
+    sides = {-1: (0,), 0: (0, 1), 1: (1,)}
+    voxels = itertools.product(*(sides[step] for step in direction))
+    return np.uint8(sum(1 << (i + 2 * j + 4 * k) for i, j, k in voxels))
 
 
 def connected_cells(codes):
     """The places (N,) of the cells with voxels in codes.ravel(), and the component (N,) of each.
 
     codes: of `fold`. A component, by 26 neighbours, is named by the number of its first cell.
-    Voxels of one cell are all neighbours. Voxels of two adjacent cells are neighbours if each lies
+    The voxels of one cell are all neighbours. Those of two adjacent cells are neighbours if each is
     on the side that faces the other cell: then they are at most one voxel apart along every axis,
-    and else two along one. So cells are connected exactly if both have voxels on these sides."""
+    and else at least two along one. So cells touch exactly if both have voxels on these sides."""
     flat = codes.ravel()
     cells = np.flatnonzero(flat)
     number = np.zeros(flat.size, np.int32)
@@ -255,31 +247,31 @@ def connected_cells(codes):
     for direction in itertools.product((-1, 0, 1), repeat=3):
         if direction <= (0, 0, 0):
             continue
-        here, there = facing(direction), facing(np.negative(direction))
+        here = facing(direction)
+        there = facing([-step for step in direction])
         step = np.dot(codes.strides, direction)
         for start in range(0, len(cells), CELLS):
             part = cells[start:start + CELLS]
-            touches = (flat[part] & here > 0) & (flat[part + step] & there > 0)
-            part = part[touches]
+            part = part[(flat[part] & here) > 0]
+            part = part[(flat[part + step] & there) > 0]
             join(component, number[part], number[part + step])
     return cells, component
 
 
 def join(component, first, second):
-    """Join the components (N,), in place, of the cells `first` and `second`, which are connected."""
+    """Join, in place, the components (N,) of cells `first` (M,) with those of `second` (M,)."""
     while True:
         # Pairs within one component are settled.
-        one = component[first]
-        other = component[second]
-        apart = one != other
+        apart = component[first] != component[second]
         if not apart.any():
             return
         first = first[apart]
         second = second[apart]
 
         # Of two components that touch, the one with the larger number joins the other.
-        larger = np.maximum(one, other)[apart]
-        np.minimum.at(component, larger, np.minimum(one, other)[apart])
+        one = component[first]
+        other = component[second]
+        np.minimum.at(component, np.maximum(one, other), np.minimum(one, other))
 
         # What has joined a component that has itself joined another one follows it there.
         while (component[component] != component).any():
@@ -300,7 +292,7 @@ def components(mask):
 
 
 def lesions_found(mask, other):
-    """How many components of a mask (D, H, W) have a voxel in the other mask, and how many it has."""
+    """How many components of a mask (D, H, W) have a voxel in the other one, of how many."""
     cells, component = connected_cells(fold(mask))
     shared = fold(mask & other).ravel()[cells] > 0
 

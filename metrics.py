@@ -1,9 +1,10 @@
 """Dice, surface distances and lesions of masks (section 4); means over cases, folds; p values."""
 
-import itertools
 import math
 
 import numpy as np
+
+import distances
 
 TOLERANCE = 2.0  # mm, of the normalised surface Dice
 
@@ -48,113 +49,15 @@ def dice(prediction, truth, labels, ignore=None):
     return scores
 
 
-def surface(mask):
-    """The voxels of a mask (D, H, W) that have one of their six neighbours outside of it."""
-    # The interior is what is left of the mask under a shift by one voxel to each of the six sides.
-    padded = np.pad(mask, 1)
-    interior = mask.copy()
-    for axis in range(3):
-        for step in (-1, 1):
-            shifted = np.roll(padded, step, axis)
-            interior &= shifted[1:-1, 1:-1, 1:-1]
-    return mask & ~interior
-
-
-def distances(points, target, spacing):
-    """Exact distance in mm from each True voxel of `points` to the nearest one of `target`.
-
-    points, target: bool (D, H, W) on a grid of voxels of `spacing` mm; neither is empty. Returns
-    (N,) in no particular order. The squared distance is minimised over one axis after the other."""
-    # The cheapest way for each axis depends on its length.
-    shortest, middle, longest = np.argsort(target.shape)
-    axes = [shortest, longest, middle]
-    points = points.transpose(axes)
-    target = target.transpose(axes)
-
-    # Where the voxels lie along each axis, in mm.
-    sizes = np.asarray(spacing, np.float32)[axes]
-    x, y, z = (np.arange(n, dtype=np.float32) * size
-               for n, size in zip(target.shape, sizes, strict=True))
-
-    # Longest axis: the nearest voxel of a line is the last one before or the first one after.
-    here = y[:, None]
-    before = np.maximum.accumulate(np.where(target, here, -np.inf), axis=1)
-    after = np.minimum.accumulate(np.where(target, here, np.inf)[:, ::-1], axis=1)[:, ::-1]
-    in_line = np.minimum(here - before, after - here) ** 2
-
-    # Shortest axis: try every shift from one line to another.
-    in_plane = in_line.copy()
-    for shift in range(1, len(x)):
-        square = x[shift] ** 2
-        np.minimum(in_plane[shift:], in_line[:-shift] + square, out=in_plane[shift:])
-        np.minimum(in_plane[:-shift], in_line[shift:] + square, out=in_plane[:-shift])
-
-    # Last axis: look up the points alone, a block at a time, which bounds the memory.
-    i, j, k = np.nonzero(points)
-    squares = []
-    for block in np.array_split(np.arange(len(i)), len(i) // 4096 + 1):
-        across = in_plane[i[block], j[block]]
-        along = z - z[k[block], None]
-        squares.append((across + along ** 2).min(axis=1))
-    return np.sqrt(np.concatenate(squares))
-
-
-def components(mask):
-    """The connected component, by 26 neighbours, of each True voxel of a mask (D, H, W).
-
-    Returns (N,) numbers in the order of np.nonzero: voxels with the same number are connected."""
-    # A margin of False voxels gives every voxel of the mask its 26 neighbours.
-    padded = np.pad(np.ascontiguousarray(mask), 1)
-
-    # Number the True voxels; all others have -1.
-    voxels = np.flatnonzero(padded)
-    number = np.full(padded.size, -1, np.int32)
-    number[voxels] = np.arange(len(voxels))
-
-    # All pairs of neighbours. Half of the 26 directions find each pair once.
-    firsts, seconds = [], []
-    for direction in itertools.product((-1, 0, 1), repeat=3):
-        if direction > (0, 0, 0):
-            step = np.dot(padded.strides, direction)  # a bool is one byte, so strides count voxels
-            neighbour = number[voxels + step]
-            exists = neighbour >= 0
-            firsts.append(np.flatnonzero(exists))
-            seconds.append(neighbour[exists])
-    first = np.concatenate(firsts)
-    second = np.concatenate(seconds)
-
-    # At first every voxel is a component of its own. Join them until no pair is apart.
-    component = np.arange(len(voxels))
-    while len(first):
-        # Of two components that touch, the one with the larger number joins the other.
-        one, other = component[first], component[second]
-        np.minimum.at(component, np.maximum(one, other), np.minimum(one, other))
-
-        # What has joined a component that has itself joined another one follows it there.
-        while (component[component] != component).any():
-            component = component[component]
-
-        # Pairs within one component are settled.
-        apart = component[first] != component[second]
-        first = first[apart]
-        second = second[apart]
-    return component
-
-
-def share_found(mask, other):
-    """The share of the lesions of a mask that have a voxel in the other mask."""
-    lesion = components(mask)
-    found = lesion[other[mask]]
-    return len(np.unique(found)) / len(np.unique(lesion))
-
-
 def lesion_f1(prediction, truth):
     """F1 of lesions, which are connected components, as in the WMH challenge.
 
     A lesion of either mask is found if one of its voxels is in the other mask. F1 is the harmonic
     mean of the shares found of the true and of the predicted lesions. Neither mask is empty."""
-    recall = share_found(truth, prediction)
-    precision = share_found(prediction, truth)
+    true_found, true_lesions = distances.lesions_found(truth, prediction)
+    predicted_found, predicted_lesions = distances.lesions_found(prediction, truth)
+    recall = true_found / true_lesions
+    precision = predicted_found / predicted_lesions
     if recall + precision == 0:
         return 0.0
     return 2 * recall * precision / (recall + precision)
@@ -186,15 +89,15 @@ def score(prediction, truth, spacing):
         return scores | {"nsd": 0.0, "f1": 0.0}
 
     # The box around both masks holds all that matters from here on.
-    box = tuple(slice(at.min(), at.max() + 1) for at in np.nonzero(prediction | truth))
+    box = distances.box_of(prediction | truth)
     prediction = prediction[box]
     truth = truth[box]
 
     # Distances from each surface to the other one.
-    predicted_surface = surface(prediction)
-    true_surface = surface(truth)
-    to_truth = distances(predicted_surface, true_surface, spacing)
-    to_prediction = distances(true_surface, predicted_surface, spacing)
+    predicted_surface = distances.surface(prediction)
+    true_surface = distances.surface(truth)
+    to_truth = distances.to_surface(predicted_surface, true_surface, spacing)
+    to_prediction = distances.to_surface(true_surface, predicted_surface, spacing)
     both = np.concatenate([to_truth, to_prediction])
 
     scores["hd95"] = float(max(np.percentile(to_truth, 95), np.percentile(to_prediction, 95)))

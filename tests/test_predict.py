@@ -10,6 +10,7 @@ import torch
 from scipy import ndimage
 
 import config
+import distances
 import metrics
 import predict
 import preprocess
@@ -102,14 +103,14 @@ def test_lesions_are_connected_over_corners_and_found_by_one_voxel():
     truth[1, 1, 1] = truth[2, 2, 2] = True  # one lesion
     truth[6:9, 6:9, 6:9] = truth[11, 11, 11] = True  # two more
     found[2, 2, 2] = found[8, 8, 8] = found[0, 11, 0] = found[11, 0, 0] = True
-    assert len(np.unique(metrics.components(truth))) == 3
+    assert len(np.unique(distances.components(truth))) == 3
     mask = np.random.default_rng(0).random((9, 10, 11)) < 0.05
-    fortran = metrics.components(np.asfortranarray(mask))  # as nibabel returns it
-    assert np.array_equal(fortran, metrics.components(mask))
+    fortran = distances.components(np.asfortranarray(mask))  # as nibabel returns it
+    assert np.array_equal(fortran, distances.components(mask))
     assert metrics.lesion_f1(found, truth) == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
     snake = np.zeros((1, 41, 41), bool)
     snake[0, ::2] = snake[0, 1::4, -1] = snake[0, 3::4, 0] = True
-    assert len(np.unique(metrics.components(snake))) == 1, "however long the way"
+    assert len(np.unique(distances.components(snake))) == 1, "however long the way"
 
 
 def test_empty_masks():

@@ -172,7 +172,9 @@ def test_the_header_of_a_format_without_form_codes(tmp_path, capsys, kind, name)
 
 
 def test_scans_as_users_have_them(tmp_path, capsys):
-    """The same head in other formats and habits: the same segmentation, and what was mended said."""
+    """The same head in other formats and habits: the same segmentation.
+
+    And what was mended is said."""
     plain = nib.Nifti1Image(head(), AFFINE)
     plain.to_filename(tmp_path / "plain.nii.gz")
     expected = np.asarray(segment(tmp_path, capsys, tmp_path / "plain.nii.gz")[0].dataobj)

@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 import torch
+from conftest import Bomb
 
 import checkpoint
 import config
@@ -21,14 +22,6 @@ def test_a_half_written_line_is_cut_from_the_log(tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(lines) + lines[0][:5])
     checkpoint.cut_log(tmp_path, 2)
     assert (tmp_path / "log.jsonl").read_text() == "".join(lines[:2])
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def network():
@@ -149,7 +142,8 @@ STEM = "encoder.in_conv.conv1.conv.weight"
     (lambda state: {0: torch.ones(2)}, f"{STEM} is missing"),
     (lambda state: [1, 2], f"{STEM} is missing"),
     (lambda state: state | {STEM: torch.ones(4, 0, 3, 3, 3)}, f"{STEM} is (4, 0, 3, 3, 3), not"),
-    (lambda state: state | {STEM: torch.ones(4)}, f"{STEM} is (4,), not")])
+    (lambda state: state | {STEM: torch.ones(4)}, f"{STEM} is (4,), not")],
+    ids=["a number for a name", "a list", "no values", "too few axes"])
 def test_odd_weights_are_refused_in_one_line(change, message):
     model = models.build_model("unet_demo", "pretrain", features=4)
     with pytest.raises(config.UserError) as error:

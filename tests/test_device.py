@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import log_of
+from folders import TASK
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data._utils import pin_memory
@@ -229,8 +230,7 @@ def test_no_recompiles_over_a_run(prepared, tmp_path, aot, row, more):
 
 
 def test_no_recompiles_over_six_folds(prepared, tmp_path, aot):
-    task = {"data": str(prepared), "sequences": ["FLAIR"], "classes": ["background", "lesion"],
-            "labels": {0: 0, 1: 1}, "n_train": 2, "folds": 6}
+    task = TASK | {"data": str(prepared), "folds": 6}
     (tmp_path / "task.yaml").write_text(json.dumps(task))
     finetune.main(finetune.Config(
         task=str(tmp_path / "task.yaml"), model="unet_demo", features=4, compile=True, steps=2,
@@ -271,6 +271,18 @@ def test_a_slow_cudnn_is_named(monkeypatch, capsys, version, precision, contiguo
     assert capsys.readouterr().err.count("Install cuDNN 9.15 or later") == warned
 
 
+def said_of(error, monkeypatch, capsys):
+    """What a script says, on stderr, that ends in this error, exit code 1."""
+    def fail(cfg):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    with pytest.raises(SystemExit) as end:
+        config.run(fail, pretrain.Config)
+    assert end.value.code == 1
+    return capsys.readouterr().err
+
+
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     MemoryError(),
@@ -281,26 +293,14 @@ def test_a_slow_cudnn_is_named(monkeypatch, capsys, version, precision, contiguo
     torch.distributed.DistBackendError("NCCL error: unhandled cuda error: Cuda failure 2 'out of "
                                        "memory'")])
 def test_memory_that_runs_out_ends_in_one_line(monkeypatch, capsys, error):
-    def fail(cfg):
-        raise error
-
-    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
-    with pytest.raises(SystemExit) as end:
-        config.run(fail, pretrain.Config)
-    said = capsys.readouterr().err
-    assert end.value.code == 1 and said.count("\n") == 1
-    assert said.startswith("error: out of memory; what helps")
+    said = said_of(error, monkeypatch, capsys)
+    assert said.startswith("error: out of memory; what helps") and said.count("\n") == 1
 
 
 def test_a_lost_peer_is_no_traceback(monkeypatch, capsys):
-    def fail(cfg):
-        raise torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0")
-
-    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
-    with pytest.raises(SystemExit) as end:
-        config.run(fail, pretrain.Config)
-    said = capsys.readouterr().err
-    assert end.value.code == 1 and said.startswith("error: stopped: another process ended")
+    error = torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0")
+    said = said_of(error, monkeypatch, capsys)
+    assert said.startswith("error: stopped: another process ended")
 
 
 @pytest.mark.parametrize(("settings", "micro"), [

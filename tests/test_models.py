@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, log_of, script
+from folders import TASK
 from torch import nn
 
 import amaes
@@ -399,9 +400,8 @@ def test_swin_pretraining_then_finetuning(prepared, tmp_path):
     for line in lines:
         assert line["loss"] == pytest.approx(line["rotation"] + line["contrast"] + line["l1"])
     assert "val_rotation" in lines[-1]
-    (tmp_path / "task.yaml").write_text(json.dumps({
-        "data": str(prepared), "sequences": ["FLAIR", "FLAIR"], "classes": ["background", "lesion"],
-        "labels": {0: 0, 1: 1}, "n_train": 3, "folds": 1}))
+    (tmp_path / "task.yaml").write_text(json.dumps(TASK | {
+        "data": str(prepared), "sequences": ["FLAIR", "FLAIR"], "n_train": 3, "folds": 1}))
     result = script("finetune.py", ckpt=tmp_path / "pre" / "last.pt", task=tmp_path / "task.yaml",
                     out=tmp_path / "run", **{k: v for k, v in SHORT.items() if k != "features"})
     assert "encoder: all 126 tensors taken" in result.stdout and "reshaped     1" in result.stdout

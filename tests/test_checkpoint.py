@@ -125,13 +125,13 @@ def test_checkpoints_of_later_formats_and_odd_contents_are_refused(tmp_path, cha
 
 
 def test_a_checkpoint_of_another_network_is_not_continued(tmp_path):
-    cfg = pretrain.Config()
-    saved = network() | {"config": dataclasses.asdict(cfg)}
+    contents = {"config": dataclasses.asdict(pretrain.Config()), "sha256": None, "inputs": {}}
+    saved = network() | contents
     checkpoint.save_checkpoint(tmp_path / "last.pt", saved)
     model = torch.nn.Linear(3, 3)
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(config.UserError, match="does not fit this network"):
-        checkpoint.resume(tmp_path / "last.pt", cfg, (), model, optimizer)
+        checkpoint.resume(tmp_path / "last.pt", contents, (), model, optimizer)
 
 
 # ------------------------------------------------------------------------------------------ weights

@@ -1,10 +1,11 @@
-"""What only a GPU can say, the most valuable first: one JSON line a finding, at once, to stdout and to --out.
+"""What only a GPU can say, the most valuable first: a JSON line each, to stdout and to --out.
 
-    python bench/gpu.py [--minutes 8] [--only waits,steps] [--side 128] [--rows unet_xl,mednext_l,swinunetr]
-    python bench/gpu.py --tiny    # every section, small, on a CPU in CUDA's forms: does the script work?
+    python bench/gpu.py [--minutes 8] [--only waits,steps] [--side 128] [--rows unet_xl,swinunetr]
+    python bench/gpu.py --tiny    # every section, small, on a CPU in CUDA's forms: does it work?
 
-bench/GPU.md says what each figure means, what was predicted, and which switch it decides. A section that
-fails is one line with its error; what --minutes does not reach is left out. Weights and scans are random.
+bench/GPU.md says what each figure means, what was predicted, and which switch it decides. A line
+is written at once. A section that fails is one line with its error; what --minutes does not reach
+is left out. Weights and scans are random.
 """
 
 import argparse
@@ -39,21 +40,23 @@ import predict  # noqa: E402
 import pretrain  # noqa: E402
 import swin  # noqa: E402
 
-DEFAULTS = {"channels_last": fast_cuda.CHANNELS_LAST, "shifts": fast_cuda.SHIFTS, "sdpa": fast_cuda.SDPA,
-            "benchmark": fast_cuda.CUDNN_BENCHMARK}
+DEFAULTS = {"channels_last": fast_cuda.CHANNELS_LAST, "shifts": fast_cuda.SHIFTS,
+            "sdpa": fast_cuda.SDPA, "benchmark": fast_cuda.CUDNN_BENCHMARK}
 OTHERS = {  # what is measured beside them, the most wanted first
     "unet": ({"channels_last": False}, {"benchmark": False}),
     "mednext": ({"shifts": True}, {"channels_last": False}),
     "swin": ({"sdpa": False},),
 }
-# Sizes, and what differs between CUDA and --tiny. `swin`: the task in which networks() takes SwinUNETR.
+# Sizes, and what differs between CUDA and --tiny. `swin`: the task in which networks() takes
+# SwinUNETR. `compile` on CUDA is as in compile_or_warn.
 GPU = {"precision": "bf16", "batch": 2, "full_batch": 8, "runs": 10, "large": 8192, "channels": 64,
-       "swin": "segment", "compile": {"options": {"layout_optimization": False}},  # as compile_or_warn
+       "swin": "segment", "compile": {"options": {"layout_optimization": False}},
        "self_time": "self_device_time_total"}
 TINY = {"precision": "fp32", "batch": 1, "full_batch": 1, "runs": 1, "large": 256, "channels": 4,
         "swin": "pretrain", "compile": {"backend": "eager"},  # needs no C++ compiler
         "self_time": "self_cpu_time_total", "side": 32, "rows": "unet_demo,mednext_m,swinunetr"}
-count = functools.cache(cost.cost)  # a step is counted in the form that is measured first, the default one
+# A step is counted in the form that is measured first, the default one.
+count = functools.cache(cost.cost)
 
 
 def switch(**turned):
@@ -67,7 +70,9 @@ def switch(**turned):
 
 
 def ms(options, function):
-    """Milliseconds of one of several runs, between which nobody waits; after one that does not count."""
+    """Milliseconds of one of several runs, between which nobody waits.
+
+    The first, which finds memory and chooses kernels, does not count."""
     if options.runs > 1:
         function()
     devices.synchronize(options.device)
@@ -79,10 +84,13 @@ def ms(options, function):
 
 
 def make_step(options, row, batch, preset="none", compiled=False):
-    """A step of the paper's pretraining: a function -> seconds until the host had the loss. And its FLOPs."""
+    """A step of the paper's pretraining, and its FLOPs.
+
+    The step is a function -> seconds until the host had the loss."""
     swin = models.ROWS[row].family == "swin"
     name, ratio = ("swin", 0.3) if swin else ("amaes", 0.6)
-    task, objective, _ = pretrain.choose_objective(name, options.device, options.precision, 4, ratio, "all")
+    task, objective, _ = pretrain.choose_objective(
+        name, options.device, options.precision, 4, ratio, "all")
     side = max(64, options.side) if swin else options.side
     _, flops, _ = count(row, task, batch, side)
     torch.manual_seed(0)
@@ -118,9 +126,12 @@ def machine(options):
 
 
 def waits(options):
-    """The host's seconds for a step behind two seconds of other work, and where torch says that it waits."""
+    """The host's seconds for a step behind two seconds of other work.
+
+    And where torch says that it waits."""
     first, last = options.rows[0], options.rows[-1]
-    for row, preset, batch in ((first, "none", 2), (first, "all", 6), (last, "none", options.batch)):
+    cases = (first, "none", 2), (first, "all", 6), (last, "none", options.batch)
+    for row, preset, batch in cases:
         step, _ = make_step(options, row, batch, preset)
         for _ in range(min(2, options.runs)):  # finds memory, chooses kernels
             step()
@@ -148,19 +159,23 @@ def distance(a, b):
 
 
 def augmentations(options):
-    """Table 5 but noise: the largest distance of a transform on the device from the CPU's. Milliseconds."""
+    """Table 5 but noise: the largest distance of a transform on the device from the CPU's.
+
+    And the milliseconds of all."""
     worst = {"labels": 0.0}
     for seed in range(60):
         draw = augment.draw(seed, "all", options.side // 2)
         crop, label = torch.rand(1, *draw.context), (torch.rand(draw.context) * 4).byte()
         x, labels = augment.spatial([crop.to(options.device)], [label.to(options.device)], [draw])
         expected, expected_labels = augment.spatial([crop], [label], [draw])
-        worst["labels"] = max(worst["labels"], (labels.cpu() != expected_labels).float().mean().item())
+        changed = (labels.cpu() != expected_labels).float().mean().item()
+        worst["labels"] = max(worst["labels"], changed)
         found = {"spatial": distance(x, expected)}
         for name, parameters in draw.intensity:
             if not name.endswith("noise"):
                 transform = augment.TRANSFORMS[name]
-                found[name] = distance(transform(x[0], *parameters), transform(x[0].cpu(), *parameters))
+                on_cpu = transform(x[0].cpu(), *parameters)
+                found[name] = distance(transform(x[0], *parameters), on_cpu)
         worst |= {name: max(worst.get(name, 0.0), value) for name, value in found.items()}
     yield "device against CPU", worst
 
@@ -176,12 +191,15 @@ def outcome(model, x, target, half):
     with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
         output = model(x)
     ((output.float() - target) ** 2).mean().backward()
-    gradients = {name: weight.grad.cpu() for name, weight in model.named_parameters() if weight.dim() > 1}
+    gradients = {name: weight.grad.cpu() for name, weight in model.named_parameters()
+                 if weight.dim() > 1}
     return gradients | {"output": output.detach().cpu()}
 
 
 def networks(options):
-    """CUDA's form in float32 on the device against the CPU; in bf16, under each switch, against float32."""
+    """CUDA's form in float32 on the device against the CPU.
+
+    In bf16, under each switch, against float32."""
     for row, task in (("unet_b", "pretrain"), ("mednext_l_mednextdec", "segment"),
                       ("swinunetr", options.swin)):
         others = OTHERS[models.ROWS[row].family]
@@ -190,17 +208,22 @@ def networks(options):
         x, target = torch.rand(2, options.batch, 1, *[2 * model.size_multiple] * 3)
         expected = outcome(model, x, target, half=False)
         model, x, target = (thing.to(options.device) for thing in (model, x, target))
-        for precision, turned in (("fp32", {}), *((options.precision, turned) for turned in ({}, *others))):
+        switches = ({}, *others)
+        cases = [("fp32", {}), *((options.precision, turned) for turned in switches)]
+        for precision, turned in cases:
             switch(**turned)
             found = outcome(model, x, target, precision == "bf16")
             apart = {name: distance(found[name], expected[name]) for name in expected}
             output, worst = apart.pop("output"), max(apart, key=apart.get)
-            yield f"{row}, {precision}", turned | {"output": output, "gradient": apart[worst], "of": worst}
+            yield f"{row}, {precision}", turned | {
+                "output": output, "gradient": apart[worst], "of": worst}
             expected = found if precision == "fp32" else expected
 
 
 def measure(options, row, batch, preset="none", compiled=False, **turned):
-    """A step of pretraining with these switches turned: its line, and that of the kernels that took most."""
+    """A step of pretraining with these switches turned: a line.
+
+    And one of the kernels that took most."""
     torch._dynamo.reset()  # or it recompiles for any batch after two
     gc.collect()
     torch.cuda.empty_cache()
@@ -212,8 +235,8 @@ def measure(options, row, batch, preset="none", compiled=False, **turned):
     first, took = time.perf_counter() - began, ms(options, step)
     gib = [torch.cuda.max_memory_allocated() / 2 ** 30, torch.cuda.max_memory_reserved() / 2 ** 30]
     name = f"{row}, compiled" if compiled else row
-    yield name, switches | {"batch": batch, "augment": preset, "ms": took, "tflops": flops / took / 1e9,
-                            "gib": gib, "first_s": first}
+    yield name, switches | {"batch": batch, "augment": preset, "ms": took,
+                            "tflops": flops / took / 1e9, "gib": gib, "first_s": first}
     with torch.profiler.profile() as profile:
         step()
         devices.synchronize(options.device)
@@ -221,7 +244,8 @@ def measure(options, row, batch, preset="none", compiled=False, **turned):
     events = [event for event in events if event.device_type.name.lower() == options.device.type]
     spent = {event.key[:90]: getattr(event, options.self_time) / 1e3 for event in events}
     dearest = sorted(spent, key=spent.get, reverse=True)[:8]
-    yield f"{name}, kernels", {"ms": sum(spent.values()), "dearest_ms": {key: spent[key] for key in dearest}}
+    yield f"{name}, kernels", {
+        "ms": sum(spent.values()), "dearest_ms": {key: spent[key] for key in dearest}}
 
 
 def steps(options):
@@ -244,7 +268,9 @@ def compiled(options):
 
 
 def run_script(command, losses=None):
-    """Run a script as a user does. losses: after as many printed it gets SIGTERM; then seconds after that."""
+    """Run a script as a user does: its exit code, seconds, and the lines that tell something.
+
+    losses: after so many are printed it gets SIGTERM, and the seconds are those after it."""
     telling = ("hours", "continues", "holds step", "arning", ": Dice", "mean ±")
     began, lines = time.perf_counter(), []
     job = subprocess.Popen([sys.executable, "-u", *command.split()], cwd=ROOT, text=True,
@@ -264,34 +290,45 @@ def run_script(command, losses=None):
 
 
 def scripts(options):
-    """The scripts on phantoms, with loader, torchrun and NCCL, at the default precision: what the paper's
-    pretraining will cost; a signal, and one to its continuation; finetuning, evaluation, prediction."""
+    """The scripts on phantoms, with loader, torchrun and NCCL, at the default precision.
+
+    What the paper's pretraining will cost; a signal, and one to its continuation; finetuning,
+    evaluation, prediction."""
     device = f"--device {options.device.type}"
-    side, sized = (48, "--features 4") if options.tiny else (options.side, "")  # bf16 on a CPU needs 48
+    # bf16 on a CPU needs a side of 48.
+    side, sized = (48, "--features 4") if options.tiny else (options.side, "")
     loader = f"--patch_size {side} --workers {1 if options.tiny else 4} {device}"
     with tempfile.TemporaryDirectory() as home:
         scan = f"{home}/raw/sub-L000/ses-01/anat/sub-L000_ses-01_FLAIR.nii.gz"
-        train = (f"-m torch.distributed.run --standalone --nproc_per_node=1 pretrain.py --data {home}/data "
-                 f"--out {home}/run --batch_size {options.full_batch} {sized} {loader}")
-        demo = f"{train} --model unet_demo --compile false --steps 1000 --val_every 1000 --log_every 1"
-        phantoms = f"tests/phantom.py --out {home}/raw --subjects 0 --labelled 4 --layout bids"
-        tuned = f"finetune.py --task demo --data {home}/data --ckpt {home}/run/last.pt --out {home}/tuned"
-        predicted = f"predict.py --ckpt {home}/tuned/fold_0/last.pt {scan} --out {home}/seg.nii.gz {device}"
+        phantoms = (f"tests/phantom.py --out {home}/raw --subjects 0 --labelled 4 --layout bids "
+                    f"--size {side * 5 // 4}")
+        prepare = f"prepare_data.py --source bids --input {home}/raw --out {home}/data"
+        train = ("-m torch.distributed.run --standalone --nproc_per_node=1 pretrain.py "
+                 f"--data {home}/data --out {home}/run --batch_size {options.full_batch} {sized} "
+                 f"{loader}")
+        # One GPU's share of the paper's run: 100 epochs of 44,308 volumes, 16 a step on two.
+        estimate = f"{train} --model {options.rows[0]} --steps 276925 --estimate"
+        demo = (f"{train} --model unet_demo --compile false --steps 1000 --val_every 1000 "
+                "--log_every 1")
+        tuned = (f"finetune.py --task demo --data {home}/data --ckpt {home}/run/last.pt "
+                 f"--out {home}/tuned --folds 0 --n_train 3 --steps 4 --compile false {loader}")
+        predicted = (f"predict.py --ckpt {home}/tuned/fold_0/last.pt {scan} "
+                     f"--out {home}/seg.nii.gz {device} --truth {scan.replace('FLAIR', 'lesion')}")
         for name, losses, command in (
-                ("phantoms", None, f"{phantoms} --size {side * 5 // 4}"),
-                ("prepare", None, f"prepare_data.py --source bids --input {home}/raw --out {home}/data"),
-                # One GPU's share of the paper's run: 100 epochs of 44,308 volumes, 16 a step on two.
-                ("estimate", None, f"{train} --model {options.rows[0]} --steps 276925 --estimate"),
+                ("phantoms", None, phantoms),
+                ("prepare", None, prepare),
+                ("estimate", None, estimate),
                 ("signalled", 3, demo),
                 ("continued, signalled", 3, demo),
-                ("finetune", None, f"{tuned} --folds 0 --n_train 3 --steps 4 --compile false {loader}"),
-                ("predict", None, f"{predicted} --truth {scan.replace('FLAIR', 'lesion')}")):
+                ("finetune", None, tuned),
+                ("predict", None, predicted)):
             yield name, run_script(command, losses)
 
 
 def layers(options):
-    """A 3^3 convolution of 64 channels in bf16, dense and depthwise, in both formats: milliseconds forward,
-    and with backward. Depthwise also as compiled shifts."""
+    """A 3^3 convolution of 64 channels in bf16, dense and depthwise, in both formats.
+
+    Milliseconds forward, and with backward. Depthwise also as compiled shifts."""
     c, sides = options.channels, [options.side] * 3
     shifts = torch.compile(fast_cuda.depthwise_shifts, **options.compile)
     for name, groups, form, function in (
@@ -304,7 +341,9 @@ def layers(options):
             (2, c, *sides), (c, c // groups, 3, 3, 3), (c,)))
         x = x.to(memory_format=form).requires_grad_()
         weight.requires_grad_()
-        run = shifts if function is shifts else functools.partial(F.conv3d, padding=1, groups=groups)
+        run = shifts
+        if function is not shifts:
+            run = functools.partial(F.conv3d, padding=1, groups=groups)
         forward = functools.partial(run, x, weight, bias)
         yield name, {"forward_ms": ms(options, forward),
                      "both_ms": ms(options, lambda forward=forward: forward().sum().backward())}
@@ -315,9 +354,11 @@ def window(options):
     model = models.build_model(options.rows[0], "segment", out_channels=4).to(options.device).eval()
     fast_cuda.install(model)
     volume = torch.rand(1, *(options.side * n // 8 for n in (10, 12, 9))).half()
+    half = options.precision == "bf16"
     for batch in (1, 4):
-        segment = functools.partial(predict.sliding_window, model, volume, options.side, batch=batch)
-        with torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+        segment = functools.partial(
+            predict.sliding_window, model, volume, options.side, batch=batch)
+        with torch.autocast(options.device.type, torch.bfloat16, enabled=half):
             yield f"{batch} at once", {"shape": list(volume.shape), "ms": ms(options, segment)}
 
 
@@ -341,11 +382,14 @@ def without_gpu():
 
 def read_options(words):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=8, help="what does not begin in them is left out")
+    parser.add_argument("--minutes", type=float, default=8,
+                        help="what does not begin in them is left out")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections")
     parser.add_argument("--side", type=int, default=128, help="of a patch")
-    parser.add_argument("--rows", default="unet_xl,mednext_l,swinunetr", help="networks of models.py")
-    parser.add_argument("--out", help="lines are appended; default: bench/GPU.jsonl, no file if tiny")
+    parser.add_argument("--rows", default="unet_xl,mednext_l,swinunetr",
+                        help="networks of models.py")
+    parser.add_argument("--out",
+                        help="lines are appended; default: bench/GPU.jsonl, no file if tiny")
     parser.add_argument("--tiny", action="store_true", help="small, on a CPU")
     options = parser.parse_args(words)
     vars(options).update(TINY if options.tiny else GPU)
@@ -355,7 +399,8 @@ def read_options(words):
     if not options.tiny and not torch.cuda.is_available():
         parser.exit(2, "bench/gpu.py needs a GPU; --tiny runs it small, on a CPU\n")
     options.device = devices.pick_device("cpu" if options.tiny else "cuda")
-    options.out = options.out or (os.devnull if options.tiny else os.path.join(ROOT, "bench", "GPU.jsonl"))
+    if not options.out:
+        options.out = os.devnull if options.tiny else os.path.join(ROOT, "bench", "GPU.jsonl")
     return options
 
 
@@ -365,7 +410,8 @@ def main(words=None):
 
     def say(section, finding, **values):
         head = {"section": section, "finding": finding, "at_s": time.perf_counter() - began}
-        rounded = json.loads(json.dumps(head | values), parse_float=lambda text: float(f"{float(text):.4g}"))
+        text = json.dumps(head | values)
+        rounded = json.loads(text, parse_float=lambda number: float(f"{float(number):.4g}"))
         for stream in (sys.stdout, file):
             print(json.dumps(rounded), file=stream, flush=True)
 
@@ -385,7 +431,8 @@ def main(words=None):
                     if late():
                         say(name, "left out: what is left of it")
                         break
-            except Exception as error:  # whatever it is costs its section; the others still say theirs
+            # Whatever it is costs its section; the others still say theirs.
+            except Exception as error:
                 say(name, "failed", error=f"{type(error).__name__}: {str(error)[:400]}")
                 failed = True
     switch()

@@ -127,7 +127,7 @@ def dice(plt, first, second):
 
 
 def fullest_planes(mask):
-    """The plane of a mask (D, H, W) with most voxels on each axis; of an empty one the middle."""
+    """Along each axis, the plane with most voxels of a mask (D, H, W), the middle one if none."""
     if not mask.any():
         return [n // 2 for n in mask.shape]
     return [int(np.argmax(mask.sum(others))) for others in ((1, 2), (0, 2), (0, 1))]

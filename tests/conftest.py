@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from folders import TASK
+from runs import ROOT, words_of
 
 import config
 
-ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 # Settings of a finetuning that takes seconds.
@@ -28,8 +30,7 @@ def script(*words, processes=None, check=0, **settings):
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    command = [*launcher, *map(str, words), *options]
+    command = [*launcher, *map(str, words), *words_of(settings)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
     report = f"exit {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
@@ -44,43 +45,71 @@ def call(module, *words):
         torch.distributed.destroy_process_group()
 
 
+@contextlib.contextmanager
+def handlers_put_back():
+    """Whatever happens within, the next script finds the handlers of signals as they were."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def run(name, *words, **settings):
     """A script in this process, which is quicker -> what it printed."""
     module = importlib.import_module(name)
-    words = [str(word) for word in words]
-    for key, value in settings.items():
-        words += [f"--{key}", str(value)]
-
-    # Whatever happens, the next script finds no process group and no handlers of signals.
+    words = [*map(str, words), *words_of(settings)]
     output = io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with contextlib.redirect_stdout(output):
-            module.main(config.parse_config(module.Config, words))
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with handlers_put_back():
+        try:
+            with contextlib.redirect_stdout(output):
+                module.main(config.parse_config(module.Config, words))
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
     return output.getvalue()
 
 
 def mistake(name, *words, **settings):
     """The one line with which a script refuses, exit code 2; in this process, which is quicker."""
-    module, errors = importlib.import_module(name), io.StringIO()
-    options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    argv, sys.argv = sys.argv, [name, *map(str, words), *options]
-    try:
+    module = importlib.import_module(name)
+    errors = io.StringIO()
+    command = [name, *map(str, words), *words_of(settings)]
+    with handlers_put_back(), mock.patch.object(sys, "argv", command):
         with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as end:
             config.run(module.main, module.Config)
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     line = errors.getvalue()
     assert end.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
     return line
+
+
+class Bomb:
+    """Whoever unpickles it without care makes the file at `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def calls_of(function, *arguments):
+    """How many functions, of Python and of C, are called in a call: its work, on any machine."""
+    count = 0
+
+    def note(frame, event, argument):
+        nonlocal count
+        if event in ("call", "c_call"):
+            count += 1
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        function(*arguments)
+    finally:
+        sys.setprofile(before)
+    return count
 
 
 def log_of(folder):
@@ -105,10 +134,8 @@ def prepared(raw):
 @pytest.fixture(scope="session")
 def lesions(tmp_path_factory):
     """A task on the prepared phantoms: its file."""
-    task = {"data": "set by --data", "sequences": ["FLAIR"], "classes": ["background", "lesion"],
-            "labels": {0: 0, 1: 1}, "n_train": 2, "folds": 2}
     path = tmp_path_factory.mktemp("task") / "lesions.yaml"
-    path.write_text(json.dumps(task))
+    path.write_text(json.dumps(TASK))
     return path
 
 

@@ -1,15 +1,17 @@
-"""Synthetic head scans as NIfTI, for the tests and the demo, in every source's tree: no patient's data.
+"""Synthetic head scans as NIfTI, in every source's tree, for the tests and the demo.
 
     python tests/phantom.py --out raw --subjects 24 --labelled 12 --layout bids --size 64 --seed 0
 
-A head is a set of ellipsoids in mm: scalp, skull, cortex with folds, white matter, ventricles; its shape
-differs from subject to subject, and so do noise, bias field, voxel size, axis order and obliqueness. The
-labelled subjects have lesions in the white matter, bright in FLAIR, with an exact label map.
+No patient's data is in them. A head is a set of ellipsoids in mm: scalp, skull, cortex with folds,
+white matter, ventricles. Its shape differs from subject to subject, and so do noise, bias field,
+voxel size, axis order and obliqueness. The labelled subjects have lesions in the white matter,
+bright in FLAIR, with an exact label map.
 
-A layout yields (path, kind, image). The kind is what the file is for the paper, known without the program
-under test: volume (pretrained on), test (a usable volume that is not), either with `x4` if a 4-D file holds
-four, label, junk (to be skipped by its path), reject (turned away once opened, by the reference's rule for
-ADNI, OASIS and PPMI: 3-D, no side under 15 voxels, no negative value), None (a text file).
+A layout yields (path, kind, image). The kind is what the file is for the paper, known without the
+program under test: volume (pretrained on), test (a usable volume that is not), either with `x4` if
+a 4-D file holds four, label, junk (to be skipped by its path), reject (turned away once opened, by
+the reference's rule for ADNI, OASIS and PPMI: 3-D, no side under 15 voxels, no negative value),
+None (a text file).
 """
 
 import argparse
@@ -20,7 +22,8 @@ from pathlib import Path, PurePosixPath
 import nibabel as nib
 import numpy as np
 
-# Intensity of air, scalp, skull, cerebrospinal fluid, cortex, white matter, lesion, in each contrast.
+# In each contrast, the intensity of air, scalp, skull, cerebrospinal fluid, cortex, white matter,
+# lesion.
 CONTRASTS = {
     "T1": (0, 800, 120, 180, 480, 700, 380), "T2": (0, 500, 80, 950, 560, 400, 800),
     "FLAIR": (0, 450, 70, 120, 520, 420, 950), "T1ce": (0, 850, 130, 180, 500, 700, 900),
@@ -34,15 +37,18 @@ GRIDS = (("RAS", (1, 1, 1)), ("LPS", (1, 1, 1)), ("LAS", (0.9, 0.9, 1.6)), ("PSR
 
 
 def anatomy(rng, size):
-    """Everything about one subject: semi-axes in mm for a head `size` mm long, folds, ventricles, lesions."""
+    """Everything about one subject: folds, ventricles, lesions, and the semi-axes in mm.
+
+    size: length of the head in mm."""
     axes = size / 2 * np.array([0.74, 0.95, 0.80]) * rng.uniform(0.92, 1.05, 3)
     lesions = []
     for _ in range(rng.integers(2, 5)):
         direction = rng.normal(size=3)
         place = direction / np.linalg.norm(direction) * rng.uniform(0.3, 0.55) * axes
         lesions.append((place, size * rng.uniform(0.06, 0.13), rng.uniform(0.7, 1.4, 3)))
-    return {"axes": axes, "folds": rng.uniform(0, 2 * np.pi, (6, 3)), "waves": rng.uniform(4, 9, (6, 3)),
-            "ventricle": rng.uniform(0.8, 1.5), "lesions": lesions}
+    return {"axes": axes, "folds": rng.uniform(0, 2 * np.pi, (6, 3)),
+            "waves": rng.uniform(4, 9, (6, 3)), "ventricle": rng.uniform(0.8, 1.5),
+            "lesions": lesions}
 
 
 def tissue(head, points, lesions):
@@ -72,8 +78,9 @@ def scan(head, rng, contrast, size, spacing=(1, 1, 1), axes="RAS", degrees=0.0, 
          stripped=False):
     """One scan of a head and its lesion map: two nibabel images on one grid.
 
-    spacing in mm; axes: order and direction of the stored axes; degrees: obliqueness about the first one.
-    stripped: brain only, on exact 0, as BraTS; otherwise with scalp, skull and noisy air."""
+    spacing in mm; axes: order and direction of the stored axes; degrees: obliqueness about the
+    first one. stripped: brain only, on exact 0, as BraTS; otherwise with scalp, skull and noisy
+    air."""
     shape = np.maximum(16, np.ceil(size * 1.04 / np.array(spacing)).astype(int))
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = -(shape - 1) / 2 * spacing
@@ -108,7 +115,7 @@ def below_zero(image):
 
 
 def hide(out, truth):
-    """Add what macOS leaves in a copied or unzipped tree, beside the first image, and a text file."""
+    """Add what macOS leaves in a copied or unzipped tree, at the first image, and a text file."""
     first = PurePosixPath(next(iter(truth)))
     for path in (first.parent / f"._{first.name}", "__MACOSX" / first):
         Path(out, path).parent.mkdir(parents=True, exist_ok=True)
@@ -120,10 +127,11 @@ def hide(out, truth):
 def write(layout, out, subjects, labelled, size=32, seed=0):
     """Write one source's tree below `out`, return {path relative to out: kind} of its images.
 
-    Where there is a training and a test part (WMH, MSSEG1, MSD, nnU-Net), `labelled` counts the first and
-    `subjects` the second; a source without labels has subjects + labelled subjects."""
+    Where there is a training and a test part (WMH, MSSEG1, MSD, nnU-Net), `labelled` counts the
+    first and `subjects` the second; a source without labels has subjects + labelled subjects."""
     rngs = [np.random.default_rng([seed, number]) for number in range(subjects + labelled)]
-    people = [(number, number >= subjects, anatomy(rng, size), rng) for number, rng in enumerate(rngs)]
+    people = [(number, number >= subjects, anatomy(rng, size), rng)
+              for number, rng in enumerate(rngs)]
     truth = {}
     for path, kind, content in LAYOUTS[layout](people, size):
         Path(out, path).parent.mkdir(parents=True, exist_ok=True)
@@ -137,18 +145,19 @@ def write(layout, out, subjects, labelled, size=32, seed=0):
     return truth
 
 
-# ---------------------------------------------------------------------------- sources of free-text series
+# ----------------------------------------------------------------- sources of free-text series
 # What a subject has: form -> names. The first two of ADNI are one acquisition, raw and processed.
-ADNI = {"volume": "MPRAGE MPR____N3__Scaled MT1__GradWarp__N3m Accelerated_Sagittal_MPRAGE Axial_3TE_T2_STAR "
-                  "Sagittal_3D_FLAIR",
+ADNI = {"volume": "MPRAGE MPR____N3__Scaled MT1__GradWarp__N3m Accelerated_Sagittal_MPRAGE "
+                  "Axial_3TE_T2_STAR Sagittal_3D_FLAIR",
         "4-D": "Axial_DTI", "negative": "MPR-R__GradWarp__B1_Correction", "thin": "Axial_T2-FLAIR",
         "junk": "localizer Axial_rsfMRI__Eyes_Open_ Axial_2D_PASL Perfusion_Weighted Field_Mapping"}
 PPMI = {"volume": "MPRAGE_GRAPPA SAG_T1_3D_MPRAGE AX_FLAIR T2_AXIAL", "4-D": "AX_DTI_32_DIR",
         "negative": "SAG_3D_FLAIR", "thin": "AX_T2_FSE",
         "junk": "2D_GRE-MT ep2d_RESTING_STATE localizer Reconstructed_DaTSCAN"}
-OASIS = {"volume": "anat1/run-01_T1w anat3/acq-TSE_T2w anat4/FLAIR anat2/run-02_T1w anat5/T2star anat6/angio "
-                   "swi1/swi swi2/minIP dwi1/run-01_dwi anat7/GRE",
-         "4-D": "dwi2/run-02_dwi", "negative": "anat8/run-03_T1w", "thin": "anat9/acq-hippocampus_T2w",
+OASIS = {"volume": "anat1/run-01_T1w anat3/acq-TSE_T2w anat4/FLAIR anat2/run-02_T1w anat5/T2star "
+                   "anat6/angio swi1/swi swi2/minIP dwi1/run-01_dwi anat7/GRE",
+         "4-D": "dwi2/run-02_dwi", "negative": "anat8/run-03_T1w",
+         "thin": "anat9/acq-hippocampus_T2w",
          "junk": "func1/task-rest_run-01_bold func2/asl fmap1/fieldmap"}
 
 
@@ -169,8 +178,10 @@ def series(table, head, rng, size):
 
 
 def loni(root, table, people, size):
-    """ADNI/002_S_0413/<description>/2006-05-19_16_00_47.0/<I or S number>/ADNI_*.nii[.gz], two visits. PPMI:
-    subjects 3000, 3001, ..., every second series one folder deeper, in nifti/ with dicom/ beside it."""
+    """ADNI/002_S_0413/<description>/2006-05-19_16_00_47.0/<I or S number>/ADNI_*.nii[.gz].
+
+    Two visits. PPMI: subjects 3000, 3001, ..., every second series one folder deeper, in nifti/
+    with dicom/ beside it."""
     for number, _, head, rng in people:
         subject = f"{number + 2:03}_S_{413 + number:04}" if root == "ADNI" else f"{3000 + number}"
         for place, description, kind, image in series(table, head, rng, size):
@@ -185,9 +196,11 @@ def loni(root, table, people, size):
 
 
 def oasis(start, people, size):
-    """OAS30001_MR_d0129/anat1/sub-OAS30001_ses-d0129_run-01_T1w.nii.gz and .json; the second session has
-    anat3/{NIFTI,BIDS}/, the third scans/anat4-FLAIR/resources/{NIFTI,BIDS}/files/; 0AS_data_files/ and
-    OAS30001_AV45_d2340/pet1/ beside. OASIS4: all in OASIS4_images/, some names without the sequence."""
+    """OAS30001_MR_d0129/anat1/sub-OAS30001_ses-d0129_run-01_T1w.nii.gz and .json.
+
+    The second session has anat3/{NIFTI,BIDS}/, the third
+    scans/anat4-FLAIR/resources/{NIFTI,BIDS}/files/; 0AS_data_files/ and OAS30001_AV45_d2340/pet1/
+    beside. OASIS4: all in OASIS4_images/, some names without the sequence."""
     root, first = ("", 1) if start == "OAS3" else ("OASIS4_images/", 2213)
     for number, _, head, rng in people:
         subject = f"{start}{first + number:04}"
@@ -196,7 +209,8 @@ def oasis(start, people, size):
             deep = f"scans/{folder}-{end.split('_')[-1]}/resources/NIFTI/files"
             folder = f"{root}{subject}_MR_{day}/" + (folder, f"{folder}/NIFTI", deep)[place % 3]
             yield f"{folder}/sub-{subject}_ses-{day}_{end}.nii.gz", kind, image
-            yield f"{folder.replace('NIFTI', 'BIDS')}/sub-{subject}_ses-{day}_{end}.json", None, "{}"
+            beside = folder.replace("NIFTI", "BIDS")
+            yield f"{beside}/sub-{subject}_ses-{day}_{end}.json", None, "{}"
         name, (extra, _) = f"sub-{subject}_ses-d2340", scan(head, rng, "FLAIR", size)
         yield f"{root}{subject}_AV45_d2340/pet1/NIFTI/{name}_acq-AV45_pet.nii.gz", "junk", extra
         yield f"{root}0AS_data_files/{subject}_MR_d2340/anat1/{name}_T1w.nii.gz", "junk", extra
@@ -206,24 +220,28 @@ def oasis(start, people, size):
                 yield f"{files}/scan10.nii.gz", kind, extra
 
 
-# ------------------------------------------------------------------------ challenges and generic layouts
+# --------------------------------------------------------------- challenges and generic layouts
 def bids(people, size):
-    """sub-U000/ses-01/anat/sub-U000_ses-01_{T1w,T2w,FLAIR}.nii.gz; the labelled, sub-L000, have FLAIR and
-    *_lesion.nii.gz only."""
+    """sub-U000/ses-01/anat/sub-U000_ses-01_{T1w,T2w,FLAIR}.nii.gz.
+
+    The labelled, sub-L000, have FLAIR and *_lesion.nii.gz only."""
     for number, labelled, head, rng in people:
         axes, ratio = GRIDS[rng.integers(len(GRIDS))]
         name = f"sub-{'L' if labelled else 'U'}{number:03}"
         start = f"{name}/ses-01/anat/{name}_ses-01"
         for contrast in ["FLAIR"] if labelled else rng.permutation(["T1", "T2", "FLAIR"])[:2]:
-            image, found = scan(head, rng, str(contrast), size, ratio, axes, rng.uniform(-12, 12), labelled)
+            degrees = rng.uniform(-12, 12)
+            image, found = scan(head, rng, str(contrast), size, ratio, axes, degrees, labelled)
             yield f"{start}_{SUFFIX[contrast]}.nii.gz", "volume", image
             if labelled:
                 yield f"{start}_lesion.nii.gz", "label", relabel(found, (0, 1, 1, 1, 1, 1))
 
 
 def brats21(people, size):
-    """BraTS2021_00001/BraTS2021_00001_{flair,t1,t1ce,t2,seg}.nii.gz: LPS, 1 mm, skull-stripped, labels 0, 1,
-    2, 4; the unlabelled have no seg. The quarter to hold out is drawn at random, so all are `volume`."""
+    """BraTS2021_00001/BraTS2021_00001_{flair,t1,t1ce,t2,seg}.nii.gz.
+
+    LPS, 1 mm, skull-stripped, labels 0, 1, 2, 4; the unlabelled have no seg. The quarter to hold
+    out is drawn at random, so all are `volume`."""
     for number, labelled, head, rng in people:
         name = f"BraTS2021_{number:05}"
         for contrast in ("FLAIR", "T1", "T1ce", "T2"):
@@ -234,12 +252,13 @@ def brats21(people, size):
 
 
 def isles22(folders, flair_name, people, size):
-    """ISLES-2022/sub-strokecase0001/ses-0001/{anat/*_FLAIR,dwi/*_dwi,dwi/*_adc}.nii.gz and ISLES-2022/
-    derivatives/sub-strokecase0001/ses-0001/*_{msk.nii.gz,snp.png}; or, as in the challenge, rawdata/
-    sub-strokecase0001/ses-0001/*_{flair,dwi,adc}.nii.gz and derivatives/ beside rawdata/.
+    """ISLES-2022/sub-strokecase0001/ses-0001/{anat/*_FLAIR,dwi/*_dwi,dwi/*_adc}.nii.gz and
+    ISLES-2022/derivatives/sub-strokecase0001/ses-0001/*_{msk.nii.gz,snp.png}; or, as in the
+    challenge, rawdata/sub-strokecase0001/ses-0001/*_{flair,dwi,adc}.nii.gz and derivatives/ beside
+    rawdata/.
 
-    DWI, ADC and mask share an oblique grid, with negative values; FLAIR has its own. Of several labelled
-    cases, the last has an empty mask."""
+    DWI, ADC and mask share an oblique grid, with negative values; FLAIR has its own. Of several
+    labelled cases, the last has an empty mask."""
     root, anat, dwi, derivatives = folders
     for number, labelled, head, rng in people:
         case, tilt = f"sub-strokecase{number + 1:04}", rng.uniform(8, 15)
@@ -252,8 +271,9 @@ def isles22(folders, flair_name, people, size):
         yield f"{start}/{anat}{name}_{flair_name}.nii.gz", "volume", image
         if labelled:
             values = [0] * 6 if number and number == people[-1][0] else [0, 1, 1, 1, 1, 1]
-            yield f"{derivatives}/{case}/ses-0001/{name}_msk.nii.gz", "label", relabel(found, values)
-            yield f"{derivatives}/{case}/ses-0001/{name}_snp.png", None, ""
+            beside = f"{derivatives}/{case}/ses-0001/{name}"
+            yield f"{beside}_msk.nii.gz", "label", relabel(found, values)
+            yield f"{beside}_snp.png", None, ""
 
 
 def wmh(people, size):
@@ -281,8 +301,9 @@ def wmh(people, size):
 
 
 def msseg1(people, size):
-    """{Training,Testing}/Center_01/Patient_01/{Raw_Data/FLAIR,Preprocessed_Data/FLAIR_preprocessed}.nii.gz,
-    also T1, T2, DP, GADO, and Masks/{Consensus,ManualSegmentation_1,ManualSegmentation_2}.nii.gz."""
+    """{Training,Testing}/Center_01/Patient_01/Raw_Data/FLAIR.nii.gz and
+    Preprocessed_Data/FLAIR_preprocessed.nii.gz, also T1, T2, DP, GADO, and
+    Masks/{Consensus,ManualSegmentation_1,ManualSegmentation_2}.nii.gz."""
     contrasts = {"FLAIR": "FLAIR", "T1": "T1", "T2": "T2", "DP": "PD", "GADO": "T1ce"}
     for number, training, head, rng in people:
         part, kind = ("Training", "volume") if training else ("Testing", "test")
@@ -299,8 +320,10 @@ def msseg1(people, size):
 
 
 def msd(people, size):
-    """Task01_BrainTumour/{imagesTr,labelsTr}/BRATS_001.nii.gz, imagesTs/BRATS_485.nii.gz, dataset.json: a 4-D
-    file holds FLAIR, T1w, T1gd, T2w. The paper pretrains on imagesTs."""
+    """Task01_BrainTumour/{imagesTr,labelsTr}/BRATS_001.nii.gz, imagesTs/BRATS_485.nii.gz and
+    dataset.json.
+
+    A 4-D file holds FLAIR, T1w, T1gd, T2w. The paper pretrains on imagesTs."""
     root = "Task01_BrainTumour"
     for number, training, head, rng in people:
         scans = [scan(head, rng, contrast, size, axes="LPS", lesions=True, stripped=True)
@@ -308,12 +331,14 @@ def msd(people, size):
         image, name = nib.concat_images([image for image, _ in scans]), f"BRATS_{number + 1:03}"
         if training:
             yield f"{root}/imagesTr/{name}.nii.gz", "test x4", image
-            yield f"{root}/labelsTr/{name}.nii.gz", "label", relabel(scans[0][1], (0, 1, 2, 3, 1, 1))
+            label = relabel(scans[0][1], (0, 1, 2, 3, 1, 1))
+            yield f"{root}/labelsTr/{name}.nii.gz", "label", label
         else:
             yield f"{root}/imagesTs/BRATS_{number + 485:03}.nii.gz", "volume x4", image
     yield f"{root}/dataset.json", None, json.dumps({
         "name": "BRATS", "modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"},
-        "labels": {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"},
+        "labels": {"0": "background", "1": "edema", "2": "non-enhancing tumor",
+                   "3": "enhancing tumour"},
         "numTraining": sum(person[1] for person in people)})
 
 
@@ -323,13 +348,16 @@ def fomo60k(people, size):
              "t2s": "T2", "dwi": "DWI", "swi": "T2", "scan_1": "PD"}
     for number, _, head, rng in people:
         for place, (name, contrast) in enumerate(names.items()):
-            image, _ = scan(head, rng, contrast, size, axes=GRIDS[place % len(GRIDS)][0], stripped=True)
+            axes, _ = GRIDS[place % len(GRIDS)]
+            image, _ = scan(head, rng, contrast, size, axes=axes, stripped=True)
             yield f"sub_{number + 1}/ses_{1 + place // 4}/{name}.nii.gz", "volume", image
 
 
 def nnunet(people, size):
-    """Dataset501_Lesions/{imagesTr/sub00_0000,imagesTr/sub00_0001,labelsTr/sub00}.nii.gz, imagesTs/ and
-    nnU-Net v2's dataset.json: channels FLAIR and T1; cases of odd number have an underscore, sub_01."""
+    """Dataset501_Lesions/{imagesTr/sub00_0000,imagesTr/sub00_0001,labelsTr/sub00}.nii.gz, imagesTs/
+    and nnU-Net v2's dataset.json: channels FLAIR and T1.
+
+    Cases of odd number have an underscore, sub_01."""
     root = "Dataset501_Lesions"
     for number, training, head, rng in people:
         case, (axes, ratio) = f"sub{'_' * (number % 2)}{number:02}", GRIDS[number % len(GRIDS)]
@@ -345,8 +373,9 @@ def nnunet(people, size):
 
 
 LAYOUTS = {
-    "adni": partial(loni, "ADNI", ADNI), "oasis3": partial(oasis, "OAS3"), "oasis4": partial(oasis, "OAS4"),
-    "ppmi": partial(loni, "PPMI", PPMI), "brats21": brats21, "wmh": wmh, "msseg1": msseg1, "msd": msd,
+    "adni": partial(loni, "ADNI", ADNI), "ppmi": partial(loni, "PPMI", PPMI),
+    "oasis3": partial(oasis, "OAS3"), "oasis4": partial(oasis, "OAS4"),
+    "brats21": brats21, "wmh": wmh, "msseg1": msseg1, "msd": msd,
     "isles22": partial(isles22, ("ISLES-2022", "anat/", "dwi/", "ISLES-2022/derivatives"), "FLAIR"),
     "isles22_rawdata": partial(isles22, ("rawdata", "", "", "derivatives"), "flair"),
     "fomo60k": fomo60k, "nnunet": nnunet, "bids": bids,
@@ -358,7 +387,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True)
     parser.add_argument("--subjects", type=int, default=24, help="unlabelled subjects")
-    parser.add_argument("--labelled", type=int, default=12, help="subjects with lesions and label maps")
+    parser.add_argument("--labelled", type=int, default=12,
+                        help="subjects with lesions and label maps")
     parser.add_argument("--layout", choices=LAYOUTS, default="bids")
     parser.add_argument("--size", type=int, default=64, help="length of the head in mm")
     parser.add_argument("--seed", type=int, default=0)

@@ -28,6 +28,11 @@ PRETRAIN = TINY | {"features": 4, "steps": 12, "save_every": 2, "val_every": 3, 
 FINETUNE = TINY | {"features": 4, "steps": 6, "save_every": 2, "folds": 1}
 
 
+def words_of(settings):
+    """Settings as they are typed: --key value."""
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
 def child(name, words, environment, output, patch):
     """In a session of its own: one script, its command line, what it prints into a file."""
     os.setsid()
@@ -51,7 +56,7 @@ class Run:
 
     def __init__(self, name, output, processes=1, patch=None, environment=None, **settings):
         self.output, self.parts = Path(output), []
-        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        words = words_of(settings)
         port = str(random.randrange(20000, 30000))
         for rank in range(processes):
             place = {} if processes == 1 else {
@@ -134,10 +139,10 @@ def torchrun(folder, nodes, processes, restarts=2, patch="", **settings):
     Each process leaves the files pid.<rank>.<attempt> and exit.<rank>.<attempt> in `folder`."""
     driver = folder / "driver.py"
     driver.write_text(DRIVER.format(root=str(ROOT), folder=str(folder), patch=patch))
-    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}",
                f"--nproc_per_node={processes}", "--rdzv_backend=c10d", f"--max-restarts={restarts}",
-               f"--rdzv_endpoint=localhost:{random.randrange(20000, 30000)}", str(driver), *words]
+               f"--rdzv_endpoint=localhost:{random.randrange(20000, 30000)}", str(driver),
+               *words_of(settings)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     started = []
     for node in range(nodes):

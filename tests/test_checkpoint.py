@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 import torch
+from conftest import Bomb
 
 import checkpoint
 import config
@@ -21,14 +22,6 @@ def test_a_half_written_line_is_cut_from_the_log(tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(lines) + lines[0][:5])
     checkpoint.cut_log(tmp_path, 2)
     assert (tmp_path / "log.jsonl").read_text() == "".join(lines[:2])
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def network():
@@ -132,13 +125,13 @@ def test_checkpoints_of_later_formats_and_odd_contents_are_refused(tmp_path, cha
 
 
 def test_a_checkpoint_of_another_network_is_not_continued(tmp_path):
-    cfg = pretrain.Config()
-    saved = network() | {"config": dataclasses.asdict(cfg)}
+    contents = {"config": dataclasses.asdict(pretrain.Config()), "sha256": None, "inputs": {}}
+    saved = network() | contents
     checkpoint.save_checkpoint(tmp_path / "last.pt", saved)
     model = torch.nn.Linear(3, 3)
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(config.UserError, match="does not fit this network"):
-        checkpoint.resume(tmp_path / "last.pt", cfg, (), model, optimizer)
+        checkpoint.resume(tmp_path / "last.pt", contents, (), model, optimizer)
 
 
 # ------------------------------------------------------------------------------------------ weights
@@ -149,7 +142,8 @@ STEM = "encoder.in_conv.conv1.conv.weight"
     (lambda state: {0: torch.ones(2)}, f"{STEM} is missing"),
     (lambda state: [1, 2], f"{STEM} is missing"),
     (lambda state: state | {STEM: torch.ones(4, 0, 3, 3, 3)}, f"{STEM} is (4, 0, 3, 3, 3), not"),
-    (lambda state: state | {STEM: torch.ones(4)}, f"{STEM} is (4,), not")])
+    (lambda state: state | {STEM: torch.ones(4)}, f"{STEM} is (4,), not")],
+    ids=["a number for a name", "a list", "no values", "too few axes"])
 def test_odd_weights_are_refused_in_one_line(change, message):
     model = models.build_model("unet_demo", "pretrain", features=4)
     with pytest.raises(config.UserError) as error:

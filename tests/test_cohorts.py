@@ -34,8 +34,8 @@ def test_what_a_path_says(case):
 @pytest.mark.parametrize(
     ("sequence", "names"),
     {
-        "T1": "SAG FSPGR BRAVO, MPR____N3__Scaled, MT1__GradWarp__N3m, sT1W_3D_TFE, MPRAGE_GRAPPA2, "
-        "SAG T1 SE, Spatially_Normalized__Masked_and_N3_corrected_T1",
+        "T1": "SAG FSPGR BRAVO, MPR____N3__Scaled, MT1__GradWarp__N3m, sT1W_3D_TFE, "
+        "MPRAGE_GRAPPA2, SAG T1 SE, Spatially_Normalized__Masked_and_N3_corrected_T1",
         "FLAIR": "3D T2 FLAIR_MPR_Tra_1.5mm, COR/FLAIR/r, t2_tirm_tra_dark-fluid_, 3DT2FLAIR",
         "T2": "AX PD + T2, SG T2WI DS, sT2W/PD_TSE, *AX FSE T2",
         "T2star": "AXIAL_T2_STAR, Ax T2* GRE",
@@ -51,7 +51,8 @@ def test_what_a_path_says(case):
     }.items(),
 )
 def test_free_text_series(sequence, names):
-    skip = sequence.startswith("-")  # in the table above: taken as a sequence, or skipped with a reason
+    # In the table above: taken as a sequence, or skipped with a reason.
+    skip = sequence.startswith("-")
     expected = sources.Series(skip=sequence[1:]) if skip else sources.Series(sequence)
     series = sources.read_layout("adni").series
     assert {name: sources.classify(name, series) for name in names.split(", ")} == dict.fromkeys(

@@ -1,5 +1,6 @@
-"""What only a GPU runs, as far as a CPU can tell: waits, pinned batches, graphs. Its quick forms of the
-networks are in test_fast.py."""
+"""What only a GPU runs, as far as a CPU can tell: waits, pinned batches, graphs.
+
+Its quick forms of the networks are in test_fast.py."""
 
 import collections
 import contextlib
@@ -14,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import log_of
+from folders import TASK
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data._utils import pin_memory
@@ -34,7 +36,7 @@ HERE = os.path.dirname(os.path.abspath(augment.__file__))
 TESTS = os.path.dirname(os.path.abspath(__file__))
 
 
-# ------------------------------------------------------------------------------ a step that waits for nothing
+# ------------------------------------------------------------------ a step that waits for nothing
 class Waits(TorchDispatchMode):
     """Notes what would make the host wait for a GPU, with the device meta in its place."""
 
@@ -81,8 +83,9 @@ class Waits(TorchDispatchMode):
             return function(*arguments, **settings)
         if not settings.get("non_blocking"):
             self.note(f"blocking copy {source.device.type}->{target.type}, {source.nbytes} bytes")
-        elif not source.is_meta and source.nbytes > 2 ** 16 and not getattr(source, "pinned", False):
-            self.note("upload above 64 KiB out of memory that is not pinned")
+        elif not source.is_meta and source.nbytes > 2 ** 16:
+            if not getattr(source, "pinned", False):
+                self.note("upload above 64 KiB out of memory that is not pinned")
         if source.is_meta:
             return torch.zeros(source.shape, dtype=settings.get("dtype") or source.dtype)
         return function(*arguments, **settings)
@@ -95,11 +98,13 @@ def pinned(tensor):
 
 @pytest.fixture
 def on_meta(monkeypatch):
-    """Stands in for what a GPU has and meta has not: pinned memory, generators, autocast. And keeps the
-    setting of cuDNN that fast_cuda makes."""
+    """Stands in for what a GPU has and meta has not: pinned memory, generators, autocast.
+
+    And keeps the setting of cuDNN that fast_cuda makes."""
+    generator = types.SimpleNamespace(manual_seed=lambda seed: None)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
-    monkeypatch.setattr(torch, "Generator", lambda *_: types.SimpleNamespace(manual_seed=lambda seed: None))
+    monkeypatch.setattr(torch, "Generator", lambda *_: generator)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
 
 
@@ -108,7 +113,9 @@ def batches(side, classes, seeds=60, size=2):
     for seed in range(0, seeds, size):
         draws = [augment.draw(seed + i, "all", side) for i in range(size)]
         crops = [pinned(torch.zeros(1, *d.context, dtype=torch.float16)) for d in draws]
-        labels = [pinned(torch.zeros(*d.context, dtype=torch.uint8)) for d in draws] if classes else None
+        labels = None
+        if classes:
+            labels = [pinned(torch.zeros(*d.context, dtype=torch.uint8)) for d in draws]
         yield data.Batch(crops, labels, draws, [seed, seed + 1], ["x"] * size, "")
 
 
@@ -165,7 +172,7 @@ def test_upload_is_the_tensor():
     assert resample.upload(x, "cpu") is x and resample.upload(x, torch.device("cpu")) is x
 
 
-# --------------------------------------------------------------------------------------------- pinned batches
+# --------------------------------------------------------------------------------- pinned batches
 def test_a_pinned_batch_is_the_batch(monkeypatch):
     """torch's own code, which only a GPU enters, takes our tuples apart and makes them again."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor.clone())
@@ -216,19 +223,18 @@ def test_no_recompiles_over_a_run(prepared, tmp_path, aot, row, more):
     """Over steps, gradient accumulation and validation."""
     swin = row == "swinunetr"
     pretrain.main(pretrain.Config(
-        data=str(prepared), out=str(tmp_path), model=row, features=16 if swin else 4, compile=True, steps=3,
-        patch_size=64 if swin else 48, precision="fp32" if swin else "bf16", batch_size=2, micro_batch=1,
-        val_every=2, val_fraction=0.2, log_every=1, workers=0, **more))
+        data=str(prepared), out=str(tmp_path), model=row, features=16 if swin else 4, compile=True,
+        patch_size=64 if swin else 48, precision="fp32" if swin else "bf16", steps=3, batch_size=2,
+        micro_batch=1, val_every=2, val_fraction=0.2, log_every=1, workers=0, **more))
     assert len(log_of(tmp_path)) == 3 and aot.frame_count >= 2, "the probe, and the model"
 
 
 def test_no_recompiles_over_six_folds(prepared, tmp_path, aot):
-    task = {"data": str(prepared), "sequences": ["FLAIR"], "classes": ["background", "lesion"],
-            "labels": {0: 0, 1: 1}, "n_train": 2, "folds": 6}
+    task = TASK | {"data": str(prepared), "folds": 6}
     (tmp_path / "task.yaml").write_text(json.dumps(task))
-    cfg = finetune.Config(task=str(tmp_path / "task.yaml"), model="unet_demo", features=4, compile=True,
-                          steps=2, patch_size=48, batch_size=2, workers=0, out=str(tmp_path / "run"))
-    finetune.main(cfg)
+    finetune.main(finetune.Config(
+        task=str(tmp_path / "task.yaml"), model="unet_demo", features=4, compile=True, steps=2,
+        patch_size=48, batch_size=2, workers=0, out=str(tmp_path / "run")))
     assert len(json.loads((tmp_path / "run" / "dice.json").read_text())["folds"]) == 6
 
 
@@ -252,7 +258,8 @@ def test_the_compiler_leaves_the_layout_on_cuda(monkeypatch):
     monkeypatch.setattr(torch, "ones", lambda n, device: torch.zeros(n))
     for kind in ("cpu", "cuda"):
         training.compile_or_warn(torch.nn.Identity(), True, torch.device(kind))
-    assert seen[1] == {} and seen[3] == {"options": {"layout_optimization": False}}
+    assert seen[1] == {"options": None}, "as torch has it"
+    assert seen[3] == {"options": {"layout_optimization": False}}
 
 
 @pytest.mark.parametrize(("version", "precision", "contiguous", "warned"), [
@@ -265,32 +272,36 @@ def test_a_slow_cudnn_is_named(monkeypatch, capsys, version, precision, contiguo
     assert capsys.readouterr().err.count("Install cuDNN 9.15 or later") == warned
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
-    RuntimeError("CUDA error: out of memory"), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
-    torch.distributed.DistBackendError("NCCL error: unhandled cuda error: Cuda failure 2 'out of memory'")])
-def test_memory_that_runs_out_ends_in_one_line(monkeypatch, capsys, error):
+def said_of(error, monkeypatch, capsys):
+    """What a script says, on stderr, that ends in this error, exit code 1."""
     def fail(cfg):
         raise error
 
     monkeypatch.setattr(sys, "argv", ["pretrain.py"])
     with pytest.raises(SystemExit) as end:
         config.run(fail, pretrain.Config)
-    said = capsys.readouterr().err
-    assert end.value.code == 1 and said.count("\n") == 1
-    assert said.startswith("error: out of memory; what helps")
+    assert end.value.code == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    torch.distributed.DistBackendError("NCCL error: unhandled cuda error: Cuda failure 2 'out of "
+                                       "memory'")])
+def test_memory_that_runs_out_ends_in_one_line(monkeypatch, capsys, error):
+    said = said_of(error, monkeypatch, capsys)
+    assert said.startswith("error: out of memory; what helps") and said.count("\n") == 1
 
 
 def test_a_lost_peer_is_no_traceback(monkeypatch, capsys):
-    def fail(cfg):
-        raise torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0")
-
-    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
-    with pytest.raises(SystemExit) as end:
-        config.run(fail, pretrain.Config)
-    assert end.value.code == 1 and capsys.readouterr().err.startswith("error: stopped: another process ended")
+    error = torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0")
+    said = said_of(error, monkeypatch, capsys)
+    assert said.startswith("error: stopped: another process ended")
 
 
 @pytest.mark.parametrize(("settings", "micro"), [
@@ -306,4 +317,5 @@ def test_no_tensor_has_2_to_the_31_elements(settings, micro):
                                        lambda: devices.most_samples(model, cfg.patch_size))
     assert chosen == micro
     capped = micro < cfg.batch_size and not cfg.micro_batch
-    assert (f"x {micro} (micro_batch {micro}, so that no tensor has 2^31 elements)" in line) == capped
+    reason = f"x {micro} (micro_batch {micro}, so that no tensor has 2^31 elements)"
+    assert (reason in line) == capped

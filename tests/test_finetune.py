@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FINETUNE, log_of, mistake, run, script
+from conftest import FINETUNE, Bomb, log_of, mistake, run, script
 
 import checkpoint
 import config
@@ -225,14 +225,6 @@ def test_a_checkpoint_of_another_model_is_refused(prepared, pretrained, lesions,
     torch.save(saved, tmp_path / "anonymous.pt")
     line = mistake("finetune", ckpt=tmp_path / "anonymous.pt", **settings)
     assert "of 40 encoder tensors 40 are missing or of another shape" in line
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def test_a_checkpoint_with_code_is_refused_and_nothing_runs(prepared, lesions, tmp_path):

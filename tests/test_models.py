@@ -1,6 +1,8 @@
-"""The networks against the official ones: counts, names, outputs. Every row learns; everyone's checkpoints
-load whole or say why not."""
+"""The networks against the official ones: counts, names, outputs.
 
+Every row learns; everyone's checkpoints load whole or say why not."""
+
+import functools
 import json
 import re
 import zlib
@@ -8,7 +10,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, log_of, script
+from folders import TASK
 from torch import nn
 
 import amaes
@@ -32,12 +35,15 @@ OFFICIAL = {  # official name -> our row, task
 
 def build(official, merge="fixed"):
     row, task = OFFICIAL[official]
-    return models.build_model(row, task, out_channels=2 if task == "segment" else 1, merge=merge).eval()
+    classes = 2 if task == "segment" else 1
+    return models.build_model(row, task, out_channels=classes, merge=merge).eval()
 
 
 @torch.no_grad()
 def fill(model, rule):
-    """Weights that anyone can make from the parameters' names: rule(name, normal draws, shape) -> values."""
+    """Weights that anyone can make from the parameters' names.
+
+    rule(name, normal draws, shape) -> values."""
     for name, parameter in model.named_parameters():
         draws = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(parameter.numel())
         values = rule(name, draws, tuple(parameter.shape)).astype(np.float32)
@@ -57,13 +63,14 @@ def transformer(name, draws, shape):
 
 def wave(side):
     """The input of the SwinUNETR goldens, at any size."""
-    return torch.from_numpy(np.sin(0.01 * np.arange(side ** 3)).astype(np.float32)).view(1, 1, *[side] * 3)
+    values = np.sin(0.01 * np.arange(side ** 3)).astype(np.float32)
+    return torch.from_numpy(values).view(1, 1, side, side, side)
 
 
-# ------------------------------------------------------------------------------------------- counts and names
+# ------------------------------------------------------------------------------- counts and names
 @pytest.mark.parametrize(("row", "count"), [
-    ("unet_xl", 90_304_514), ("unet_b", 22_581_250), ("mednext_m", 20_938_018), ("mednext_l", 55_198_626),
-    ("mednext_l_mednextdec", 61_779_266), ("swinunetr", 62_186_708)])
+    ("unet_xl", 90_304_514), ("unet_b", 22_581_250), ("mednext_m", 20_938_018),
+    ("mednext_l", 55_198_626), ("mednext_l_mednextdec", 61_779_266), ("swinunetr", 62_186_708)])
 def test_parameter_counts_of_the_paper(row, count):
     with torch.device("meta"):
         model = models.build_model(row, "segment", out_channels=2)
@@ -78,6 +85,12 @@ def test_names_and_shapes_are_the_official_ones(official):
     assert {name: list(tensor.shape) for name, tensor in state.items()} == expected
 
 
+def keep(sizes, tensor):
+    """Note the bytes of a tensor that autograd saves."""
+    sizes.append(tensor.nbytes)
+    return tensor
+
+
 @pytest.mark.parametrize("row", ["unet_demo", "mednext_m", "swinunetr"])
 def test_recomputing_changes_nothing_but_the_memory(row):
     x, found = torch.rand(1, 1, 64, 64, 64), []
@@ -87,7 +100,8 @@ def test_recomputing_changes_nothing_but_the_memory(row):
         if recompute:
             devices.recompute(model)
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, k=kept: k.append(t.nbytes) or t, lambda t: t):
+        note = functools.partial(keep, kept)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             output = model(x)
         output.square().mean().backward()
         found.append((output, [p.grad for p in model.parameters()], sum(kept)))
@@ -96,8 +110,9 @@ def test_recomputing_changes_nothing_but_the_memory(row):
     assert all(torch.equal(*pair) for pair in zip(gradients, gradients2, strict=True))
 
 
-# --------------------------------------------------------------------------------------------- golden outputs
-@pytest.mark.parametrize("official", ["unet_b", "unet_b_lw_dec", "mednext_m3_std_dec", "mednext_m3_lw_dec"])
+# --------------------------------------------------------------------------------- golden outputs
+@pytest.mark.parametrize("official", ["unet_b", "unet_b_lw_dec", "mednext_m3_std_dec",
+                                      "mednext_m3_lw_dec"])
 @pytest.mark.parametrize("quick", [False, True])
 def test_outputs_of_the_official_networks(official, quick):
     golden = np.load(GOLDEN / f"{official}.npz")
@@ -134,7 +149,9 @@ def test_outputs_of_swinunetr_and_its_heads(merge, dtype, suffix, tolerance):
 
 
 def test_swinunetr_is_monais():
-    """State dicts exchanged both ways; the same outputs where windows are shifted, padded and clipped."""
+    """State dicts exchanged both ways.
+
+    The same outputs where windows are shifted, padded and clipped."""
     nets = pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
     theirs = nets.SwinUNETR(in_channels=2, out_channels=3, feature_size=48).eval()
     ours = models.build_model("swinunetr", "segment", 2, 3, merge="fixed").eval()
@@ -149,16 +166,20 @@ def test_swinunetr_is_monais():
 
 
 def test_mednext_decoder_is_monais():
-    """No golden of the official code covers MedNeXt's own decoder. MONAI's is the same network where all
-    levels expand alike (its blocks between two levels expand as the one, the official ones as the other)."""
+    """No golden of the official code covers MedNeXt's own decoder.
+
+    MONAI's is the same network where all levels expand alike (its blocks between two levels expand
+    as the one, the official ones as the other)."""
     nets = pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
     blocks, expansion = (1, 2, 1, 2, 2), (2,) * 5
-    theirs = nets.MedNeXt(spatial_dims=3, init_filters=8, in_channels=1, out_channels=2, kernel_size=3,
-                          encoder_expansion_ratio=2, decoder_expansion_ratio=2, bottleneck_expansion_ratio=2,
-                          use_residual_connection=True, blocks_down=blocks[:4], blocks_bottleneck=2,
-                          blocks_up=blocks[3::-1]).eval()
-    ours = fill(models.Network(models.MedNeXtEncoder(1, 8, blocks, expansion),
-                               pred_head=models.MedNeXtDecoder(2, 8, blocks, expansion)), convolutional)
+    theirs = nets.MedNeXt(
+        spatial_dims=3, init_filters=8, in_channels=1, out_channels=2, kernel_size=3,
+        encoder_expansion_ratio=2, decoder_expansion_ratio=2, bottleneck_expansion_ratio=2,
+        use_residual_connection=True, blocks_down=blocks[:4], blocks_bottleneck=2,
+        blocks_up=blocks[3::-1]).eval()
+    encoder = models.MedNeXtEncoder(1, 8, blocks, expansion)
+    decoder = models.MedNeXtDecoder(2, 8, blocks, expansion)
+    ours = fill(models.Network(encoder, pred_head=decoder), convolutional)
     state = {}
     for name, tensor in ours.state_dict().items():
         name = name.removeprefix("encoder.").removeprefix("pred_head.")
@@ -172,7 +193,7 @@ def test_mednext_decoder_is_monais():
         assert (ours(x) - expected).abs().max() < 1e-4 * expected.std()
 
 
-# ------------------------------------------------------------------------------------------ every row learns
+# ------------------------------------------------------------------------------- every row learns
 def train(model, loss_of, lr=2e-3, steps=30):
     """Losses of a few steps, in the form in which the scripts train on a CPU."""
     devices.quicken(model, "cpu")
@@ -221,7 +242,11 @@ def test_every_encoder_learns_to_reconstruct(row, decoder, skips):
     mask = amaes.random_mask([0], target.shape[2:], 4, 0.6, "cpu")
     torch.manual_seed(0)
     model = models.build_model(row, "pretrain", decoder=decoder, skips=skips, features=features)
-    losses = train(model, lambda m: amaes.reconstruction_loss(m(target * ~mask), target, mask, "all"))
+
+    def loss_of(model):
+        return amaes.reconstruction_loss(model(target * ~mask), target, mask, "all")
+
+    losses = train(model, loss_of)
     assert losses[-1] < 0.3 * losses[0], losses
 
 
@@ -234,7 +259,7 @@ def test_swin_needs_its_own_sizes(task):
         devices.check_patch(model, 32, torch.device("cpu"), "fp32")
 
 
-# -------------------------------------------------------------------------------------- the objective of [23]
+# ---------------------------------------------------------------------------- the objective of [23]
 def test_cut_boxes_hide_what_the_original_hides():
     covered = []
     for seed in range(200):
@@ -278,8 +303,8 @@ def test_contrastive_loss_is_nt_xent():
 
 def test_swin_objective_learns():
     x, _ = sample(SMALL["swinunetr"][1], count=2)
-    rotated, cut, turns = (torch.cat(part) for part in zip(
-        *(swin.swin_view(x, [seed, seed + 10], 0.3) for seed in (1, 2)), strict=True))
+    views = [swin.swin_view(x, [seed, seed + 10], 0.3) for seed in (1, 2)]
+    rotated, cut, turns = (torch.cat(part) for part in zip(*views, strict=True))
     torch.manual_seed(0)
     model = models.build_model("swinunetr", "swin", features=16)
 
@@ -292,7 +317,7 @@ def test_swin_objective_learns():
     assert losses[-1] < 0.7 * losses[0], losses
 
 
-# ------------------------------------------------------------------------------------- everyone's checkpoints
+# --------------------------------------------------------------------------- everyone's checkpoints
 def files(model):
     """The encoder's weights as they are found in the wild: {kind: checkpoint}."""
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -334,7 +359,8 @@ def test_a_gap_is_never_filled_silently(row):
     state = source.state_dict()
     name = [k for k in state if k.startswith(model.encoder_prefix)][5]
     removed = state.pop(name)
-    with pytest.raises(config.UserError, match=f"1 are missing or of another shape; {name} is missing"):
+    message = f"1 are missing or of another shape; {name} is missing"
+    with pytest.raises(config.UserError, match=message):
         checkpoint.load_weights(model, {"model": state})
     state[name] = removed[:1]
     with pytest.raises(config.UserError, match="of another shape"):
@@ -351,7 +377,8 @@ def test_more_sequences_than_the_checkpoint_had(row):
     x = torch.rand(1, 1, 64, 32, 32)
     encoders = [net.swinViT if row == "swinunetr" else net.encoder for net in (source, model)]
     with torch.no_grad():
-        for one, three in zip(encoders[0](x), encoders[1](x.expand(-1, 3, -1, -1, -1)), strict=True):
+        levels = encoders[0](x), encoders[1](x.expand(-1, 3, -1, -1, -1))
+        for one, three in zip(*levels, strict=True):
             assert (one - three).abs().max() < 2e-4
 
 
@@ -361,21 +388,20 @@ def test_the_other_mednext_decoder_takes_the_same_encoder():
     assert len(checkpoint.load_weights(model, source.state_dict()).taken) == 290
 
 
-# ------------------------------------------------------------------------------------------------------- runs
-SHORT = {"steps": 2, "patch_size": 64, "batch_size": 2, "compile": "false", "precision": "fp32", "workers": 0,
-         "features": 16}
+# --------------------------------------------------------------------------------------------- runs
+SHORT = {"steps": 2, "patch_size": 64, "batch_size": 2, "compile": "false", "precision": "fp32",
+         "workers": 0, "features": 16}
 
 
 def test_swin_pretraining_then_finetuning(prepared, tmp_path):
-    script("pretrain.py", "configs/swinunetr.yaml", data=prepared, out=tmp_path / "pre", log_every=1,
-           val_fraction=0.2, **SHORT)
-    lines = [json.loads(line) for line in (tmp_path / "pre" / "log.jsonl").read_text().splitlines()]
+    script("pretrain.py", "configs/swinunetr.yaml", data=prepared, out=tmp_path / "pre",
+           log_every=1, val_fraction=0.2, **SHORT)
+    lines = log_of(tmp_path / "pre")
     for line in lines:
         assert line["loss"] == pytest.approx(line["rotation"] + line["contrast"] + line["l1"])
     assert "val_rotation" in lines[-1]
-    (tmp_path / "task.yaml").write_text(json.dumps({
-        "data": str(prepared), "sequences": ["FLAIR", "FLAIR"], "classes": ["background", "lesion"],
-        "labels": {0: 0, 1: 1}, "n_train": 3, "folds": 1}))
+    (tmp_path / "task.yaml").write_text(json.dumps(TASK | {
+        "data": str(prepared), "sequences": ["FLAIR", "FLAIR"], "n_train": 3, "folds": 1}))
     result = script("finetune.py", ckpt=tmp_path / "pre" / "last.pt", task=tmp_path / "task.yaml",
                     out=tmp_path / "run", **{k: v for k, v in SHORT.items() if k != "features"})
     assert "encoder: all 126 tensors taken" in result.stdout and "reshaped     1" in result.stdout
@@ -398,7 +424,8 @@ def test_one_step_at_full_size(row, task):
     if task == "segment":
         loss = finetune.dice_ce(output, label)
     else:
-        loss = sum(part.float().square().mean() for part in (output if task == "swin" else [output]))
+        parts = output if task == "swin" else [output]
+        loss = sum(part.float().square().mean() for part in parts)
     loss.backward()
     optimizer.step()
     assert loss.isfinite() and all(p.isfinite().all() for p in model.parameters())

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, mistake
+from runs import words_of
 
 import checkpoint
 import config
@@ -47,9 +48,9 @@ def segment(folder, capsys, *scans, out="seg.nii.gz", **settings):
     """predict.py on scans in a folder -> the image it wrote, and what it printed."""
     if not (folder / "net.pt").exists():
         network(folder / "net.pt", ("FLAIR", "T1")[:len(scans)])
-    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    words += ["--ckpt", str(folder / "net.pt"), "--out", str(folder / out), "--overlap", "0"]
-    predict.main(config.parse_config(predict.Config, [*map(str, scans), *words]))
+    settings |= {"ckpt": folder / "net.pt", "out": folder / out, "overlap": 0}
+    words = [*map(str, scans), *words_of(settings)]
+    predict.main(config.parse_config(predict.Config, words))
 
     # Read at once, and whole: another call overwrites the file.
     written = gzip.decompress((folder / out).read_bytes())
@@ -172,7 +173,9 @@ def test_the_header_of_a_format_without_form_codes(tmp_path, capsys, kind, name)
 
 
 def test_scans_as_users_have_them(tmp_path, capsys):
-    """The same head in other formats and habits: one segmentation; what was mended is printed."""
+    """The same head in other formats and habits: the same segmentation.
+
+    And what was mended is said."""
     plain = nib.Nifti1Image(head(), AFFINE)
     plain.to_filename(tmp_path / "plain.nii.gz")
     expected = np.asarray(segment(tmp_path, capsys, tmp_path / "plain.nii.gz")[0].dataobj)

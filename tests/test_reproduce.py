@@ -7,7 +7,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT
@@ -115,10 +114,8 @@ def test_the_runs_fill_the_tables(commands):
 
 @pytest.mark.soak
 def test_tiny_reproduces_every_table(tmp_path):
-    began = time.perf_counter()
     result = reproduce(timeout=3600, SCALE="tiny", WORK=str(tmp_path))
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert time.perf_counter() - began < 25 * 60
     for table, (printed, columns, _) in compare.TABLES.items():
         laid_out = cells((tmp_path / "runs" / f"table{table}.md").read_text())[f"Table {table}"]
         assert len(laid_out) == len(printed)

@@ -53,22 +53,28 @@ def test_every_form_of_nifti(form, tmp_path):
 
 
 # --------------------------------------------------------------------------------------- bad input
-def bad_scan(kind, folder):
-    """Write one bad scan of a kind, return its path."""
-    image, _ = head(size=40)
-    array, path = np.asarray(image.dataobj).astype(np.float32), folder / "sub-1_T1w.nii.gz"
+def bad_voxels(kind, array):
+    """The voxels of one bad scan, from those of a good one; those if it is bad in another way."""
     if kind == "4-D":
-        array = np.stack([array, array], -1)
-    elif kind == "infinite":
+        return np.stack([array, array], -1)
+    if kind == "infinite":
         array[3, 4, 5] = np.inf
     elif kind == "constant":
         array[:] = 7
     elif kind == "empty":
         array[:] = 0
     elif kind == "thin":
-        array = array[:, :, :14]
+        return array[:, :, :14]
     elif kind == "complex":
-        array = array.astype(np.complex64)
+        return array.astype(np.complex64)
+    return array
+
+
+def bad_scan(kind, folder):
+    """Write one bad scan of a kind, return its path."""
+    image, _ = head(size=40)
+    array = bad_voxels(kind, np.asarray(image.dataobj).astype(np.float32))
+    path = folder / "sub-1_T1w.nii.gz"
     image_of(array, image.affine).to_filename(path)
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:-1000])

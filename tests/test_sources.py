@@ -273,7 +273,9 @@ def reoriented(image, axes):
 
 @pytest.mark.parametrize("axes", ["LPS", "PSR", "AIL"])
 def test_the_same_corners_in_ras_are_the_same_grid(axes, tmp_path):
-    """Channels that are stored on other axes, with one label: training, the way back and the scores agree."""
+    """Channels that are stored on other axes, with one label.
+
+    Training, the way back and the scores agree."""
     image, label = head((1, 1.3, 2), size=40)
     other, _ = head((1, 1.3, 2), contrast="T1", size=40)
     other = reoriented(image_of(array_of(other), image.affine), axes)
@@ -391,7 +393,8 @@ def test_a_tissue_map_is_no_label_where_a_lesion_is_marked(tmp_path, capsys):
 def test_a_session_called_head_says_nothing_of_a_label():
     path = "sub-a/ses-head/anat/sub-a_ses-head_seg.nii.gz"
     assert sources.identify("bids", path).skip == "label"
-    assert sources.identify("bids", "sub-a/anat/sub-a_desc-brain_mask.nii.gz").skip == "mask of the head"
+    path = "sub-a/anat/sub-a_desc-brain_mask.nii.gz"
+    assert sources.identify("bids", path).skip == "mask of the head"
 
 
 def test_a_segmentation_that_is_called_the_heads_is_said(tmp_path, capsys):

@@ -1,5 +1,5 @@
-"""The quick forms of a device against the plain networks: the same outputs and gradients. And without
-them all works. CUDA's run on a CPU, too: what they compute does not depend on the device."""
+"""The quick forms of a device give the outputs and gradients of the plain networks. Without them all
+works. CUDA's run on a CPU, too: what they compute does not depend on the device."""
 
 import copy
 import os
@@ -38,7 +38,7 @@ BLOCKS = {  # one of each kind that has quick forms, and its input
 
 
 def passes(model, x):
-    """{name: tensor}, the output and the gradients of a loss that is no mean; names in its graph."""
+    """{name: tensor}, the output and gradients of a loss that is no mean; names in its graph."""
     model.zero_grad()
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     y = model(x)
@@ -89,11 +89,11 @@ def few_blocks(monkeypatch):
             monkeypatch.setitem(models.ROWS, name, few)
 
 
-# ----------------------------------------------------------------------------- installed equals plain
+# --------------------------------------------------------------------------- installed equals plain
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_an_installed_block_is_the_plain_one(monkeypatch, kind, form):
-    """In float32 against float64; and in float64 to the last bits, with norms that scale and shift."""
+    """In float32 against float64; in float64 to the last bits, with norms that scale and shift."""
     make, shape = BLOCKS[kind]
     torch.manual_seed(0)
     block, x = make(), torch.rand(shape)
@@ -127,8 +127,8 @@ def mean_distance(found, expected):
 @pytest.mark.parametrize("form", ["cpu", "cuda"])
 @pytest.mark.parametrize("row", [row for row in models.ROWS if row != "unet_xl"])
 def test_an_installed_network_is_the_plain_one(monkeypatch, row, form):
-    """Outputs and gradients, float32 against float64. Rounding grows in gradients through norms over
-    few voxels, to 1e-2 in either form. In bf16, neither is further from float64 than the plain one."""
+    """Outputs and gradients, float32 against float64. Rounding grows in gradients through norms
+    over few voxels, to 1e-2 in either form. bf16 is no further from float64 than when plain."""
     model, x = narrow(row)
     plain, _ = passes(copy.deepcopy(model).double(), x.double())
     installed = install(monkeypatch, form, model)
@@ -184,7 +184,7 @@ def test_compiled_is_eager(monkeypatch, row, form, precision):
     torch._dynamo.reset()
 
 
-# ------------------------------------------------------------------------------------------- install
+# ------------------------------------------------------------------------------------------ install
 @pytest.mark.parametrize("form", ["cpu", "cuda"])
 @pytest.mark.parametrize("row", ["unet_demo", "mednext_m", "swinunetr"])
 def test_what_install_leaves(monkeypatch, row, form):

@@ -1,5 +1,5 @@
-"""The quick forms of a device give the outputs and gradients of the plain networks. Without them all
-works. CUDA's run on a CPU, too: what they compute does not depend on the device."""
+"""The quick forms of a device give the outputs and gradients of the plain networks; all works
+without them. CUDA's run on a CPU, too: what they compute does not depend on the device."""
 
 import copy
 import os
@@ -217,7 +217,7 @@ def test_who_convolves_contiguous_volumes_on_cuda(monkeypatch):
 
 
 WITHOUT = """
-import importlib.util, torch, models, training
+import importlib.util, torch, devices, models
 assert not importlib.util.find_spec("fast_cpu") and not importlib.util.find_spec("fast_cuda")
 assert devices.convolves_contiguous("unet_b")
 for row in ("unet_demo", "mednext_m", "swinunetr"):

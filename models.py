@@ -255,6 +255,7 @@ def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skip
     check_choice("task", task, ("pretrain", "segment", "swin"))
     check_choice("decoder", decoder, ("light", "standard"))
     check_choice("merge", merge, swin.MERGE)
+
     row = ROWS[name]
     f = features or row.features
     light = decoder == "light"
@@ -276,6 +277,8 @@ def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skip
         encoder = UNetEncoder(in_channels, f)
     else:
         encoder = MedNeXtEncoder(in_channels, f, row.blocks, row.expansion)
+
+    # Pretraining has the decoder of section 3.1, segmentation the row's own.
     if task == "pretrain":
         return Network(encoder, rec_head=UNetDecoder(out_channels, f, light, skips))
     if row.decoder == "unet":

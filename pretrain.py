@@ -280,7 +280,8 @@ def begin(run, train, validation, held_out, plan):
     run.write("config.yaml", yaml.safe_dump(settings, sort_keys=False))
     run.write("held_out.json", json.dumps(held_out, indent=1))
 
-    lines = [f"{len(train)} volumes, {plan}", *checks.shared_files(train, validation), *run.describe()]
+    shared = checks.shared_files(train, validation)
+    lines = [f"{len(train)} volumes, {plan}", *shared, *run.describe()]
     training.print_header(lines, settings["model"], settings["compile"], settings["precision"],
                           run.processes)
 
@@ -298,8 +299,9 @@ def main(cfg):
         model = models.build_model(cfg.model, task, decoder=cfg.decoder, skips=cfg.skips,
                                    merge=cfg.merge, features=cfg.features)
         devices.check_patch(model, cfg.patch_size, device, cfg.precision)
-        micro, batch_line = plan_batch(cfg.batch_size, cfg.micro_batch, processes.world,
-                                       cfg.objective, lambda: devices.most_samples(model, cfg.patch_size))
+        micro, batch_line = plan_batch(
+            cfg.batch_size, cfg.micro_batch, processes.world, cfg.objective,
+            lambda: devices.most_samples(model, cfg.patch_size))
         steps, warmup, steps_line = plan_steps(len(train), cfg.batch_size, cfg.steps, cfg.epochs,
                                                cfg.warmup_epochs)
     devices.quicken(model.to(device, devices.PRECISIONS[cfg.precision]), device)

@@ -223,7 +223,7 @@ def test_who_convolves_contiguous_volumes_on_cuda(monkeypatch):
 
 
 WITHOUT = """
-import importlib.util, torch, models, training
+import importlib.util, torch, devices, models
 assert not importlib.util.find_spec("fast_cpu") and not importlib.util.find_spec("fast_cuda")
 assert devices.convolves_contiguous("unet_b")
 for row in ("unet_demo", "mednext_m", "swinunetr"):

@@ -34,7 +34,6 @@ class Config:
     overlap: float = 0.5  # of neighbouring windows; the official code: 0.5
     gaussian: bool = False  # weigh the centres of windows more; the official code does not
     batch: int = 1  # windows that pass through the network at once
-    skip_empty: bool = False  # take windows of 0 alone for background: quicker, not the same
     device: str = "auto"  # auto, cpu or cuda
 
 
@@ -77,13 +76,12 @@ def box(start, size):
 
 
 @torch.inference_mode()
-def sliding_window(model, volume, patch_size, overlap=0.5, gaussian=False, batch=1,
-                   skip_empty=False):
+def sliding_window(model, volume, patch_size, overlap=0.5, gaussian=False, batch=1):
     """Logits of a whole volume: the mean over all windows that cover a voxel.
 
     volume: (C, D, H, W), float16 as stored or any other. patch_size: voxels a side of a window, or
-    three of them. batch: windows in one forward pass. skip_empty: windows without a voxel above 0
-    are not computed, and count as logits of 0. Returns (K, D, H, W) float32 on the model's device.
+    three of them. batch: windows in one forward pass. Returns (K, D, H, W) float32 on the model's
+    device.
 
     The official code sums the logits instead, so that on the way back to the scan's grid voxels
     under many windows outweigh their neighbours. Gaussian weights are a switch it does not have."""
@@ -99,8 +97,6 @@ def sliding_window(model, volume, patch_size, overlap=0.5, gaussian=False, batch
     # All windows, each as slices of the volume.
     starts = [window_starts(n, p, overlap) for n, p in zip(padded, patch, strict=True)]
     windows = [box(corner, patch) for corner in itertools.product(*starts)]
-    if skip_empty:
-        windows = [window for window in windows if (volume[window] > 0).any()] or windows[:1]
 
     # The weights in a window are the product of a line along each axis.
     lines = []
@@ -135,14 +131,14 @@ def sliding_window(model, volume, patch_size, overlap=0.5, gaussian=False, batch
 
 
 def segment(model, volume, geometry, patch_size, precision="fp32", overlap=0.5, gaussian=False,
-            batch=1, skip_empty=False):
+            batch=1):
     """Prepared volume (C, D, H, W) in [0, 1] at 1 mm -> classes uint8 (D, H, W) on the scan's grid.
 
     The logits go back trilinearly, then the largest wins. Outside the crop box of the scan that is
     the background. precision: bf16 is autocast. The others are arguments of sliding_window."""
     device = next(model.parameters()).device
     with devices.autocast(precision, device):
-        logits = sliding_window(model, volume, patch_size, overlap, gaussian, batch, skip_empty)
+        logits = sliding_window(model, volume, patch_size, overlap, gaussian, batch)
     native = preprocess.restore(logits.cpu(), geometry)
     return np.asarray(native).argmax(0).astype(np.uint8)
 
@@ -195,32 +191,31 @@ class FirstLevel(torch.nn.Module):
         return F.interpolate(levels[0], x.shape[2:])
 
 
-def write_encoding(cfg):
-    """What the encoder makes of a scan, in two files: x.npy and x_voxels.npy for --features x.npy.
+def write_encoding(ckpt, paths, out, device, overlap, gaussian, batch):
+    """What the encoder makes of a scan, in two files: x.npy and x_voxels.npy for the out x.npy.
 
     The first holds all five levels, pooled: (31 f,), means over the windows, where f is the width
     of the first level. The second holds the first level: float16 (f, D, H, W) on the 1 mm grid of
     the cropped scan. UserError if the checkpoint is neither of pretrain.py nor of finetune.py."""
-    saved = checkpoint.load_checkpoint(cfg.ckpt)
+    saved = checkpoint.load_checkpoint(ckpt)
     if saved.get("kind") not in ("pretrain", "finetune"):
         raise UserError("features are taken from a checkpoint of pretrain.py or finetune.py; this "
                         "is none")
 
     sequences = saved["task"]["sequences"] if saved["kind"] == "finetune" else ["scan"]
     model = rebuild(saved, part="encoder")
-    if len(cfg.inputs) != len(sequences):
-        raise UserError(f"the encoder reads {len(sequences)} channels, got {len(cfg.inputs)} files")
-    print_channels(sequences, cfg.inputs)
+    if len(paths) != len(sequences):
+        raise UserError(f"the encoder reads {len(sequences)} channels, got {len(paths)} files")
+    print_channels(sequences, paths)
 
     # One pass over the windows gives both.
-    device = devices.pick_device(cfg.device)
     network = devices.quicken(FirstLevel(model).to(device), device)
-    volume, _, _ = preprocess.prepare_scan(cfg.inputs)
-    voxels = sliding_window(network, volume, saved["config"]["patch_size"], cfg.overlap,
-                            cfg.gaussian, cfg.batch)
+    volume, _, _ = preprocess.prepare_scan(paths)
+    voxels = sliding_window(network, volume, saved["config"]["patch_size"], overlap,
+                            gaussian, batch)
     pooled = torch.cat(network.pooled).mean(0)
 
-    stem = cfg.features.removesuffix(".npy")
+    stem = out.removesuffix(".npy")
     for path, array in ((f"{stem}.npy", pooled), (f"{stem}_voxels.npy", voxels.half())):
         checkpoint.save_array(path, array.cpu().numpy())
         print(f"wrote {path}: {tuple(array.shape)}")
@@ -285,23 +280,26 @@ def print_scores(classes, truth, task, affine):
         print(f"{name}: {', '.join(values)}")
 
 
-def check_paths(cfg):
+def check_paths(inputs, truth, out):
     """UserError for names of files that cannot be meant."""
-    if not cfg.out.endswith((".nii", ".nii.gz")):
-        raise UserError(f"out {cfg.out}: a NIfTI file ends in .nii or .nii.gz")
-    if not cfg.inputs:
+    if not out.endswith((".nii", ".nii.gz")):
+        raise UserError(f"out {out}: a NIfTI file ends in .nii or .nii.gz")
+    if not inputs:
         raise UserError("name the scan: python predict.py --ckpt CKPT scan.nii.gz --out seg.nii.gz")
-    if os.path.realpath(cfg.out) in map(os.path.realpath, (*cfg.inputs, cfg.truth or "")):
-        raise UserError(f"out {cfg.out} is one of the files to read: name another")
+    if os.path.realpath(out) in map(os.path.realpath, (*inputs, truth or "")):
+        raise UserError(f"out {out} is one of the files to read: name another")
 
 
 def main(cfg):
-    check_paths(cfg)
+    check_paths(cfg.inputs, cfg.truth, cfg.out)
+    device = devices.pick_device(cfg.device)
     if cfg.features:
-        write_encoding(cfg)
+        write_encoding(cfg.ckpt, cfg.inputs, cfg.features, device, cfg.overlap, cfg.gaussian,
+                       cfg.batch)
         return
 
-    model, saved = load_network(cfg.ckpt, devices.pick_device(cfg.device))
+    # The network, and one scan for each of its channels.
+    model, saved = load_network(cfg.ckpt, device)
     task, trained = saved["task"], saved["config"]
     if len(cfg.inputs) != len(task["sequences"]):
         raise UserError(f"the network reads {len(task['sequences'])} channels "
@@ -316,7 +314,7 @@ def main(cfg):
         tasks.classes_of(truth, task)
 
     classes = segment(model, volume, geometry, trained["patch_size"], trained["precision"],
-                      cfg.overlap, cfg.gaussian, cfg.batch, cfg.skip_empty)
+                      cfg.overlap, cfg.gaussian, cfg.batch)
     write_segmentation(cfg.out, classes, task, image)
     print_volumes(classes, task, image.affine)
     print(f"wrote {cfg.out}: {classes.shape}, the grid of {cfg.inputs[0]}")

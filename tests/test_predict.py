@@ -203,19 +203,6 @@ def test_window_is_the_weighted_mean(gaussian, batch):
     assert torch.allclose(found.double(), expected, atol=1e-5)
 
 
-def test_empty_windows_are_skipped_only_when_asked():
-    model, volume = Averages(), torch.zeros(1, 48, 16, 16)
-    volume[:, 20:24] = 1
-    everything = predict.sliding_window(model, volume, 16)
-    assert model.windows == 5
-    skipping = predict.sliding_window(model, volume, 16, skip_empty=True)
-    assert model.windows == 5 + 2, "only the windows from 8 and 16 hold the slab"
-    assert torch.equal(skipping[:, 16:24], everything[:, 16:24]), "where all windows were computed"
-    assert (skipping[:, :8] == 0).all(), "a tie, that class 0 wins"
-    assert (skipping[:, 32:] == 0).all()
-    assert predict.sliding_window(model, volume * 0, 16, skip_empty=True).shape == (3, 48, 16, 16)
-
-
 def test_window_equals_monais():
     inferers = pytest.importorskip("monai.inferers", reason="MONAI comes with `make bench`")
     model, volume = Averages(), torch.rand(1, 40, 17, 20)

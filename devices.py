@@ -164,6 +164,34 @@ def most_samples(model, patch_size):
 
 
 # ------------------------------------------------------------------------------------- what it used
+def plan_batch(batch_size, micro_batch, world, objective, model, patch_size):
+    """How many samples a process holds at once, and a line that says how they make a batch.
+
+    micro_batch: as given, or None for as many as most_samples allows. For the objective of [23],
+    None is all: it contrasts the samples that are held at once, and fewer would change it.
+    UserError if the samples cannot be shared out evenly."""
+    if batch_size % world:
+        raise UserError(f"batch_size {batch_size} cannot be shared by {world} processes evenly")
+    local = batch_size // world
+
+    # Of the sizes that divide the share of a process, the largest that is allowed.
+    why = ""
+    micro = min(micro_batch or local, local)
+    if objective == "amaes" and not micro_batch:
+        most = min(local, most_samples(model, patch_size))
+        micro = max(size for size in range(1, most + 1) if local % size == 0)
+    if micro < min(micro_batch or local, local):
+        why = f" (micro_batch {micro}, so that no tensor has 2^31 elements)"
+
+    if local % micro:
+        raise UserError(f"micro_batch {micro} does not divide the {local} samples of a process")
+    if objective == "swin" and micro < 2:
+        raise UserError("objective swin contrasts the samples that a process holds at once, here "
+                        f"one: give --batch_size {2 * world} or more, or fewer processes")
+    line = f"batch {batch_size} = {world} processes x {local // micro} micro-batches x {micro}{why}"
+    return micro, line
+
+
 def synchronize(device):
     """Wait for all that is queued on the device."""
     if device.type == "cuda":

@@ -239,31 +239,6 @@ def write_preview(run, crops, precision, token_size, mask_ratio):
 
 
 # ----------------------------------------------------------------------------------------- the run
-def plan_batch(batch_size, micro_batch, world, objective, limit):
-    """How many samples a process holds at once, and a line that says how they make a batch.
-
-    micro_batch: as given, or None for as many as limit() allows. For the objective of [23],
-    None is all: it contrasts the samples that are held at once, and fewer would change it."""
-    if batch_size % world:
-        raise UserError(f"batch_size {batch_size} cannot be shared by {world} processes evenly")
-    local = batch_size // world
-
-    # Of the sizes that divide the share of a process, the largest that is allowed.
-    why = ""
-    micro = min(micro_batch or local, local)
-    if objective == "amaes" and not micro_batch and limit() < local:
-        micro = max(size for size in range(1, limit() + 1) if local % size == 0)
-        why = f" (micro_batch {micro}, so that no tensor has 2^31 elements)"
-
-    if local % micro:
-        raise UserError(f"micro_batch {micro} does not divide the {local} samples of a process")
-    if objective == "swin" and micro < 2:
-        raise UserError("objective swin contrasts the samples that a process holds at once, here "
-                        f"one: give --batch_size {2 * world} or more, or fewer processes")
-    line = f"batch {batch_size} = {world} processes x {local // micro} micro-batches x {micro}{why}"
-    return micro, line
-
-
 def plan_steps(volumes, batch_size, steps, epochs, warmup_epochs):
     """The number of optimizer steps, how many of them are warm-up, and a line that says so."""
     # The paper counts in epochs: passes over the data, one patch of each volume.
@@ -299,9 +274,8 @@ def main(cfg):
         model = models.build_model(cfg.model, task, decoder=cfg.decoder, skips=cfg.skips,
                                    merge=cfg.merge, features=cfg.features)
         devices.check_patch(model, cfg.patch_size, device, cfg.precision)
-        micro, batch_line = plan_batch(
-            cfg.batch_size, cfg.micro_batch, processes.world, cfg.objective,
-            lambda: devices.most_samples(model, cfg.patch_size))
+        micro, batch_line = devices.plan_batch(cfg.batch_size, cfg.micro_batch, processes.world,
+                                               cfg.objective, model, cfg.patch_size)
         steps, warmup, steps_line = plan_steps(len(train), cfg.batch_size, cfg.steps, cfg.epochs,
                                                cfg.warmup_epochs)
     devices.quicken(model.to(device, devices.PRECISIONS[cfg.precision]), device)

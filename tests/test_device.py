@@ -313,8 +313,8 @@ def test_no_tensor_has_2_to_the_31_elements(settings, micro):
     cfg = pretrain.Config(**settings)
     with META:
         model = models.build_model(cfg.model, "pretrain", skips=cfg.skips)
-    chosen, line = pretrain.plan_batch(cfg.batch_size, cfg.micro_batch, 1, "amaes",
-                                       lambda: devices.most_samples(model, cfg.patch_size))
+    chosen, line = devices.plan_batch(cfg.batch_size, cfg.micro_batch, 1, "amaes", model,
+                                      cfg.patch_size)
     assert chosen == micro
     capped = micro < cfg.batch_size and not cfg.micro_batch
     reason = f"x {micro} (micro_batch {micro}, so that no tensor has 2^31 elements)"

@@ -103,7 +103,7 @@ def score(prediction, truth, spacing):
     scores["hd95"] = float(max(np.percentile(to_truth, 95), np.percentile(to_prediction, 95)))
     scores["asd"] = float(both.mean())
     scores["nsd"] = float((both < TOLERANCE + 1e-4).mean())  # 1e-4 mm: float32 rounds
-    scores["f1"] = lesion_f1(prediction, truth)
+    scores["f1"] = float(lesion_f1(prediction, truth))
     return scores
 
 

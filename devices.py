@@ -60,6 +60,14 @@ def quicken(model, device):
     return fast.install(model)
 
 
+def prepare(model, device, precision, recomputes):
+    """Make a plain network ready to train, in place: on its device, in its precision and quick
+    forms, and with activation checkpointing if it recomputes."""
+    quicken(model.to(device, PRECISIONS[precision]), device)
+    if recomputes:
+        recompute(model)
+
+
 def convolves_contiguous(row):
     """Does a row of models.py convolve contiguous volumes on CUDA?"""
     # Volumes are contiguous unless fast_cuda.py makes them channels-last.
@@ -163,7 +171,6 @@ def most_samples(model, patch_size):
     return max(1, (2 ** 31 - 1) // largest)
 
 
-# ------------------------------------------------------------------------------------- what it used
 def plan_batch(batch_size, micro_batch, world, objective, model, patch_size):
     """How many samples a process holds at once, and a line that says how they make a batch.
 
@@ -178,10 +185,10 @@ def plan_batch(batch_size, micro_batch, world, objective, model, patch_size):
     why = ""
     micro = min(micro_batch or local, local)
     if objective == "amaes" and not micro_batch:
-        most = min(local, most_samples(model, patch_size))
-        micro = max(size for size in range(1, most + 1) if local % size == 0)
-    if micro < min(micro_batch or local, local):
-        why = f" (micro_batch {micro}, so that no tensor has 2^31 elements)"
+        most = most_samples(model, patch_size)
+        if most < local:
+            micro = max(size for size in range(1, most + 1) if local % size == 0)
+            why = f" (micro_batch {micro}, so that no tensor has 2^31 elements)"
 
     if local % micro:
         raise UserError(f"micro_batch {micro} does not divide the {local} samples of a process")
@@ -192,6 +199,7 @@ def plan_batch(batch_size, micro_batch, world, objective, model, patch_size):
     return micro, line
 
 
+# ------------------------------------------------------------------------------------- what it used
 def synchronize(device):
     """Wait for all that is queued on the device."""
     if device.type == "cuda":

@@ -263,6 +263,7 @@ def begin(run, train, validation, held_out, plan):
 
 def main(cfg):
     processes = training.init_processes(cfg.device)
+    stop = training.catch_signals()
     device = processes.device
     task, objective, losses_from_sums = choose_objective(
         cfg.objective, device, cfg.precision, cfg.token_size, cfg.mask_ratio, cfg.loss_region)
@@ -278,15 +279,13 @@ def main(cfg):
                                                cfg.objective, model, cfg.patch_size)
         steps, warmup, steps_line = plan_steps(len(train), cfg.batch_size, cfg.steps, cfg.epochs,
                                                cfg.warmup_epochs)
-    devices.quicken(model.to(device, devices.PRECISIONS[cfg.precision]), device)
-    if cfg.recompute:
-        devices.recompute(model)
+    devices.prepare(model, device, cfg.precision, cfg.recompute)
     optimizer = training.adamw(model, cfg.lr, cfg.weight_decay, cfg.eps, cfg.amsgrad)
 
     # The run goes on from last.pt if it is there, and refuses the folder of another run.
     run = training.Run(cfg.out or f"runs/{cfg.model}", processes, model, optimizer, steps,
                        cfg.save_every, contents_of(dataclasses.asdict(cfg), train, validation),
-                       RESUMABLE_KEYS, training.catch_signals(), dry=cfg.estimate)
+                       RESUMABLE_KEYS, stop, dry=cfg.estimate)
     begin(run, train, validation, held_out, f"{batch_line}: {steps_line}")
 
     # `model` is saved and looked at; `network`, the same weights on all processes, is trained.

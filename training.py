@@ -192,7 +192,7 @@ class Run:
     contents: what last.pt holds beside weights, optimizer and step: kind, row, config, and what the
     network has seen (subjects, sha256, inputs). resumable: keys of the config that may change in a
     continuation. stop: the event of catch_signals. dry: a few steps are timed to estimate what
-    `runs` such runs cost; nothing is read, written or ever due."""
+    is left of the run costs, or what `runs` new ones do; nothing is written or ever due."""
 
     def __init__(self, folder, processes, model, optimizer, steps, save_every, contents, resumable,
                  stop, dry=False, runs=1):
@@ -211,7 +211,7 @@ class Run:
         # How far the run has come, in this part of it or before.
         self.step = 0
         self.hours = 0.0  # of all parts of a run that was continued
-        if not dry:
+        if not dry or runs == 1:
             self.resume(resumable)
         self.first = self.saved = self.step
 
@@ -221,13 +221,13 @@ class Run:
     def resume(self, resumable):
         """Go on from last.pt if it is there. UserError for the folder of another run, or in use."""
         with stop_all_on_error():
-            if self.processes.rank == 0:
+            if self.processes.rank == 0 and not self.dry:
                 checkpoint.lock(self.folder)
             self.step, self.hours = checkpoint.resume(self.path, self.contents, resumable,
                                                       self.model, self.optimizer)
 
             # Steps after the last checkpoint are made again, and logged again.
-            if self.processes.rank == 0:
+            if self.processes.rank == 0 and not self.dry:
                 checkpoint.cut_log(self.folder, self.step)
 
         # Every node may have a disk of its own.
@@ -265,8 +265,8 @@ class Run:
         self.progress = tqdm(total=self.steps, initial=self.step, disable=self.processes.rank != 0,
                              desc=self.folder)
         if self.dry:
-            loader = estimate(loader, loader.num_workers, self.steps * self.runs,
-                              self.processes.device)
+            left = (self.steps - self.step) * self.runs
+            loader = estimate(loader, loader.num_workers, left, self.processes.device)
 
         fault = ""
         for batch in loader:

@@ -14,6 +14,7 @@ from conftest import log_of, mistake
 from runs import FINETUNE, PRETRAIN, Run, alive, steps_logged, torchrun, wait_until
 
 import checkpoint
+import pretrain
 
 
 def assert_same_run(one, two):
@@ -181,6 +182,32 @@ def test_a_second_process_in_a_run_folder_is_refused(prepared, lesions, tmp_path
         assert "another process is at work" in mistake(name, **settings)
         run.kill()
         Run(name, tmp_path / "again", **settings | {"estimate": "true"}).finish()
+
+
+def signalled_in_set_up():
+    open_data = pretrain.open_data
+
+    def open_and_signal(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return open_data(*arguments)
+    pretrain.open_data = open_and_signal
+
+
+def test_a_signal_before_the_first_step_ends_in_one_line(prepared, tmp_path):
+    settings = PRETRAIN | {"data": prepared, "out": tmp_path / "run"}
+    output = Run("pretrain", tmp_path / "output", patch=signalled_in_set_up, **settings).finish()
+    assert output.splitlines()[-1] == "stopped before the first step"
+
+
+def test_an_estimate_of_a_run_that_was_cut_is_of_what_is_left(prepared, tmp_path):
+    settings = PRETRAIN | {"data": prepared, "out": tmp_path / "run", "steps": 1000, "workers": 0}
+    run = Run("pretrain", tmp_path / "output", **settings)
+    run.wait_for(lambda: (tmp_path / "run" / "log.jsonl").exists())
+    os.kill(run.parts[0].pid, signal.SIGTERM)
+    run.finish()
+    left = 1000 - checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")["step"]
+    output = Run("pretrain", tmp_path / "again", **settings | {"estimate": "true"}).finish()
+    assert 0 < left < 1000 and f"; {left} steps: " in output
 
 
 def test_a_machine_without_git(prepared, tmp_path):

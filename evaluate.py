@@ -92,6 +92,10 @@ def evaluate_fold(model, task, seen, cases, folder, processes, stop, patch_size,
     -> a record for each case, in the order of their names, or None if a signal stopped it. seen:
     what finetune.data_seen says of the network. batch: the number of windows at once."""
     model.eval()
+
+    # A pretraining may have seen 45,000 files: sets, since each case is looked up in them.
+    seen = {key: None if seen[key] is None else set(seen[key]) for key in ("subjects", "sha256")}
+
     records = []
     share = cases[processes.rank::processes.world]
     with training.stop_all_on_error():

@@ -1,5 +1,6 @@
 """Optional: the same networks, quicker on CUDA. Delete this file and all works, more slowly.
- `install` makes a quick network of a plain one (models.py, swin.py). Outputs and gradients stay
+
+`install` makes a quick network of a plain one (models.py, swin.py). Outputs and gradients stay
 the same but for rounding. Nothing here needs a GPU: the tests run it on a CPU.
 """
 

@@ -180,9 +180,7 @@ def train_fold(cfg, build, task, pretrained, cases, fold, folder, processes, sto
     with training.stop_all_on_error():
         model, report = new_network(build, pretrained, seed)
         devices.check_patch(model, cfg.patch_size, device, cfg.precision)
-        devices.quicken(model.to(device, devices.PRECISIONS[cfg.precision]), device)
-        if cfg.recompute:
-            devices.recompute(model)
+        devices.prepare(model, device, cfg.precision, cfg.recompute)
         if processes.rank == 0:
             print(report)
     optimizer = training.adamw(model, cfg.lr, cfg.weight_decay, cfg.eps, cfg.amsgrad)
@@ -223,8 +221,6 @@ def train_fold(cfg, build, task, pretrained, cases, fold, folder, processes, sto
 
 
 # ------------------------------------------------------------------------- what it starts from
-
-
 def origin_of(ckpt, pretrained, model):
     """Where the weights come from: scratch, amaes, swin or finetune."""
     if not ckpt:

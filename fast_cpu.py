@@ -12,23 +12,15 @@ import torch.utils.checkpoint
 from torch import nn
 
 import augment
+import fast
 import models
 import resample
 import swin
 
 
 def install(model):
-    """Turn the modules of a plain network into the quick ones below, in place -> the model.
-
-    A module keeps its parameters and becomes an instance of a subclass of its own class."""
-    for module in model.modules():
-        if type(module) in QUICK:
-            module.__class__ = QUICK[type(module)]
-        if isinstance(module, models.UNetDecoder):
-            for upsample in (module.upsample1, module.upsample2,
-                             module.upsample3, module.upsample4):
-                upsample.__class__ = Upsample
-    return model
+    """Turn the modules of a plain network into the quick ones below, in place -> the model."""
+    return fast.install(model, QUICK)
 
 
 def keep_freed_memory():
@@ -48,12 +40,7 @@ def quick_format(x):
     except at coarse levels, where converting the weight gradient costs more than it saves."""
     if x[0, 0].numel() <= 8 ** 3:
         return x.contiguous()
-
-    # A single channel is contiguous in both formats. Convolutions look at the strides, and a copy
-    # sets them.
-    if x.shape[1] == 1:
-        return x.clone(memory_format=torch.channels_last_3d)
-    return x.contiguous(memory_format=torch.channels_last_3d)
+    return fast.channels_last(x)
 
 
 def channels_first(x):
@@ -65,28 +52,14 @@ def channels_first(x):
 
 
 def instance_norm(x, weight=None, bias=None, slope=None, eps=1e-5):
-    """Instance norm, then a leaky ReLU if a slope is given, on (B, C, D, H, W). It keeps the memory
-    format of x, which torch's own does not."""
-    if x.is_contiguous():
-        # Batch norm is instance norm if all channels of all samples are channels of one sample.
-        if weight is not None:
-            weight = weight.repeat(len(x))
-            bias = bias.repeat(len(x))
-        y = batch_norm(x.flatten(0, 1)[None], weight, bias, eps)
-    elif len(x) == 1:
-        y = batch_norm(x, weight, bias, eps)
-    else:
-        y = torch.cat([batch_norm(sample, weight, bias, eps) for sample in x.split(1)])
-
-    # In place, but before y becomes a view: through a view, the gradient would be copied three
-    # times.
-    if slope is not None:
-        y = nn.functional.leaky_relu(y, slope, inplace=True)
-    return y.view_as(x)
+    """fast.instance_norm, on channels-last volumes as batch norms of one sample each."""
+    return fast.instance_norm(x, weight, bias, slope, eps, norm_of_samples)
 
 
-def batch_norm(x, weight, bias, eps):
-    return nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+def norm_of_samples(x, weight, bias, eps):
+    if len(x) == 1:
+        return fast.batch_norm(x, weight, bias, eps)
+    return torch.cat([fast.batch_norm(sample, weight, bias, eps) for sample in x.split(1)])
 
 
 # -------------------------------------------------------------------------------------------- U-Net
@@ -104,27 +77,6 @@ class MaxPool(nn.MaxPool3d):
     def forward(self, x):
         pooled, _ = nn.functional.max_pool3d_with_indices(x, self.kernel_size)
         return pooled
-
-
-class Upsample(nn.ConvTranspose3d):
-    """A transposed convolution whose stride is its kernel's size. In channels-last order it is one
-    matrix product, whose columns are then put in their places."""
-
-    def forward(self, x):
-        if x.is_contiguous():
-            return super().forward(x)
-        batch, _, *size = x.shape
-        k = self.stride[0]
-
-        # (B, D, H, W, C) -> (B, D, H, W, k * k * k * channels_out): all that one voxel becomes.
-        weight = self.weight.permute(2, 3, 4, 1, 0).flatten(0, 3)
-        y = nn.functional.linear(x.movedim(1, -1), weight, self.bias.repeat(k ** 3))
-
-        # The offsets inside a voxel's block go beside its position on each axis.
-        y = y.view(batch, *size, k, k, k, self.out_channels)
-        y = y.permute(0, 1, 4, 2, 5, 3, 6, 7)
-        sides = [k * side for side in size]
-        return y.reshape(batch, *sides, self.out_channels).movedim(-1, 1)
 
 
 # ------------------------------------------------------------------------------------------ MedNeXt

@@ -10,6 +10,7 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
+import fast
 import models
 import swin
 
@@ -21,19 +22,9 @@ CUDNN_BENCHMARK = True  # cuDNN tries its kernels on the first batch of each sha
 
 
 def install(model):
-    """Turn the modules of a plain network into the quick ones below, in place -> the model.
-
-    A module keeps its parameters and becomes an instance of a subclass of its own class.
-    """
+    """Turn the modules of a plain network into the quick ones below, in place -> the model."""
     torch.backends.cudnn.benchmark = CUDNN_BENCHMARK
-    for module in model.modules():
-        if type(module) in QUICK:
-            module.__class__ = QUICK[type(module)]
-        if isinstance(module, models.UNetDecoder):
-            for upsample in (module.upsample1, module.upsample2,
-                             module.upsample3, module.upsample4):
-                upsample.__class__ = Upsample
-    return model
+    return fast.install(model, QUICK)
 
 
 def convolves_contiguous(row):
@@ -46,38 +37,22 @@ def quick_format(x):
     """x, (B, C, D, H, W), in the memory format that CHANNELS_LAST asks for."""
     if not CHANNELS_LAST:
         return x.contiguous()
-
-    # A single channel is contiguous in both formats. Convolutions look at the strides, and a copy
-    # sets them.
-    if x.shape[1] == 1:
-        return x.clone(memory_format=torch.channels_last_3d)
-    return x.contiguous(memory_format=torch.channels_last_3d)
+    return fast.channels_last(x)
 
 
 def instance_norm(x, weight=None, bias=None, slope=None, eps=1e-5):
-    """Instance norm, then a leaky ReLU if a slope is given, on (B, C, D, H, W). It keeps the memory
-    format of x, which torch's own does not."""
-    if x.is_contiguous():
-        # Batch norm is instance norm if all channels of all samples are channels of one sample.
-        if weight is not None:
-            weight = weight.repeat(len(x))
-            bias = bias.repeat(len(x))
-        y = nn.functional.batch_norm(x.flatten(0, 1)[None], None, None, weight, bias, training=True,
-                                     eps=eps)
-    else:
-        # Written out. Compiled, it is one reduction and one pass, which takes the leaky ReLU along.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        variance, mean = torch.var_mean(wide, (2, 3, 4), correction=0, keepdim=True)
-        y = (wide - mean) * (variance + eps).rsqrt()
-        if weight is not None:
-            y = y * weight.view(-1, 1, 1, 1) + bias.view(-1, 1, 1, 1)
-        y = y.to(x.dtype)
+    """fast.instance_norm, on channels-last volumes written out."""
+    return fast.instance_norm(x, weight, bias, slope, eps, norm_written_out)
 
-    # In place, but before y becomes a view: through a view, the gradient would be copied three
-    # times.
-    if slope is not None:
-        y = nn.functional.leaky_relu(y, slope, inplace=True)
-    return y.view_as(x)
+
+def norm_written_out(x, weight, bias, eps):
+    """Compiled, it is one reduction and one pass, which takes the leaky ReLU along."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    variance, mean = torch.var_mean(wide, (2, 3, 4), correction=0, keepdim=True)
+    y = (wide - mean) * (variance + eps).rsqrt()
+    if weight is not None:
+        y = y * weight.view(-1, 1, 1, 1) + bias.view(-1, 1, 1, 1)
+    return y.to(x.dtype)
 
 
 # -------------------------------------------------------------------------------------------- U-Net
@@ -87,25 +62,6 @@ class ConvNormAct(models.ConvNormAct):
     def forward(self, x):
         y = self.conv(quick_format(x))
         return instance_norm(y, self.norm.weight, self.norm.bias, slope=self.act.negative_slope)
-
-
-class Upsample(nn.ConvTranspose3d):
-    """A transposed convolution whose stride is its kernel's size. In channels-last order it is one
-    matrix product, whose columns are then put in their places."""
-
-    def forward(self, x):
-        if x.is_contiguous():
-            return super().forward(x)
-        batch, _, *size = x.shape
-        k = self.stride[0]
-
-        # (B, D, H, W, C) -> (B, D, H, W, k * k * k * channels_out): all that one voxel becomes.
-        weight = self.weight.permute(2, 3, 4, 1, 0).flatten(0, 3)
-        y = nn.functional.linear(x.movedim(1, -1), weight, self.bias.repeat(k ** 3))
-
-        # The offsets inside a voxel's block go beside its position on each axis.
-        y = y.view(batch, *size, k, k, k, self.out_channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
-        return y.reshape(batch, *(k * side for side in size), self.out_channels).movedim(-1, 1)
 
 
 # ------------------------------------------------------------------------------------------ MedNeXt

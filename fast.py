@@ -51,7 +51,10 @@ def instance_norm(x, weight, bias, slope, eps, norm_channels_last):
     # times.
     if slope is not None:
         y = nn.functional.leaky_relu(y, slope, inplace=True)
-    return y.view_as(x)
+
+    # Only where the shape changed: a view of a single sample has another stride of the batch, by
+    # which the next convolution no longer knows it as channels-last.
+    return y if y.shape == x.shape else y.view_as(x)
 
 
 def batch_norm(x, weight, bias, eps):

@@ -192,6 +192,20 @@ def test_compiled_is_eager(monkeypatch, row, form, precision):
 
 # ------------------------------------------------------------------------------------------ install
 @pytest.mark.parametrize("form", ["cpu", "cuda"])
+@pytest.mark.parametrize("slope", [None, 0.01])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_quick_norm_keeps_the_memory_format(form, slope, samples):
+    """With other strides the next convolution would convert the volume, and so would its gradient.
+
+    The stride of a batch of one counts as well."""
+    quick = {"cpu": fast_cpu, "cuda": fast_cuda}[form]
+    plain = torch.rand(samples, 4, 9, 9, 9)
+    for x in (plain, plain.contiguous(memory_format=torch.channels_last_3d)):
+        y = quick.instance_norm(x, slope=slope)
+        assert y.stride() == x.stride()
+
+
+@pytest.mark.parametrize("form", ["cpu", "cuda"])
 @pytest.mark.parametrize("row", ["unet_demo", "mednext_m", "swinunetr"])
 def test_what_install_leaves(monkeypatch, row, form):
     """Parameters and their names; and a second time it changes nothing."""

@@ -354,12 +354,11 @@ def gamma(x, gamma, invert):
     """Gamma curve on each channel's own range.
 
     `invert` applies it to the negative and negates back, so the colours are not inverted."""
-    sign = -1 if invert else 1
-    curve = sign * x.float()
+    curve = x.float().neg() if invert else x.float()
     low, high = channel_range(curve)
     span = high - low + 1e-7
     curve = (curve - low).pow_(gamma).mul_(span ** (1 - gamma)).add_(low)
-    return (sign * curve).to(x.dtype)
+    return (curve.neg_() if invert else curve).to(x.dtype)
 
 
 TRANSFORMS = {function.__name__: function for function in (

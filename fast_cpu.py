@@ -275,7 +275,8 @@ def gather(x, matrix, displacement, size, mode):
             position = (d[part, None, None] + (side / 2 - 1) + h[:, None]) + w
             if displacement is not None:
                 for along, weight in zip(displacement[:, part], row, strict=True):
-                    position.add_(along, alpha=weight)
+                    if weight:  # without a rotation, one of the three
+                        position.add_(along, alpha=weight)
             position.clamp_(0, side - 2)
 
             if mode == "nearest":

@@ -372,7 +372,7 @@ def make_loader(dataset, stream, workers, device):
                       pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
 
 
-def ignore_signals(_):
+def ignore_signals(*_):
     """Ctrl-C and Slurm signal all processes of a job: a loader goes on until its trainer ends."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -405,16 +405,16 @@ def native_of(label):
     return label.removesuffix(".npy") + "_native.nii.gz"
 
 
-def read_case(case):
-    """A whole case, to be segmented and scored.
-
-    -> volume (C, D, H, W) float16 tensor, its geometry, label values on the scan's own grid."""
+def read_scan(case):
+    """What is segmented of a case -> volume (C, D, H, W) float16 tensor, and its geometry."""
     volume = np.stack([np.load(path) for path in case.images])
-
     with open(geometry_of(case.images[0]), encoding="utf-8") as file:
         geometry = json.load(file)
+    return torch.from_numpy(volume), geometry
 
-    # Scores are taken on the scan's own grid, so the label map is read as it was.
+
+def read_truth(case, geometry):
+    """What a segmentation is scored against: the source's label values (D, H, W), on the scan's
+    own grid. So the label map is read as it was, not as it was prepared."""
     label = nibabel.load(native_of(case.label))
-    truth = preprocess.on_axes(label, np.array(geometry["affine"]))
-    return torch.from_numpy(volume), geometry, truth
+    return preprocess.on_axes(label, np.array(geometry["affine"]))

@@ -16,6 +16,7 @@ import data
 import metrics
 import predict
 import scans
+import scoring
 import tasks
 import training
 from config import UserError
@@ -84,35 +85,47 @@ def load_fold(run_folder, fold, task, train, device):
     return model, saved
 
 
-@torch.no_grad()
-def evaluate_fold(model, task, seen, cases, folder, processes, stop, patch_size, precision,
-                  overlap, batch):
+def evaluate_fold(segment, task, seen, cases, folder, made_by, processes, stop, scorers):
     """All scores of every case on the scan's own grid; the processes take turns.
 
-    -> a record for each case, in the order of their names, or None if a signal stopped it. seen:
-    what finetune.data_seen says of the network. batch: the number of windows at once."""
-    model.eval()
-
+    -> a record for each case, in the order of their names, or None if a signal stopped it.
+    segment(volume, geometry) gives classes. seen: what finetune.data_seen says of the network.
+    made_by: the network and the settings of `segment`, for scoring.Kept. scorers: processes that
+    score beside the network; 0: this one scores."""
     # A pretraining may have seen 45,000 files: sets, since each case is looked up in them.
     seen = {key: None if seen[key] is None else set(seen[key]) for key in ("subjects", "sha256")}
 
-    records = []
-    share = cases[processes.rank::processes.world]
+    share = {case.name: case for case in cases[processes.rank::processes.world]}
+    kept = scoring.Kept(folder, made_by)
+    made_of = {}
+    records = {}
+
+    def done(name, record):
+        records[name] = record
+        kept.write(name, made_of[name], record)
+
+    beside = scoring.Scorers(scorers, done)
     with training.stop_all_on_error():
-        for case in tqdm(share, disable=processes.rank != 0, desc=f"{folder} evaluate"):
+        for name, case in tqdm(share.items(), disable=processes.rank != 0,
+                               desc=f"{folder} evaluate"):
             # A signal is heeded between two cases.
             if stop.is_set():
                 break
 
             try:
-                volume, geometry, truth = data.read_case(case)
-                classes = predict.segment(model, volume, geometry, patch_size, precision, overlap,
-                                          batch=batch)
-                scores = tasks.score_case(classes, truth, dataclasses.asdict(task),
-                                          geometry["affine"])
+                # What was scored before the evaluation was cut off is scored.
+                made_of[name] = ingredients(case, task)
+                known = kept.read(name, made_of[name])
+                if known:
+                    records[name] = known
+                    continue
+
+                volume, geometry = data.read_scan(case)
+                classes = segment(volume, geometry)
             except (UserError, *scans.READ_ERRORS) as error:
-                raise UserError(f"cannot evaluate {case.name}: {error}") from None
-            records.append(record_of(case, task, seen, scores))
+                raise UserError(f"cannot evaluate {name}: {error}") from None
+            beside.begin(name, score, case, task, seen, classes, geometry)
+        beside.wait()
 
     # A fold that one process left unfinished has no scores.
     stopped, = training.any_process(stop.is_set())
@@ -121,9 +134,24 @@ def evaluate_fold(model, task, seen, cases, folder, processes, stop, patch_size,
 
     # Each process gets the records of all.
     shares = [None] * processes.world
-    dist.all_gather_object(shares, records)
+    dist.all_gather_object(shares, list(records.values()))
     records = [record for share in shares for record in share]
     return sorted(records, key=lambda record: record["case"])
+
+
+def ingredients(case, task):
+    """What the record of a case is made of, beside the network: its files and the task."""
+    # The folder of the data may move.
+    rules = dataclasses.asdict(task) | {"data": None}
+    label = checkpoint.checksum(data.native_of(case.label))
+    return [case.subject, tasks.inputs_of([case]), label, rules]
+
+
+def score(case, task, seen, classes, geometry):
+    """Read the true label map of a case and score its segmentation -> its record."""
+    truth = data.read_truth(case, geometry)
+    scores = tasks.score_case(classes, truth, dataclasses.asdict(task), geometry["affine"])
+    return record_of(case, task, seen, scores)
 
 
 def record_of(case, task, seen, scores):
@@ -152,6 +180,9 @@ def write_scores(folder, records, processes):
         if processes.rank == 0:
             path = os.path.join(folder, "dice.json")
             checkpoint.write_text(path, json.dumps(records, indent=1))
+
+    # The records of single cases have served. Every node may have a disk of its own.
+    scoring.Kept(folder, None).remove()
 
 
 def say_cost(cases, seconds, processes):

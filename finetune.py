@@ -22,6 +22,7 @@ import data
 import devices
 import evaluate
 import models
+import predict
 import tasks
 import training
 from config import UserError
@@ -54,6 +55,7 @@ class Config:
     save_every: int = 500  # steps between checkpoints
     log_every: int = 50  # steps between log lines
     workers: int = 4  # loader processes for each training process
+    scorers: int = 2  # processes that score cases while the network segments the next; 0: none
     seed: int = 0  # of every draw but the folds, which the task fixes
     device: str = "auto"  # auto, cpu or cuda
     out: str | None = None  # run folder; by default runs/<task>-<model>-<origin>
@@ -116,7 +118,7 @@ RATES = {"mednext_l": 5e-4, "mednext_l_mednextdec": 5e-4, "mednext_m": 6e-4}
 
 # Keys that may change between a run and its continuation: they do not touch what is computed.
 RESUMABLE_KEYS = ("data", "folds", "workers", "device", "out", "save_every", "log_every", "compile",
-                  "recompute", "estimate")
+                  "recompute", "estimate", "scorers")
 
 
 # ----------------------------------------------------------------------- one fold, section 3.2
@@ -329,9 +331,12 @@ def main(cfg):
 
         # Its cases are segmented and scored.
         began = time.perf_counter()
-        records = evaluate.evaluate_fold(
-            model, task, seen, test[:1] if cfg.estimate else test, folder, processes, stop,
-            cfg.patch_size, cfg.precision, cfg.overlap, cfg.batch_size)
+        window = {"patch_size": cfg.patch_size, "precision": cfg.precision, "overlap": cfg.overlap}
+        segment = functools.partial(predict.segment, model.eval(), batch=cfg.batch_size, **window)
+        trained = os.path.join(cfg.networks if task.networks else cfg.out, f"fold_{fold}/last.pt")
+        made_by = None if cfg.estimate else [checkpoint.checksum(trained), window]
+        records = evaluate.evaluate_fold(segment, task, seen, test[:1] if cfg.estimate else test,
+                                         folder, made_by, processes, stop, cfg.scorers)
         if cfg.estimate:
             count = sum(len(folds[fold]["evaluate"]) for fold in left)
             return evaluate.say_cost(count, time.perf_counter() - began, processes)

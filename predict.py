@@ -130,17 +130,41 @@ def sliding_window(model, volume, patch_size, overlap=0.5, gaussian=False, batch
     return logits[box(before, original)]
 
 
+def resize(logit, size):
+    """The logit of one class (D, H, W) -> the given size, trilinearly."""
+    return F.interpolate(logit[None, None], size, mode="trilinear", align_corners=False)[0, 0]
+
+
+def largest_class(logits, size):
+    """Logits (K, D, H, W) at 1 mm -> the class of the largest in each voxel, uint8 of the given
+    size, on the device of the logits.
+
+    The logits are resized before the largest wins. Of equal ones the first does, as in argmax. A
+    class at a time: only the largest logit so far is kept beside the next."""
+    largest = classes = None
+    for number, logit in enumerate(logits):
+        logit = resize(logit, size)
+        if largest is None:
+            largest = logit
+            classes = torch.zeros(logit.shape, dtype=torch.uint8, device=logit.device)
+            continue
+        classes.masked_fill_(logit > largest, number)
+        torch.maximum(largest, logit, out=largest)
+    return classes
+
+
+@torch.inference_mode()
 def segment(model, volume, geometry, patch_size, precision="fp32", overlap=0.5, gaussian=False,
             batch=1):
     """Prepared volume (C, D, H, W) in [0, 1] at 1 mm -> classes uint8 (D, H, W) on the scan's grid.
 
-    The logits go back trilinearly, then the largest wins. Outside the crop box of the scan that is
-    the background. precision: bf16 is autocast. The others are arguments of sliding_window."""
+    Outside the crop box of the scan that is the background. precision: bf16 is autocast. The others
+    are arguments of sliding_window."""
     device = next(model.parameters()).device
     with devices.autocast(precision, device):
         logits = sliding_window(model, volume, patch_size, overlap, gaussian, batch)
-    native = preprocess.restore(logits.cpu(), geometry)
-    return np.asarray(native).argmax(0).astype(np.uint8)
+    classes = largest_class(logits, preprocess.box_size(geometry))
+    return preprocess.place(classes.cpu().numpy(), geometry)
 
 
 # -------------------------------------------------------------------- networks of checkpoints

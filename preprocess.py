@@ -5,7 +5,6 @@ import os
 import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import resample
 import scans
@@ -155,34 +154,28 @@ def crop_label(values, affine, geometry):
 
 
 # -------------------------------------------------------------------------------- and back again
-def restore(array, geometry):
-    """Bring a result back to the scan's own grid and axis order -> a numpy array.
+def box_size(geometry):
+    """Voxels of the crop box along its three axes, in the scan's own voxel size."""
+    return [stop - start for start, stop in geometry["box"]]
 
-    array: logits (C, D, H, W), resampled trilinearly, or integers (D, H, W), by the nearest voxel;
-    of numpy or torch. Outside the crop box everything is 0: with logits that is a tie, which argmax
-    gives to class 0, the background."""
-    array = array.numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
-    is_logits = array.ndim == 4
 
-    # Back to the scan's own voxel size. From here on, both kinds are (C, D, H, W).
-    box = geometry["box"]
-    size = [stop - start for start, stop in box]
-    if is_logits:
-        batch = torch.from_numpy(array)[None]
-        crop = F.interpolate(batch, size=size, mode="trilinear", align_corners=False)[0].numpy()
-    else:
-        crop = resample.nearest(array, size)[None]
+def restore(classes, geometry):
+    """Bring class numbers (D, H, W) of a prepared volume back to the scan's own grid, by the
+    nearest voxel. predict.py brings back logits instead, which is finer."""
+    return place(resample.nearest(classes, box_size(geometry)), geometry)
 
-    # Out of the box, into the whole field of view.
+
+def place(crop, geometry):
+    """Put what was found in the crop box of a scan, integers in RAS order, in the scan's whole
+    field of view and on its stored axes. Outside the box all is 0, the background."""
     orientation = np.array(geometry["orientation"])
     ras_shape = np.array(geometry["shape"])[np.argsort(orientation[:, 0])]
-    full = np.zeros((len(crop), *ras_shape), crop.dtype)
-    full[(slice(None), *slices(box))] = crop
+    full = np.zeros(ras_shape, crop.dtype)
+    full[slices(geometry["box"])] = crop
 
     # RAS axis orientation[a, 0] came from the stored axis a, flipped where orientation[a, 1] is -1.
-    full = np.flip(full, [1 + int(axis) for axis, sign in orientation if sign < 0])
-    full = full.transpose(0, *(1 + int(axis) for axis, _ in orientation))
-    return np.ascontiguousarray(full if is_logits else full[0])
+    full = np.flip(full, [int(axis) for axis, sign in orientation if sign < 0])
+    return np.ascontiguousarray(full.transpose([int(axis) for axis, _ in orientation]))
 
 
 # ----------------------------------------------------------------------------- what is segmented

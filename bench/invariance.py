@@ -121,7 +121,7 @@ def finetuned(paths, folder, count):
         for strength in range(6):
             scores = []
             for case in cases:
-                volume, _, _ = data.read_case(case)
+                volume, _ = data.read_scan(case)
                 image = corrupted(volume.float(), strength)
                 side = saved["config"]["patch_size"]
                 logits = predict.sliding_window(model, image, side, batch=4)

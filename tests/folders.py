@@ -17,6 +17,12 @@ TINY = {"model": "unet_demo", "features": 4, "steps": 4, "patch_size": 32, "batc
         "lr": 1e-3, "overlap": 0}
 
 
+def read_case(case):
+    """All that an evaluation reads of a case: volume, geometry, true label values."""
+    volume, geometry = data.read_scan(case)
+    return volume, geometry, data.read_truth(case, geometry)
+
+
 def head(seed, n=30):
     """A ball of n voxels across with layers and noise: (n, n, n) float32."""
     z, y, x = np.indices((n, n, n)) - (n - 1) / 2

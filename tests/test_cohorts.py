@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 
+import folders
 import nibabel as nib
 import numpy as np
 import pytest
@@ -157,7 +158,7 @@ def test_tasks_find_their_cases(everything):
         c.volumes[0].split for c in tasks.labelled_cases(folder, "brats21", ("FLAIR", "T1ce"))
     )
     assert splits == {"train": 3, "test": 1}
-    _, geometry, truth = data.read_case(wmh[0])
+    _, geometry, truth = folders.read_case(wmh[0])
     assert set(np.unique(truth)) == {0, 1, 2} and list(truth.shape) == geometry["shape"]
 
 

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from conftest import FINETUNE, mistake, run
-from folders import TASK
+from folders import TASK, read_case
 from runs import Run
 
 import checkpoint
 import config
-import data
 import evaluate
 import finetune
 import predict
@@ -103,7 +102,7 @@ def test_a_task_evaluates_the_networks_of_another(sites):
     network, saved = predict.load_network(sites / "few" / "fold_1" / "last.pt", "cpu")
     cases = tasks.labelled_cases(str(sites / "prepared"), None, ("FLAIR",))
     case = next(case for case in cases if case.name == "Utrecht_3")
-    volume, geometry, truth = data.read_case(case)
+    volume, geometry, truth = read_case(case)
     found = predict.segment(network, volume, geometry, 32, overlap=0)
     scores = tasks.score_case(found, truth, saved["task"], geometry["affine"])
     for kind in scores:
@@ -138,8 +137,6 @@ def test_an_estimate_takes_real_steps_and_touches_nothing(sites, tmp_path):
 
 
 def test_a_signal_in_evaluation_leaves_no_scores(sites):
-    cfg = finetune.Config(task="few", patch_size=32, precision="fp32")
-    model, _ = predict.load_network(sites / "few" / "fold_0" / "last.pt", "cpu")
     cases = tasks.labelled_cases(str(sites / "prepared"), None, ("FLAIR",))[:1]
     stop = threading.Event()
     stop.set()
@@ -147,9 +144,7 @@ def test_a_signal_in_evaluation_leaves_no_scores(sites):
     try:
         _, task = tasks.read_task(str(sites / "few.yaml"))
         seen = finetune.data_seen({})
-        records = evaluate.evaluate_fold(model, task, seen, cases, "", processes, stop,
-                                         cfg.patch_size, cfg.precision, cfg.overlap,
-                                         cfg.batch_size)
+        records = evaluate.evaluate_fold(None, task, seen, cases, "", None, processes, stop, 2)
     finally:
         dist.destroy_process_group()
     assert records is None
@@ -170,7 +165,7 @@ def test_a_label_stored_on_other_axes_is_scored_on_the_scans(raw, tmp_path, axes
     run("prepare_data", source="manifest", input=tmp_path / "all.csv", out=tmp_path / "prepared",
         workers=1)
     case = tasks.labelled_cases(str(tmp_path / "prepared"), None, ("FLAIR",))[0]
-    _, _, truth = data.read_case(case)
+    _, _, truth = read_case(case)
     assert np.array_equal(truth, np.asarray(label.dataobj))
 
 

@@ -38,8 +38,8 @@ def test_preempted_evaluation_exits_0_without_a_score(prepared, lesions, tmp_pat
 
 
 def slow_evaluation():
-    read = data.read_case
-    data.read_case = lambda case: time.sleep(1) or read(case)
+    read = data.read_scan
+    data.read_scan = lambda case: time.sleep(1) or read(case)
 
 
 # -------------------------------------------------------------------------------------- no deadlock

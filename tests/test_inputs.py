@@ -6,6 +6,7 @@ import gzip
 import os
 import shutil
 
+import folders
 import nibabel as nib
 import numpy as np
 import pytest
@@ -177,7 +178,7 @@ def test_a_label_value_near_an_integer_is_that_integer(noise, tmp_path):
     _, row = one_scan(tmp_path, image, image_of(values, label.affine))
     assert set(np.unique(np.load(tmp_path / "out" / row.label))) == {0, 1}
     (case,) = tasks.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
-    assert np.array_equal(data.read_case(case)[2], mask)
+    assert np.array_equal(folders.read_case(case)[2], mask)
     assert np.array_equal(preprocess.read_label(tmp_path / "label.nii.gz", image), mask)
 
 
@@ -226,7 +227,7 @@ def test_nan_outside_the_field_of_view_is_0_and_counted(tmp_path, capsys):
     assert record_of(tmp_path / "out", row)["nan"] == zeros[:9].size
     (case,) = tasks.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
     read = preprocess.read_label(tmp_path / "label.nii.gz", image)
-    assert data.read_case(case)[2].sum() == read.sum()
+    assert folders.read_case(case)[2].sum() == read.sum()
 
 
 @pytest.mark.parametrize(

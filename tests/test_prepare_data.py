@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import folders
 import nibabel as nib
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_an_input_may_be_called_volumes(tmp_path):
     session_of_two(tmp_path / "raw")
     prepare("bids", tmp_path / "raw", tmp_path / "out", name="my_volumes")
     (case,) = tasks.labelled_cases(str(tmp_path / "out"), "my_volumes", ["FLAIR"])
-    volume, geometry, truth = data.read_case(case)
+    volume, geometry, truth = folders.read_case(case)
     assert list(volume.shape[1:]) == geometry["resampled"] and truth.any()
 
 
@@ -120,7 +121,7 @@ def test_a_corrected_label_is_taken_by_the_next_run(tmp_path):
     image_of(np.ones(label.shape, np.uint8), label.affine).to_filename(path)
     prepare("bids", tmp_path / "raw", tmp_path / "out")
     (case,) = tasks.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
-    assert np.load(case.label).all() and data.read_case(case)[2].all()
+    assert np.load(case.label).all() and folders.read_case(case)[2].all()
 
 
 def test_a_record_that_a_crash_left_empty_is_made_again(prepared, raw, tmp_path):

@@ -1,5 +1,6 @@
 """Section 2: the official preprocessing exactly, its inverse, and label maps on the scan's grid."""
 
+import folders
 import nibabel as nib
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from conftest import ROOT
 from inputs import dice, head, image_of, prepare
 from skimage.transform import resize
 
-import data
+import predict
 import preprocess
 import resample
 import scans
@@ -35,7 +36,11 @@ def test_equals_the_official_way_back():
     _, geometry = preprocess.preprocess(image_of(GOLDEN["img"], GOLDEN["affine"]), BOX)
     pad = GOLDEN["padding"].reshape(3, 2)
     unpadded = tuple(slice(before, 64 - after) for before, after in pad)
-    logits = preprocess.restore(GOLDEN["rev_logits_in"][0][(slice(None), *unpadded)], geometry)
+    size = preprocess.box_size(geometry)
+    logits = []
+    for logit in GOLDEN["rev_logits_in"][0]:
+        resized = predict.resize(torch.from_numpy(logit[unpadded]), size)
+        logits.append(preprocess.place(resized.numpy(), geometry))
     official = np.flip(
         GOLDEN["rev_logits_out"][0], 1
     )  # it was stored in RAS order, before the last flip
@@ -126,8 +131,8 @@ def test_label_round_trip(grid):
     if "1 mm" in grid:
         assert ours >= 0.99
     soft = torch.from_numpy(resample.resample(crop.astype(np.float32), geometry["resampled"]))
-    logits = preprocess.restore(torch.stack([1 - soft, soft]), geometry)
-    assert dice(logits.argmax(0) > 0, truth) >= ours - 1e-9
+    classes = predict.largest_class(torch.stack([1 - soft, soft]), preprocess.box_size(geometry))
+    assert dice(preprocess.place(classes.numpy(), geometry) > 0, truth) >= ours - 1e-9
 
 
 def test_a_sheared_grid_goes_there_and_back():
@@ -178,7 +183,7 @@ def test_a_scaled_label_is_the_same_for_training_and_for_scores(tmp_path):
     assert nib.load(folder / "sub-1_lesion.nii.gz").dataobj.slope != 1
     prepare("bids", tmp_path / "raw", tmp_path / "out")
     (case,) = tasks.labelled_cases(str(tmp_path / "out"), None, ["FLAIR"])
-    assert data.read_case(case)[2].max() == 1
+    assert folders.read_case(case)[2].max() == 1
     assert preprocess.read_label(folder / "sub-1_lesion.nii.gz", image).max() == 1
 
 
@@ -194,6 +199,6 @@ def test_labels_on_two_grids_of_one_session(tmp_path):
     assert prepare("manifest", tmp_path / "scans.csv", tmp_path / "out") == 0
     for name in ("FLAIR", "DWI"):
         (case,) = tasks.labelled_cases(str(tmp_path / "out"), None, [name])
-        volume, geometry, truth = data.read_case(case)
-        back = preprocess.restore(volume, geometry)
-        assert back.shape[1:] == truth.shape and truth.any()
+        volume, geometry, truth = folders.read_case(case)
+        back = preprocess.restore(volume[0].numpy(), geometry)
+        assert back.shape == truth.shape and truth.any()

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import folders
 import nibabel as nib
 import numpy as np
 import pytest
@@ -290,7 +291,7 @@ def test_the_same_corners_in_ras_are_the_same_grid(axes, tmp_path):
     assert prepare("manifest", table, tmp_path / "out") == 0
     for channels in (["FLAIR", "T1"], ["T1", "FLAIR"]):
         (case,) = tasks.labelled_cases(str(tmp_path / "out"), None, channels)
-        volume, geometry, truth = data.read_case(case)
+        volume, geometry, truth = folders.read_case(case)
         prepared = np.load(case.label)
         assert volume.shape[1:] == prepared.shape
         back = preprocess.restore(prepared, geometry)

@@ -42,7 +42,7 @@ soak: .venv/ready
 
 # What is measured beside ours; without their own requirements, so that torch and numpy stay as they are.
 PEERS := monai==1.6.1 einops==0.8.2 yucca==1.1.7 batchgenerators==0.25.5 batchgeneratorsv2==0.3.6 torchio==1.2.1 \
-	connected-components-3d==4.1.1 deprecated==1.3.1 fft-conv-pytorch==1.2.0 humanize==4.17.0 jaxtyping==0.3.11 \
+	surface-distance==0.1 connected-components-3d==4.1.1 deprecated==1.3.1 fft-conv-pytorch==1.2.0 humanize==4.17.0 jaxtyping==0.3.11 \
 	importlib_resources==7.1.0 pandas==3.1.1 pytz==2026.6 simpleitk==2.5.7 tzdata==2026.6 wadler_lindig==0.1.8 \
 	wrapt==2.5.2
 .venv/peers: .venv/ready Makefile
@@ -51,7 +51,7 @@ PEERS := monai==1.6.1 einops==0.8.2 yucca==1.1.7 batchgenerators==0.25.5 batchge
 	@touch $@
 
 # make bench BENCH="step window" runs some of them.
-BENCH ?= cost prepare loader models window augment pipeline compare step
+BENCH ?= cost evaluate prepare loader models window augment pipeline compare step
 bench: .venv/peers
 	@$(PY) -c "import platform, os, torch; print(f'# Measurements\n\n{os.cpu_count()} cores, {platform.machine()}, Linux; Python ' \
 		f'{platform.python_version()}, torch {torch.__version__}. What each is, and its conditions: the first lines of bench/*.py.')" \

@@ -12,7 +12,7 @@ from scipy import ndimage
 import distances
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(__file__)), "bench"))
-import distances_cases  # noqa: E402
+import evaluation_cases  # noqa: E402
 
 SPACINGS = (0.45, 0.958, 1.0, 2.0, 3.0, 5.0)
 WAYS = (distances.by_rings, distances.by_pairs, distances.by_lines)
@@ -91,9 +91,9 @@ def test_corners_and_borders(spacing):
         check_ways(queries, targets, spacing)
 
 
-@pytest.mark.parametrize("name", distances_cases.hard_names())
+@pytest.mark.parametrize("name", evaluation_cases.hard_names())
 def test_hard_cases_on_a_small_grid(name):
-    queries, targets = distances_cases.hard(name, (36, 40, 25))
+    queries, targets = evaluation_cases.hard(name, (36, 40, 25))
     if queries.any() and targets.any():
         check_ways(distances.surface(queries), distances.surface(targets), (1, 0.9, 2.5))
         check_ways(distances.surface(targets), distances.surface(queries), (1, 0.9, 2.5))
@@ -200,25 +200,25 @@ def test_a_long_way_is_one_lesion():
 def peak_per_voxel(prediction, truth):
     """Bytes a voxel that distances and lesions take beyond the two masks."""
     tracemalloc.start()
-    distances_cases.ours(prediction, truth, (1, 1, 1))
+    evaluation_cases.ours(prediction, truth, (1, 1, 1))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak / prediction.size
 
 
 def test_memory_of_a_glioma():
-    truth = distances_cases.glioma(0)
-    prediction = distances_cases.predicted_glioma(0, truth)
+    truth = evaluation_cases.glioma(0)
+    prediction = evaluation_cases.predicted_glioma(0, truth)
     assert peak_per_voxel(prediction > 0, truth > 0) < 8
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", distances_cases.hard_names())
+@pytest.mark.parametrize("name", evaluation_cases.hard_names())
 def test_hard_cases_at_full_size(name):
-    prediction, truth = distances_cases.hard(name)
+    prediction, truth = evaluation_cases.hard(name)
     assert peak_per_voxel(prediction, truth) < 8
-    found = distances_cases.ours(prediction, truth, (0.9, 1, 1.1))
-    true = distances_cases.by_scipy(prediction, truth, (0.9, 1, 1.1))
+    found = evaluation_cases.ours(prediction, truth, (0.9, 1, 1.1))
+    true = evaluation_cases.by_scipy(prediction, truth, (0.9, 1, 1.1))
     if true is None:
         assert found is None
         return

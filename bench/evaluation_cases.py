@@ -1,24 +1,16 @@
-"""Time of surface distances and lesions on hard masks, beside scipy: seeded synthetic cases.
-
-    python bench/distances_cases.py [--gliomas 10] [--hard 50] [--scipy 3]
+"""Masks that are hard for surface distances and lesions: seeded synthetic cases.
 
 Each case is a prediction and a truth on the grid of BraTS: 240 x 240 x 155 voxels of 1 mm. A glioma
 is scored in four regions: the whole tumour, the core, the enhancing tumour and the oedema. Its
 prediction is the truth moved by two voxels, with specks in 2e-5 of the voxels. The hard cases have
-one region. Times are CPU seconds of one thread, for the distances in both directions and the
-lesions found in both masks. The tables have the median of the gliomas, and the slowest hard cases.
-scipy does the same by distance_transform_edt and label, in the box around both masks.
+one region.
 """
 
-import argparse
 import os
-import statistics
 import sys
 import time
 
-os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-
-import numpy as np  # noqa: E402
+import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import distances  # noqa: E402
@@ -159,13 +151,14 @@ def ours(prediction, truth, spacing):
             distances.to_surface(true, predicted, spacing), *lesions)
 
 
-def by_scipy(prediction, truth, spacing):
-    """The same from scipy.ndimage, in the same box."""
+def by_scipy(prediction, truth, spacing, whole_grid=False):
+    """The same from scipy.ndimage, in the same box or in the whole grid."""
     from scipy import ndimage
     if not (prediction.any() and truth.any()):
         return None
-    box = ndimage.find_objects((prediction | truth).view(np.int8))[0]
-    prediction, truth = prediction[box], truth[box]
+    if not whole_grid:
+        box = ndimage.find_objects((prediction | truth).view(np.int8))[0]
+        prediction, truth = prediction[box], truth[box]
     results = []
     predicted = prediction & ~ndimage.binary_erosion(prediction)
     true = truth & ~ndimage.binary_erosion(truth)
@@ -190,31 +183,3 @@ def glioma_pairs(seed):
     truth = glioma(seed)
     prediction = predicted_glioma(seed, truth)
     return [(np.isin(prediction, c), np.isin(truth, c)) for c in REGIONS.values()]
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--gliomas", type=int, default=10)
-    parser.add_argument("--hard", type=int, default=50, help="how many of the 50")
-    parser.add_argument("--scipy", type=int, default=3, help="gliomas that scipy takes a turn at")
-    args = parser.parse_args()
-
-    mine, theirs = [], []
-    for seed in range(args.gliomas):
-        pairs = glioma_pairs(seed)
-        mine.append(seconds(ours, pairs))
-        if seed < args.scipy:
-            theirs.append(seconds(by_scipy, pairs))
-    print("| gliomas, four regions, median | CPU s |\n| --- | --- |")
-    print(f"| ours, of {len(mine)} | {statistics.median(mine):.2f} |")
-    if theirs:
-        print(f"| scipy, of {len(theirs)} | {statistics.median(theirs):.2f} |")
-
-    times = {name: seconds(ours, [hard(name)]) for name in hard_names()[:args.hard]}
-    print("\n| slowest hard cases | CPU s |\n| --- | --- |")
-    for name in sorted(times, key=times.get, reverse=True)[:5]:
-        print(f"| {name} | {times[name]:.2f} |")
-
-
-if __name__ == "__main__":
-    main()

@@ -50,6 +50,7 @@ def draw(seed, preset, patch_size):
     # Scale: p 0.2; [0.9, 1.1].
     scale = rng.uniform(0.9, 1.1) if rng.random() < 0.2 else None
 
+    # What follows is drawn by the preset "all" only.
     if preset == "spatial":
         return Draw(size, context_of(size, angles, scale, None), angles, scale)
 
@@ -88,7 +89,7 @@ def draw_intensity(rng, size):
         noise_seed = int(rng.integers(2 ** 62))
         drawn.append(("multiplicative_noise", (sigma, noise_seed)))
 
-    # Motion ghosting: p 0.2; alpha [0.85, 0.95], repetitions "[2, 11]", of which 11 is excluded.
+    # Motion ghosting: p 0.2; alpha [0.85, 0.95], every plane of "[2, 11]", 11 excluded.
     if rng.random() < 0.2:
         axis = int(rng.integers(3))
         alpha = rng.uniform(0.85, 0.95)
@@ -112,7 +113,7 @@ def draw_intensity(rng, size):
         center = tuple(int(rng.integers(n)) for n in size)
         drawn.append(("bias_field", (center,)))
 
-    # Gamma: p 0.2; [0.5, 1] or [1, 2] as in the code. It "inverts" 0.05 of them: Table 5's 0.01.
+    # Gamma: p 0.2; [0.5, 1] or [1, 2] as in the code. "Inverted" with 0.05 of 0.2: Table 5's 0.01.
     if rng.random() < 0.2:
         value = rng.uniform(0.5, 1) if rng.random() < 0.5 else rng.uniform(1, 2)
         invert = rng.random() < 0.05
@@ -147,7 +148,7 @@ def channel_range(x):
 
 
 def clip(x, low, high):
-    """x.clamp_(low, high), which on a CPU takes four times as long."""
+    """As x.clamp_(low, high), but on a CPU in a quarter of its time."""
     return torch.minimum(torch.maximum(x, low, out=x), high, out=x)
 
 
@@ -201,8 +202,9 @@ def context_of(size, angles, scale, elastic):
     # Displacements have a standard deviation of up to 0.6 voxels: allow for five of them.
     if elastic:
         alpha, sigma, _ = elastic
-        power = (1 / (2 * math.sqrt(math.pi) * sigma)) ** 3 / 3
-        reach = half + 5 * alpha * math.sqrt(power)
+        # Of white noise U(-1, 1), a third; a Gaussian filter leaves this share of it on each axis.
+        variance = (1 / (2 * math.sqrt(math.pi) * sigma)) ** 3 / 3
+        reach = half + 5 * alpha * math.sqrt(variance)
 
     # Along each axis it is a corner that reads furthest, hence the absolute values.
     matrix = (scale or 1.0) * rotation_matrix(angles or (0, 0, 0)).T
@@ -285,7 +287,7 @@ def normal_noise(x, sigma, seed):
 
 @torch.no_grad()
 def gaussian_noise(x, sigma, seed):
-    """x + n, n normal of standard deviation sigma. Table 5's are next to nothing beside [0, 1]."""
+    """x + n, n normal of standard deviation sigma. Table 5's sigmas are tiny beside [0, 1]."""
     return normal_noise(x, sigma, seed).add_(x).to(x.dtype)
 
 
@@ -308,7 +310,7 @@ def gaussian_blur(x, sigma):
 
 @torch.no_grad()
 def motion_ghosting(x, alpha, every, axis):
-    """Ghosts along an axis: planes 0, every, 2 every ... of k-space times alpha, save the last."""
+    """Ghosts along an axis: planes 0, every, 2 every ... of k-space times alpha, never the last."""
     gain = np.ones(x.shape[axis + 1])
     gain[0:-1:every] = alpha
     return resample.filter_frequencies(x, gain, axis)
@@ -316,7 +318,7 @@ def motion_ghosting(x, alpha, every, axis):
 
 @torch.no_grad()
 def gibbs_ringing(x, keep, axis):
-    """Ringing along an axis: only the `keep` central frequencies stay; all of them: no change."""
+    """Ringing along an axis: only the central frequencies stay, `keep` or one more, to be even."""
     n = x.shape[axis + 1]
     middle = math.ceil(n / 2)
     half = math.ceil(keep / 2)
@@ -345,7 +347,7 @@ def low_resolution(x, shape):
 
 @torch.no_grad()
 def bias_field(x, center):
-    """x times 1 - sum over axes of ((i - center) / side)^2, or times 0 where that is negative."""
+    """x * max(0, 1 - r), where r is the sum over axes of ((i - center) / side)^2."""
     field = 1
     for axis, n in enumerate(x.shape[1:]):
         distance = (torch.arange(n, device=x.device) - center[axis]) / n

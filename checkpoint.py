@@ -217,7 +217,9 @@ def check_same_run(what, saved, now, resumable):
     among the `resumable` ones."""
     changed = []
     for key, value in now.items():
-        if key not in resumable and saved.get(key) != value:
+        # A switch that is off may be newer than the run.
+        newer = key not in saved and not value
+        if key not in resumable and not newer and saved.get(key) != value:
             changed.append(f"{key} {saved.get(key)} -> {value}")
     if changed:
         raise UserError(f"{what} of another run ({', '.join(changed)}): new --out, or the old "

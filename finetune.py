@@ -55,7 +55,7 @@ class Config:
     save_every: int = 500  # steps between checkpoints
     log_every: int = 50  # steps between log lines
     workers: int = 4  # loader processes for each training process
-    scorers: int = 2  # processes that score cases while the network segments the next; 0: none
+    scorers: int = 4  # processes that score cases while the network segments the next; 0: none
     seed: int = 0  # of every draw but the folds, which the task fixes
     device: str = "auto"  # auto, cpu or cuda
     out: str | None = None  # run folder; by default runs/<task>-<model>-<origin>
@@ -70,8 +70,8 @@ class Config:
 
     def fill_defaults(self, name, task, pretrained):
         """The settings with those filled in that follow from others: the network from the
-        checkpoint ({}: from scratch), the rate from the network, the preset from both, and the
-        names of the folders. Raises UserError if they contradict each other."""
+        checkpoint ({}: from scratch), the preset from whether there is one, the rate from the
+        network, and the names of folders. Raises UserError if they contradict each other."""
         saved = pretrained.get("config", {})
         model = self.model or pretrained.get("row")
         if not model:
@@ -87,7 +87,7 @@ class Config:
         origin = origin_of(self.ckpt, pretrained, model)
         networks = f"runs/{task.networks}-{model}-{origin}" if task.networks else None
         filled = dataclasses.replace(
-            self, model=model, augment=preset, lr=self.lr or RATES.get(model, 1e-4),
+            self, model=model, augment=preset, lr=self.lr or RATES.get(model),
             merge=self.merge or saved.get("merge", "legacy"),
             features=self.features or saved.get("features"),
             out=self.out or f"runs/{name}-{model}-{origin}", networks=self.networks or networks)
@@ -114,7 +114,8 @@ class Config:
 
 
 # Appendix A's columns, read as U-Net XL, B, MedNeXt L, M, SwinUNETR: their header is garbled.
-RATES = {"mednext_l": 5e-4, "mednext_l_mednextdec": 5e-4, "mednext_m": 6e-4}
+RATES = dict.fromkeys(models.ROWS, 1e-4) | {
+    "mednext_l": 5e-4, "mednext_l_mednextdec": 5e-4, "mednext_m": 6e-4}
 
 # Keys that may change between a run and its continuation: they do not touch what is computed.
 RESUMABLE_KEYS = ("data", "folds", "workers", "device", "out", "save_every", "log_every", "compile",
@@ -203,7 +204,7 @@ def train_fold(cfg, build, task, pretrained, cases, fold, folder, processes, sto
     loader = data.training_loader(crops, cfg.batch_size, run.step, cfg.steps, processes,
                                   cfg.workers)
 
-    for batch in run.batches(loader):  # ends after the last step, or on all processes together
+    for batch in run.batches(loader):  # ends with the last step, or earlier: then on all processes
         rate = training.learning_rate(run.step, cfg.steps, 0, cfg.lr)
         run.set_learning_rate(rate)
 
@@ -317,8 +318,9 @@ def main(cfg):
     build = functools.partial(models.build_model, cfg.model, "segment", len(task.sequences),
                               len(task.classes), merge=cfg.merge, features=cfg.features)
     for fold, folder in left.items():
-        train = [cases[case] for case in folds[fold]["train"]]
-        test = [cases[case] for case in folds[fold]["evaluate"]]
+        train = [cases[name] for name in folds[fold]["train"]]
+        evaluated = [cases[name] for name in folds[fold]["evaluate"]]
+
         # Its network is trained here, or was trained for another task.
         if task.networks:
             model, seen = evaluate.load_fold(cfg.networks, fold, task, train, processes.device)
@@ -335,8 +337,9 @@ def main(cfg):
         segment = functools.partial(predict.segment, model.eval(), batch=cfg.batch_size, **window)
         trained = os.path.join(cfg.networks if task.networks else cfg.out, f"fold_{fold}/last.pt")
         made_by = None if cfg.estimate else [checkpoint.checksum(trained), window]
-        records = evaluate.evaluate_fold(segment, task, seen, test[:1] if cfg.estimate else test,
-                                         folder, made_by, processes, stop, cfg.scorers)
+        records = evaluate.evaluate_fold(
+            segment, task, seen, evaluated[:1] if cfg.estimate else evaluated, folder, made_by,
+            processes, stop, cfg.scorers)
         if cfg.estimate:
             count = sum(len(folds[fold]["evaluate"]) for fold in left)
             return evaluate.say_cost(count, time.perf_counter() - began, processes)

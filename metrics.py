@@ -72,20 +72,19 @@ def score(prediction, truth, spacing):
 
     If both masks are empty, all scores but the volumes are NaN. If one of them is, dice, nsd and f1
     are 0 and the distances are NaN."""
+    predicted = np.count_nonzero(prediction)
+    true = np.count_nonzero(truth)
     voxel_ml = float(np.prod(spacing)) / 1000
-    predicted_ml = float(prediction.sum() * voxel_ml)
-    true_ml = float(truth.sum() * voxel_ml)
 
     scores = dict.fromkeys(SCORES, math.nan)
-    scores["dice"] = dice(prediction, truth, [True])[True]
-    scores["ml"] = predicted_ml
-    scores["ml_error"] = predicted_ml - true_ml
+    scores["ml"] = predicted * voxel_ml
+    scores["ml_error"] = predicted * voxel_ml - true * voxel_ml
 
     # Without a surface in each mask there is no distance, and without a lesion no F1.
-    empty = [not prediction.any(), not truth.any()]
-    if all(empty):
+    if not predicted and not true:
         return scores
-    if any(empty):
+    scores["dice"] = 2 * np.count_nonzero(prediction & truth) / (predicted + true)
+    if not predicted or not true:
         return scores | {"nsd": 0.0, "f1": 0.0}
 
     # The box around both masks holds all that matters from here on.

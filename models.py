@@ -19,7 +19,7 @@ class Row(NamedTuple):
     features: int  # f, the channels of the first level
     blocks: tuple = ()  # MedNeXt: the number of blocks in each of the five levels
     expansion: tuple = ()  # MedNeXt: how many times wider the channels get inside these blocks
-    decoder: str = "unet"  # of segmentation: unet or mednext; SwinUNETR has its own
+    segments_with: str = "unet"  # the decoder of segmentation: unet or mednext; Swin has its own
 
 
 MEDNEXT_L = Row("mednext", 32, blocks=(3, 4, 8, 8, 8), expansion=(3, 4, 8, 8, 8))
@@ -30,7 +30,7 @@ ROWS = {
     "unet_xl": Row("unet", 64),
     "mednext_m": Row("mednext", 32, blocks=(3, 4, 4, 4, 4), expansion=(2, 3, 4, 4, 4)),
     "mednext_l": MEDNEXT_L,
-    "mednext_l_mednextdec": MEDNEXT_L._replace(decoder="mednext"),
+    "mednext_l_mednextdec": MEDNEXT_L._replace(segments_with="mednext"),
     "swinunetr": Row("swin", 48),
 }
 
@@ -242,17 +242,17 @@ class Network(nn.Module):
         return decoder(self.encoder(x))
 
 
-def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skips=False,
+def build_model(name, purpose, in_channels=1, out_channels=1, decoder="light", skips=False,
                 merge="legacy", features=None):
-    """A row of ROWS for a task: (B, in_channels, D, H, W) -> (B, out_channels, D, H, W).
+    """A row of ROWS for a purpose: (B, in_channels, D, H, W) -> (B, out_channels, D, H, W).
 
-    task: "pretrain" has the `decoder` "light" or "standard" (Table 2), with `skips` or without
+    purpose: "pretrain" has the `decoder` "light" or "standard" (Table 2), with `skips` or without
     (section 3.1). "segment" has the row's own decoder, with skips (section 3.2). "swin" is the
     encoder of SwinUNETR under the three heads of [23].
     merge: SwinUNETR's patch merging, "legacy" as in the paper's MONAI 1.3.2 or "fixed" as in 1.5.
     features: another width f than the row's. Raises UserError for an unknown name."""
     check_choice("model", name, ROWS)
-    check_choice("task", task, ("pretrain", "segment", "swin"))
+    check_choice("purpose", purpose, ("pretrain", "segment", "swin"))
     check_choice("decoder", decoder, ("light", "standard"))
     check_choice("merge", merge, swin.MERGE)
 
@@ -260,16 +260,16 @@ def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skip
     f = features or row.features
     light = decoder == "light"
 
-    # The baseline has networks of its own. How AMAES pretrains its encoder, the paper leaves open:
+    # SwinUNETR has networks of its own. The paper leaves open how AMAES would pretrain its encoder:
     # here the decoder is the one of section 3.1.
     if row.family == "swin":
-        if task == "swin":
+        if purpose == "swin":
             return swin.SwinHeads(in_channels, f, merge)
-        if task == "segment":
+        if purpose == "segment":
             return swin.SwinUNETR(in_channels, out_channels, f, merge)
         encoder = swin.SwinEncoder(in_channels, f, merge)
         return swin.SwinReconstruction(encoder, UNetDecoder(out_channels, f, light, skips, stem=2))
-    if task == "swin":
+    if purpose == "swin":
         raise UserError(f"objective swin pretrains swinunetr, not {name}")
 
     # All others are an encoder and a decoder.
@@ -279,8 +279,8 @@ def build_model(name, task, in_channels=1, out_channels=1, decoder="light", skip
         encoder = MedNeXtEncoder(in_channels, f, row.blocks, row.expansion)
 
     # Pretraining has the decoder of section 3.1, segmentation the row's own.
-    if task == "pretrain":
+    if purpose == "pretrain":
         return Network(encoder, rec_head=UNetDecoder(out_channels, f, light, skips))
-    if row.decoder == "unet":
+    if row.segments_with == "unet":
         return Network(encoder, pred_head=UNetDecoder(out_channels, f, light=False, skips=True))
     return Network(encoder, pred_head=MedNeXtDecoder(out_channels, f, row.blocks, row.expansion))

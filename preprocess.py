@@ -24,6 +24,7 @@ def preprocess(nifti, box=None):
         voxels, clamped = clamp(voxels)
 
         # This order is the official code's. The paper's text has resampling first, the crop last.
+
         # Crop to the head.
         if box is None:
             box = tight_box(voxels)
@@ -33,7 +34,7 @@ def preprocess(nifti, box=None):
         # Normalise to [0, 1].
         crop = normalise(crop)
 
-        # Resample to 1 mm.
+        # Resample to 1 mm. Row a of the orientation says which RAS axis the stored axis a is.
         spacing = nib.affines.voxel_sizes(image.affine)[np.argsort(orientation[:, 0])]
         sides_mm = np.array(crop.shape) * spacing
         shape = [max(1, round(side)) for side in sides_mm.tolist()]
@@ -61,8 +62,8 @@ def clamp(voxels):
 
     Raises Rejected for a scan that was normalised before: after a z-normalisation, the negative
     values add up to as much as the positive ones. What ringing and interpolation leave adds up to
-    less than a thousandth of them, an offset that takes all air under 0 to a third and more. The
-    border is half. The number of negative voxels would not tell, since most of a scan is air."""
+    less than a thousandth of those. An offset under which all air is negative may reach a third. So
+    the border is half. Their number would not tell, since most of a scan is air."""
     below = voxels < 0
     count = int(np.count_nonzero(below))
     clamped = np.maximum(voxels, 0)
@@ -237,12 +238,14 @@ def read_label(path, image):
 def on_axes(label, affine):
     """Turn a label map, a nibabel image, to the stored axes of a scan on the same grid.
 
-    -> values (D, H, W) float32. As in preparation, a value within 1e-3 of an integer is that
-    integer, and NaN is 0; other values stay, for the caller to name."""
-    values = label.get_fdata(dtype=np.float32, caching="unchanged").reshape(label.shape[:3])
-    values = np.where(np.isnan(values), np.float32(0), values)
-    whole = np.round(values)
-    values = np.where(np.abs(values - whole) <= 1e-3, whole, values)
+    -> values (D, H, W), integers or float32. As in preparation, a value within 1e-3 of an integer
+    is that integer, and NaN is 0; other values stay, for the caller to name."""
+    values = np.asanyarray(label.dataobj).reshape(label.shape[:3])
+    if values.dtype.kind not in "iu":
+        values = values.astype(np.float32)
+        values = np.where(np.isnan(values), np.float32(0), values)
+        whole = np.round(values)
+        values = np.where(np.abs(values - whole) <= 1e-3, whole, values)
 
     # Both grids are turned to RAS by their orientations, so one leads to the other.
     here = nib.io_orientation(label.affine)

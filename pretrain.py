@@ -12,15 +12,14 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
-import nibabel as nib
-import numpy as np
 import torch
 import yaml
 
 import amaes
 import augment
-import checkpoint
 import checks
 import config
 import data
@@ -28,6 +27,7 @@ import devices
 import models
 import swin
 import training
+import validation
 from config import UserError
 
 
@@ -42,6 +42,7 @@ class Config:
     patch_size: int = 128  # voxels a side, at 1 mm; section 4.2
     token_size: int = 4  # voxels a side of a masked token; section 3.1
     mask_ratio: float = 0.6  # share of hidden tokens; section 3.1. swin: the most cut out (0.3)
+    augmented_target: bool = False  # no augmentation reversal: an ablation of section 3.1
     loss_region: str = "all"  # all or masked voxels; the official code: all
     merge: str = "legacy"  # SwinUNETR's merging: legacy (MONAI 1.3.2, the paper's), fixed (>= 1.5)
     features: int | None = None  # width of the first level, instead of the row's
@@ -84,7 +85,8 @@ class Config:
                 f"{self.patch_size} be a multiple of token_size {self.token_size}")
 
 
-# Keys that may change between a run and its continuation: they do not touch what is computed.
+# Keys that may change between a run and its continuation: they do not touch what is computed. (The
+# contrast of [23] is between the samples of a micro-batch: there, micro_batch may not change.)
 RESUMABLE_KEYS = ("data", "workers", "device", "out", "save_every", "log_every", "val_every",
                   "compile", "micro_batch", "estimate", "preview", "recompute")
 
@@ -103,35 +105,20 @@ def open_data(folder, val_fraction, seed):
     kept, held_out = data.split_subjects([case.subject for case in cases], val_fraction, seed)
     kept = set(kept)
     train = [case for case in cases if case.subject in kept]
-    validation = [case for case in cases if case.subject not in kept]
+    held_cases = [case for case in cases if case.subject not in kept]
     if not train:
         raise UserError(f"{folder} holds {len(cases)} volumes of {len(held_out)} subjects, and "
                         f"val_fraction {val_fraction} holds out all of them: none is left to "
                         "train on")
-    return train, validation, held_out
+    return train, held_cases, held_out
 
 
-def held_out_crops(cases, patch_size, seed, preset):
-    """Patches of the held-out subjects, the same ones at every look -> two data.Crops."""
-    # The losses are of plain patches, the pictures of augmented ones.
-    return (data.Crops(cases, patch_size, data.derive_seed(seed, "validation"), "none"),
-            data.Crops(cases, patch_size, data.derive_seed(seed, "preview"), preset))
-
-
-def read_crops(crops, indices):
-    """A batch of held-out patches. Raises UserError for one that cannot be read."""
-    batch = data.collate([crops[0, index] for index in indices])
-    if batch.fault:
-        raise UserError(batch.fault)
-    return batch
-
-
-def contents_of(settings, train, validation):
+def contents_of(settings, train, held_cases):
     """What the run's checkpoints hold beside weights, optimizer and step: its settings, and what
     the network has seen (subjects, raw files, the inputs of checkpoint.check_same_inputs)."""
     # Of the training set, which may be of 45,000 volumes, one checksum of all shapes is enough.
     shapes = "".join(case.volumes[0].shape for case in train)
-    first = [case.volumes[0] for case in validation]
+    first = [case.volumes[0] for case in held_cases]
     inputs = {"the training set": {"shape": hashlib.sha256(shapes.encode()).hexdigest()},
               "the held-out set": {"sha256": [volume.sha256 for volume in first],
                                    "shape": [volume.shape for volume in first]}}
@@ -142,26 +129,45 @@ def contents_of(settings, train, validation):
 
 
 # ---------------------------------------------------------------------------------- the objectives
-def choose_objective(name, device, precision, token_size, mask_ratio, region):
-    """An objective by its name -> the task of models.build_model that it trains; the function
-    (network, batch, logging=...) -> loss, sums; and losses_from_sums(sums) -> {name: loss}."""
+class Objective(NamedTuple):
+    """What an objective makes of a batch, as functions. Sums are of a micro-batch: they are added
+    up over all of them and over processes before they become numbers of the log."""
+    purpose: str  # what models.build_model must make for it
+    loss: Callable  # (network, batch, logging=...) -> loss, sums (0 unless logging)
+    losses: Callable  # sums -> {name: loss}
+    seen: Callable  # sums of validation -> {name: value}
+    reconstruct: Callable | None = None  # amaes: (network, batch) -> output, views
+
+
+def choose_objective(name, device, precision, token_size, mask_ratio, augmented_target, region):
+    """The Objective of a name, amaes or swin."""
     if name == "swin":
-        objective = functools.partial(swin_loss, device=device, precision=precision,
-                                      share=mask_ratio)
-        return "swin", objective, swin.losses_from_sums
+        loss = functools.partial(swin_loss, device=device, precision=precision, share=mask_ratio)
+        return Objective("swin", loss, swin.losses_from_sums, seen=swin.losses_from_sums)
 
-    objective = functools.partial(amaes_loss, device=device, precision=precision,
-                                  token_size=token_size, mask_ratio=mask_ratio, region=region)
-    return "pretrain", objective, functools.partial(amaes.losses_from_sums, region=region)
+    options = {"device": device, "precision": precision, "token_size": token_size,
+               "mask_ratio": mask_ratio, "augmented_target": augmented_target}
+    losses = functools.partial(amaes.losses_from_sums, region=region)
+    return Objective(
+        "pretrain", functools.partial(amaes_loss, region=region, **options), losses,
+        reconstruct=functools.partial(reconstruct, **options),
+        seen=functools.partial(validation.seen, losses_from_sums=losses))
 
 
-def amaes_loss(network, batch, device, precision, token_size, mask_ratio, region, logging):
-    """Section 3.1 on one micro-batch: its loss, and sums for the log (0 unless logging)."""
+def reconstruct(network, batch, device, precision, **options):
+    """Section 3.1 up to the loss: the output of the network, and the views it was made of.
+
+    network: None makes the views alone. options: of amaes.make_views."""
     crops, _ = data.to_device(batch, device)
-    views = amaes.make_views(crops, batch.draws, batch.mask_seeds, token_size, mask_ratio,
-                             devices.PRECISIONS[precision])
+    views = amaes.make_views(crops, batch.draws, batch.mask_seeds,
+                             dtype=devices.PRECISIONS[precision], **options)
     with devices.autocast(precision, device):
-        output = network(views.image)
+        return None if network is None else network(views.image), views
+
+
+def amaes_loss(network, batch, region, logging, **options):
+    """Section 3.1 on one micro-batch: its loss, and sums for the log (0 unless logging)."""
+    output, views = reconstruct(network, batch, **options)
 
     # The sums are for log lines only: on the other steps nobody reads them.
     loss = amaes.reconstruction_loss(output, views.target, views.mask, region)
@@ -173,7 +179,8 @@ def swin_loss(network, batch, device, precision, share, logging):
     """The pretraining of [23] on one micro-batch: its loss, and sums for the log, as amaes_loss.
 
     share: the most of a patch that is cut out."""
-    # [23] augments by turns and cuts alone: configs/swinunetr.yaml has the preset none.
+    # [23] augments by turns and cuts alone: configs/swinunetr.yaml has the preset none, under which
+    # the next lines only stack the crops.
     crops, _ = data.to_device(batch, device)
     patches, _ = augment.spatial(crops, None, batch.draws)
     patches = augment.intensity(patches, batch.draws).to(devices.PRECISIONS[precision])
@@ -189,55 +196,6 @@ def swin_loss(network, batch, device, precision, share, logging):
     return losses.sum(), sums
 
 
-# ------------------------------------------------------------------- looking at held-out subjects
-@torch.no_grad()
-def validate(model, objective, losses_from_sums, crops, size, processes):
-    """The losses on the held-out subjects, {"val_loss": ..., ...}.
-
-    Every process takes its share of them, `size` samples at a time."""
-    # Sums are added up over batches and processes, so that each patch counts alike.
-    share = range(processes.rank, len(crops.cases), processes.world)
-    sums = torch.zeros(4, dtype=torch.float64)
-    model.eval()
-    with training.stop_all_on_error():
-        for first in range(0, len(share), size):
-            batch = read_crops(crops, share[first:first + size])
-            _, parts = objective(model, batch, logging=True)
-            sums += parts.to("cpu")
-    model.train()
-
-    losses = losses_from_sums(training.sum_over_processes(sums))
-    return {f"val_{name}": value for name, value in losses.items()}
-
-
-@torch.no_grad()
-def write_preview(run, crops, precision, token_size, mask_ratio):
-    """Figure 2 on up to three held-out patches: input (augmented, masked), reconstruction, target.
-
-    Process 0 writes them as NIfTI in the run folder; the others wait for it."""
-    # If process 0 fails, all stop.
-    with training.stop_all_on_error():
-        if run.processes.rank:
-            return
-        device = run.processes.device
-        batch = read_crops(crops, range(min(3, len(crops.cases))))
-        patches, _ = data.to_device(batch, device)
-        views = amaes.make_views(patches, batch.draws, batch.mask_seeds, token_size, mask_ratio,
-                                 devices.PRECISIONS[precision])
-        run.model.eval()
-        with devices.autocast(precision, device):
-            output = run.model(views.image)
-        run.model.train()
-
-        # One file for each volume, with voxels of 1 mm.
-        shown = {"input": views.image, "reconstruction": output, "target": views.target}
-        for name, volumes in shown.items():
-            for number, volume in enumerate(volumes.float().cpu().numpy()):
-                path = f"{run.folder}/preview/step{run.step:07}_{number}_{name}.nii.gz"
-                with checkpoint.atomic(path) as temporary:
-                    nib.Nifti1Image(volume[0], np.eye(4)).to_filename(temporary)
-
-
 # ----------------------------------------------------------------------------------------- the run
 def plan_steps(volumes, batch_size, steps, epochs, warmup_epochs):
     """The number of optimizer steps, how many of them are warm-up, and a line that says so."""
@@ -249,13 +207,13 @@ def plan_steps(volumes, batch_size, steps, epochs, warmup_epochs):
     return steps, warmup, f"{steps} steps ({passes:.1f} epochs), {warmup} of them warm-up{never}"
 
 
-def begin(run, train, validation, held_out, plan):
+def begin(run, train, held_cases, held_out, plan):
     """Write down what the run is, in its folder, and print its header. plan: a line of it."""
     settings = run.contents["config"]
     run.write("config.yaml", yaml.safe_dump(settings, sort_keys=False))
     run.write("held_out.json", json.dumps(held_out, indent=1))
 
-    shared = checks.shared_files(train, validation)
+    shared = checks.shared_files(train, held_cases)
     lines = [f"{len(train)} volumes, {plan}", *shared, *run.describe()]
     training.print_header(lines, settings["model"], settings["compile"], settings["precision"],
                           run.processes)
@@ -265,15 +223,15 @@ def main(cfg):
     processes = training.init_processes(cfg.device)
     stop = training.catch_signals()
     device = processes.device
-    task, objective, losses_from_sums = choose_objective(
-        cfg.objective, device, cfg.precision, cfg.token_size, cfg.mask_ratio, cfg.loss_region)
+    objective = choose_objective(cfg.objective, device, cfg.precision, cfg.token_size,
+                                 cfg.mask_ratio, cfg.augmented_target, cfg.loss_region)
 
     # Data, network and plan: a mistake in one of them stops all processes before they write.
     with training.stop_all_on_error():
-        train, validation, held_out = open_data(cfg.data, cfg.val_fraction, cfg.seed)
+        train, held_cases, held_out = open_data(cfg.data, cfg.val_fraction, cfg.seed)
         torch.manual_seed(cfg.seed)
-        model = models.build_model(cfg.model, task, decoder=cfg.decoder, skips=cfg.skips,
-                                   merge=cfg.merge, features=cfg.features)
+        model = models.build_model(cfg.model, objective.purpose, decoder=cfg.decoder,
+                                   skips=cfg.skips, merge=cfg.merge, features=cfg.features)
         devices.check_patch(model, cfg.patch_size, device, cfg.precision)
         micro, batch_line = devices.plan_batch(cfg.batch_size, cfg.micro_batch, processes.world,
                                                cfg.objective, model, cfg.patch_size)
@@ -283,26 +241,28 @@ def main(cfg):
     optimizer = training.adamw(model, cfg.lr, cfg.weight_decay, cfg.eps, cfg.amsgrad)
 
     # The run goes on from last.pt if it is there, and refuses the folder of another run.
+    resumable = set(RESUMABLE_KEYS) - ({"micro_batch"} if cfg.objective == "swin" else set())
     run = training.Run(cfg.out or f"runs/{cfg.model}", processes, model, optimizer, steps,
-                       cfg.save_every, contents_of(dataclasses.asdict(cfg), train, validation),
-                       RESUMABLE_KEYS, stop, dry=cfg.estimate)
-    begin(run, train, validation, held_out, f"{batch_line}: {steps_line}")
+                       cfg.save_every, contents_of(dataclasses.asdict(cfg), train, held_cases),
+                       resumable, stop, dry=cfg.estimate)
+    begin(run, train, held_cases, held_out, f"{batch_line}: {steps_line}")
 
     # `model` is saved and looked at; `network`, the same weights on all processes, is trained.
     network = run.network(cfg.compile)
     crops = data.Crops(train, cfg.patch_size, cfg.seed, cfg.augment)
     loader = data.training_loader(crops, cfg.batch_size, run.step, steps, processes, cfg.workers)
-    same_crops, shown_crops = held_out_crops(validation, cfg.patch_size, cfg.seed, cfg.augment)
+    held = validation.HeldOut(held_cases, objective, cfg.patch_size, cfg.seed, cfg.augment, micro,
+                              processes)
     val_every = cfg.val_every or max(1, len(train) // cfg.batch_size)
 
-    for batch in run.batches(loader):  # ends after the last step, or on all processes together
+    for batch in run.batches(loader):  # ends with the last step, or earlier: then on all processes
         rate = training.learning_rate(run.step, steps, warmup, cfg.lr)
         run.set_learning_rate(rate)
 
         # The gradients of the micro-batches add up to that of the batch's mean loss.
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         for part in run.accumulate(data.micro_batches(batch, micro)):
-            loss, parts = objective(network, part, logging=run.will_be_due(cfg.log_every))
+            loss, parts = objective.loss(network, part, logging=run.will_be_due(cfg.log_every))
             run.watch(loss, part.names)
             (loss * len(part.crops) / len(batch.crops)).backward()
             sums += parts
@@ -312,14 +272,14 @@ def main(cfg):
 
         record = {}  # of this step, for log.jsonl and the terminal: empty on most
         if run.is_due(cfg.log_every):
-            record |= losses_from_sums(training.sum_over_processes(sums)) | {"lr": rate}
+            record |= objective.losses(training.sum_over_processes(sums)) | {"lr": rate}
         if run.is_due(val_every):
-            record |= validate(model, objective, losses_from_sums, same_crops, micro, processes)
+            record |= held.validate(model)
         if record:
             run.say(run.log(record))
         if cfg.preview and run.is_due(cfg.preview):
-            write_preview(run, shown_crops, cfg.precision, cfg.token_size, cfg.mask_ratio)
-    run.print_end()
+            held.write_preview(run)
+    run.print_end(held.verdict())
 
 
 if __name__ == "__main__":

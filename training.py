@@ -184,7 +184,7 @@ class Run:
     stops on all processes together. It owns no model logic and calls nothing back:
 
         run = Run(folder, processes, model, optimizer, steps, contents, ...)
-        for batch in run.batches(loader):  # ends after the last step, or on all processes together
+        for batch in run.batches(loader):  # ends with the last step, or earlier on all processes
             ...                            # forward, run.watch(loss, names), backward, optimizer
             run.step_done()
             run.log({"step": run.step, "loss": ...})
@@ -271,8 +271,7 @@ class Run:
         fault = ""
         for batch in loader:
             # What one process knows, all must know before they begin the step.
-            signalled, unreadable = raise_if_not_finite(self.losses, self.stop.is_set(),
-                                                        batch.fault)
+            signalled, unreadable = agree(self.losses, self.stop.is_set(), batch.fault)
             if unreadable:
                 fault = batch.fault
             if signalled or unreadable:
@@ -335,7 +334,7 @@ class Run:
             return
 
         # Weights that a loss which is not finite has touched are never saved.
-        raise_if_not_finite(self.losses, keep=0)
+        agree(self.losses, keep=0)
         with stop_all_on_error():
             if self.processes.rank == 0:
                 hours = self.hours + (time.perf_counter() - self.began) / 3600
@@ -344,8 +343,8 @@ class Run:
                     "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
         self.saved = self.step
 
-    def print_end(self):
-        """Print where the run stands, on process 0."""
+    def print_end(self, verdict=""):
+        """Print where the run stands, on process 0; and after its last step, the verdict."""
         if self.processes.rank or self.dry:
             return
         if not self.step:
@@ -353,6 +352,8 @@ class Run:
             return
         more = "" if self.step == self.steps else "; the same command goes on from there"
         print(f"{self.path} holds step {self.step} of {self.steps}{more}")
+        if verdict and self.step == self.steps:
+            print(verdict)
 
 
 def to_host(step, names, loss):
@@ -363,8 +364,8 @@ def to_host(step, names, loss):
     return step, names, copy, arrived
 
 
-def raise_if_not_finite(losses, *flags, keep=1):
-    """Share the flags between processes, as any_process does.
+def agree(losses, *flags, keep=1):
+    """Share the flags between processes, as any_process does, and stop all if a loss is not finite.
 
     losses: list of to_host() records; all but the last `keep` are read and dropped. Raises
     UserError on all processes if one of those read is not finite."""

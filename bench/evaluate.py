@@ -219,29 +219,31 @@ def time_fold(options):
     with tempfile.TemporaryDirectory() as folder:
         found, predictions = make_cohort(folder, options.cases)
 
-        def standin():
-            # Cases come in their order.
+        network = devices.quicken(models.build_model("unet_demo", "segment", 4, 4), "cpu").eval()
+
+        def wait(volume, geometry):
+            time.sleep(options.standin)
+
+        def small(volume, geometry):
+            predict.segment(network, volume, geometry, 64, "bf16", overlap=0, batch=1)
+
+        def instead(work):
+            """A network that works, and whose result is the predicted glioma: cases in order."""
             order = iter([predictions[case.name] for case in found])
 
             def segment(volume, geometry):
-                time.sleep(options.standin)
+                work(volume, geometry)
                 return next(order)
             return segment
 
-        network = devices.quicken(models.build_model("unet_demo", "segment", 4, 4), "cpu").eval()
-
-        def small(volume, geometry):
-            return predict.segment(network, volume, geometry, 64, "bf16", overlap=0, batch=1)
-
         print(f"\n| fold of {len(found)} gliomas, six scores of five regions | scoring processes | "
               "network, s | whole, s | whole over network |\n|---|---|---|---|---|")
-        evaluate_once(found, standin(), 2, folder)  # the page cache
-        for scorers in (0, 1, 2):
-            turns = [evaluate_once(found, standin(), scorers, folder) for _ in range(3)]
-            say_fold(f"a wait of {options.standin} s a case", scorers, turns)
-        for scorers in (0, 1, 2):
-            say_fold("unet_demo on one core", scorers,
-                     [evaluate_once(found, small, scorers, folder)])
+        evaluate_once(found, instead(wait), 2, folder)  # the page cache
+        works = {f"a wait of {options.standin} s a case": wait, "unet_demo on one core": small}
+        for name, work in works.items():
+            for scorers in (0, 1, 2):
+                turns = [evaluate_once(found, instead(work), scorers, folder) for _ in range(3)]
+                say_fold(name, scorers, turns)
 
 
 def say_fold(name, scorers, turns):

@@ -47,7 +47,8 @@ def name_of(folder):
 
 
 def preview(plt, folder):
-    """The held-out patches of the last preview: a middle slice of input, reconstruction, target."""
+    """The held-out patches of the last preview: a middle slice of input, reconstruction, target,
+    and of what interpolation makes of the input."""
     inputs = sorted(glob.glob(f"{glob.escape(folder)}/preview/*_input.nii.gz"))
     if not inputs:
         raise UserError(f"{folder}/preview holds nothing: pretrain.py --preview N writes it every "
@@ -56,11 +57,14 @@ def preview(plt, folder):
     # Names begin with the step, as step0000002_0_input.nii.gz does.
     last = os.path.basename(inputs[-1]).split("_")[0]
     inputs = [path for path in inputs if os.path.basename(path).startswith(last)]
-    titles = {"input": "input: augmented and masked", "reconstruction": "reconstruction",
-              "target": "target: clean, unmasked"}
+    titles = {"input": "input: augmented and masked", "fill": "interpolation",
+              "reconstruction": "reconstruction", "target": "target: clean, unmasked"}
+    if not os.path.exists(inputs[0].replace("_input", "_fill")):
+        del titles["fill"]  # a run of an earlier version
 
-    # A row for each patch, a column for each of the three.
-    figure, axes = plt.subplots(len(inputs), 3, figsize=(7.5, 2.6 * len(inputs)), squeeze=False)
+    # A row for each patch, a column for each kind.
+    size = (2.5 * len(titles), 2.6 * len(inputs))
+    figure, axes = plt.subplots(len(inputs), len(titles), figsize=size, squeeze=False)
     for number, path in enumerate(inputs):
         for axis, (kind, title) in zip(axes[number], titles.items(), strict=True):
             # The slice is transposed: a picture has its rows first.

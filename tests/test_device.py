@@ -123,15 +123,15 @@ def batches(side, classes, seeds=60, size=2):
                                                 ("swin", "swinunetr")])
 def test_a_step_of_pretraining_waits_for_nothing(on_meta, objective, row):
     cfg = pretrain.Config(objective=objective, model=row)
-    task, loss_of, _ = pretrain.choose_objective(objective, META, cfg.precision, cfg.token_size,
-                                                 cfg.mask_ratio, cfg.loss_region)
+    chosen = pretrain.choose_objective(objective, META, cfg.precision, cfg.token_size,
+                                       cfg.mask_ratio, cfg.augmented_target, cfg.loss_region)
     with META:
-        model = fast_cuda.install(models.build_model(row, task, features=16))
+        model = fast_cuda.install(models.build_model(row, chosen.purpose, features=16))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     seeds = 60 if row == "unet_demo" else 4
     with Waits() as waits:
         for batch in batches(cfg.patch_size, 0, seeds):
-            loss, _ = loss_of(model, batch, logging=False)
+            loss, _ = chosen.loss(model, batch, logging=False)
             loss.backward()
             training.to_host(0, batch.names, loss)
             optimizer.step()

@@ -33,7 +33,7 @@ def draw(monkeypatch, *words):
 
 
 def test_previews_are_nifti_of_the_clean_target_and_the_masked_input(run):
-    assert len(list((run / "preview").glob("*.nii.gz"))) % 6 == 0
+    assert len(list((run / "preview").glob("*.nii.gz"))) % 8 == 0
     image, output, target = (
         nib.load(run / "preview" / f"step0000002_0_{kind}.nii.gz").get_fdata()
         for kind in ("input", "reconstruction", "target"))

@@ -1,0 +1,203 @@
+"""Looking at held-out subjects in pretraining: losses, a yardstick for them, and pictures.
+
+The yardstick is interpolation. `gaussian_fill` gives every hidden voxel the mean of the visible
+ones around it. A network that fills in worse than that has not learned what a head looks like.
+"""
+
+import math
+
+import nibabel as nib
+import numpy as np
+import torch
+
+import amaes
+import checkpoint
+import data
+import resample
+import training
+from config import UserError
+
+SIGMAS = (1.5, 2, 3)  # voxels: the fill is the best of these
+HEAD = 0.05  # what is brighter in the target is head; air is near 0, and 1 is the brightest
+
+
+class HeldOut:
+    """The held-out cases of a run: the same patches at every look."""
+
+    def __init__(self, cases, objective, patch_size, seed, preset, size, processes):
+        """objective: of pretrain.py. preset: the augmentations of the pictures; the losses are of
+        plain patches. size: samples at a time."""
+        self.objective = objective
+        self.crops = data.Crops(cases, patch_size, data.derive_seed(seed, "validation"), "none")
+        self.preview = data.Crops(cases, patch_size, data.derive_seed(seed, "preview"), preset)
+        self.size = size
+        self.processes = processes
+        self.fill = None  # what interpolation scores, from the first look on
+        self.last = {}  # what the last look said
+
+    @torch.no_grad()
+    def validate(self, model):
+        """The losses on the held-out patches and their yardstick, {"val_loss": ..., ...}."""
+        def sums_of(batch):
+            if self.objective.reconstruct:
+                return look(*self.objective.reconstruct(model, batch))
+            return self.objective.loss(model, batch, logging=True)[1]
+
+        model.eval()
+        found = self.objective.seen(self.add_up(sums_of))
+        model.train()
+
+        # The patches are the same at every look: so is what interpolation makes of them.
+        if self.fill is None:
+            self.fill = self.interpolate()
+        self.last = {f"val_{name}": value for name, value in (found | self.fill).items()}
+        return self.last
+
+    def interpolate(self):
+        """What the best Gaussian fill scores on the held-out patches, {"fill": ..., ...}."""
+        if not self.objective.reconstruct:
+            return {}
+        return best_fill(self.add_up(
+            lambda batch: fill_sums(self.objective.reconstruct(None, batch)[1])))
+
+    def add_up(self, sums_of):
+        """Sum of sums_of(batch) over all patches: of all processes, each of which has its share."""
+        share = range(self.processes.rank, len(self.crops.cases), self.processes.world)
+        total = torch.zeros(SUMS, dtype=torch.float64)  # a process may have no share at all
+        with training.stop_all_on_error():
+            for first in range(0, len(share), self.size):
+                batch = read(self.crops, share[first:first + self.size])
+                parts = sums_of(batch).to("cpu")
+                total[:len(parts)] += parts
+        return training.sum_over_processes(total)
+
+    def verdict(self):
+        """One line for the end of a run: does the network do better than interpolation?"""
+        if "val_fill" not in self.last:
+            return ""
+        error, fill = self.last["val_masked"], self.last["val_fill"]
+        better = "the network does better" if error < fill else "interpolation does better"
+        return (f"hidden voxels of held-out patches: error {error:.4g}, of the best Gaussian fill "
+                f"{fill:.4g}: {better}")
+
+    @torch.no_grad()
+    def write_preview(self, run):
+        """Figure 2 on up to three held-out patches: input (augmented, masked), reconstruction,
+        target, and the fill for comparison.
+
+        Process 0 writes them as NIfTI in the run folder; the others wait for it."""
+        # If process 0 fails, all stop.
+        with training.stop_all_on_error():
+            if run.processes.rank:
+                return
+            batch = read(self.preview, range(min(3, len(self.preview.cases))))
+            run.model.eval()
+            output, views = self.objective.reconstruct(run.model, batch)
+            run.model.train()
+
+            # One file for each volume, with voxels of 1 mm.
+            fill = gaussian_fill(views.image, views.mask, 2)
+            shown = {"input": views.image, "reconstruction": output, "target": views.target,
+                     "fill": fill}
+            for name, volumes in shown.items():
+                for number, volume in enumerate(volumes.float().cpu().numpy()):
+                    path = f"{run.folder}/preview/step{run.step:07}_{number}_{name}.nii.gz"
+                    with checkpoint.atomic(path) as temporary:
+                        nib.Nifti1Image(volume[0], np.eye(4)).to_filename(temporary)
+
+
+def read(crops, indices):
+    """A batch of held-out patches. Raises UserError for one that cannot be read."""
+    epoch = 0  # of a seed, as in training
+    batch = data.collate([crops[epoch, index] for index in indices])
+    if batch.fault:
+        raise UserError(batch.fault)
+    return batch
+
+
+# ------------------------------------------------------------------------- what a network makes
+SUMS = 12  # as many as `look` gives; other sums are fewer
+
+
+def look(output, views):
+    """Sums over a batch of reconstructions, for `seen`: (12,) float64.
+
+    Those of amaes.error_sums; the squared error and the number of the hidden voxels of the head;
+    and of the patches' mean intensities over the head, in the target (x) and the output (y):
+    the number, and the sums of x, y, x^2, y^2, xy."""
+    target = views.target
+    output = output.to(target.dtype)
+    head = target > HEAD
+    hidden = head & views.mask
+    error = (((output - target) ** 2) * hidden).sum()
+
+    # Patches without a head have no mean.
+    voxels = head.sum((1, 2, 3, 4)).double()
+    there = voxels > 0
+    x = (target * head).sum((1, 2, 3, 4)).double()[there] / voxels[there]
+    y = (output * head).sum((1, 2, 3, 4)).double()[there] / voxels[there]
+    means = torch.stack([there.sum().double(), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(),
+                         (x * y).sum()])
+
+    errors = amaes.error_sums(output, target, views.mask).double()
+    return torch.cat([errors, torch.stack([error.double(), hidden.sum().double()]), means])
+
+
+def seen(sums, losses_from_sums):
+    """`look`, added up -> {name: value}: the losses; the error of the hidden voxels in head and
+    air; the correlation `mean_r` between the mean intensities of target and output."""
+    error, _, *_ = sums[:4].tolist()
+    hidden = sums[1].item()
+    head_error, head, n, x, y, xx, yy, xy = sums[4:].tolist()
+    spread = (n * xx - x * x) * (n * yy - y * y)
+    return losses_from_sums(sums[:4]) | {
+        "masked_head": head_error / max(1, head),
+        "masked_air": (error - head_error) / max(1, hidden - head),
+        "mean_r": (n * xy - x * y) / math.sqrt(spread) if spread > 0 else 0.0}
+
+
+# ------------------------------------------------------------------------ what interpolation makes
+def gaussian_fill(image, mask, sigma):
+    """Every hidden voxel becomes the mean of the visible ones around it, weighted by a Gaussian of
+    sigma voxels (normalised convolution). Visible ones stay.
+
+    image: (B, C, D, H, W), 0 where hidden. mask: bool (B, 1, D, H, W), True where hidden."""
+    image = image.float()
+    visible = (~mask).float()
+    channels = image.shape[1]
+    kernel = resample.gaussian_kernel(sigma)
+
+    # One blur for both: of the values, and of where there are any.
+    volumes = torch.cat([image * visible, visible], 1).flatten(0, 1)
+    for axis, n in enumerate(image.shape[2:]):
+        matrix = resample.filter_matrix(kernel, n, "constant")
+        volumes = resample.apply_matrix(volumes, matrix, axis)
+    volumes = volumes.unflatten(0, (len(image), channels + 1))
+    values, weight = volumes[:, :channels], volumes[:, channels:]
+
+    # Deep in a hole there may be nothing visible: there, take the mean of all that is.
+    mean = (image * visible).sum((2, 3, 4), keepdim=True)
+    mean = mean / visible.sum((2, 3, 4), keepdim=True).clamp(min=1)
+    filled = torch.where(weight > 1e-4, values / weight.clamp(min=1e-4), mean)
+    return torch.where(mask, filled, image)
+
+
+def fill_sums(views):
+    """Squared errors of the fill on a batch of views, for `best_fill`: (8,) float64.
+
+    The number of hidden voxels and of those in the head; then for each sigma the errors of both."""
+    target = views.target.float()
+    head = target > HEAD
+    sums = [views.mask.expand_as(target).sum(), (views.mask & head).sum()]
+    for sigma in SIGMAS:
+        error = (gaussian_fill(views.image, views.mask, sigma) - target) ** 2  # 0 where visible
+        sums += [(error * views.mask).sum(), (error * (views.mask & head)).sum()]
+    return torch.stack([value.double() for value in sums])
+
+
+def best_fill(sums):
+    """`fill_sums`, added up -> the errors of the sigma with the least error of hidden voxels."""
+    hidden, head, *errors = sums[:8].tolist()
+    error, head_error = min(zip(errors[0:6:2], errors[1:6:2], strict=True))
+    return {"fill": error / max(1, hidden), "fill_head": head_error / max(1, head),
+            "fill_air": (error - head_error) / max(1, hidden - head)}

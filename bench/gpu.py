@@ -89,12 +89,12 @@ def make_step(options, row, batch, preset="none", compiled=False):
     The step is a function -> seconds until the host had the loss."""
     swin = models.ROWS[row].family == "swin"
     name, ratio = ("swin", 0.3) if swin else ("amaes", 0.6)
-    task, objective, _ = pretrain.choose_objective(
-        name, options.device, options.precision, 4, ratio, "all")
+    objective = pretrain.choose_objective(
+        name, options.device, options.precision, 4, ratio, False, "all")
     side = max(64, options.side) if swin else options.side
-    _, flops, _ = count(row, task, batch, side)
+    _, flops, _ = count(row, objective.purpose, batch, side)
     torch.manual_seed(0)
-    model = fast_cuda.install(models.build_model(row, task).to(options.device))
+    model = fast_cuda.install(models.build_model(row, objective.purpose).to(options.device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, amsgrad=True, fused=True)
     network = torch.compile(model, **options.compile) if compiled else model
 
@@ -105,7 +105,7 @@ def make_step(options, row, batch, preset="none", compiled=False):
 
     def step():
         began = time.perf_counter()
-        loss, _ = objective(network, loaded, logging=False)
+        loss, _ = objective.loss(network, loaded, logging=False)
         forward = time.perf_counter() - began
         loss.backward()
         optimizer.step()

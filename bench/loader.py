@@ -54,15 +54,15 @@ def steps_a_second(folder, side, workers, steps, rounds=5):
     dataset = data.Crops(cases, side, 0, "all")
     device = torch.device("cpu")
     model = devices.quicken(models.build_model(cfg.model, "pretrain"), device)
-    _, objective, _ = pretrain.choose_objective(
-        "amaes", device, cfg.precision, cfg.token_size, cfg.mask_ratio, cfg.loss_region)
+    objective = pretrain.choose_objective("amaes", device, cfg.precision, cfg.token_size,
+                                          cfg.mask_ratio, cfg.augmented_target, cfg.loss_region)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def rate(batches):
         """Steps a second, from the end of the first step on."""
         ends = []
         for batch in batches:
-            loss, _ = objective(model, batch, logging=False)
+            loss, _ = objective.loss(model, batch, logging=False)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

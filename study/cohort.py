@@ -1,0 +1,142 @@
+"""Cohorts of the study: heads of tests/phantom.py made harder, so that no threshold solves a task.
+
+    python study/cohort.py --out study/data
+
+The intensities of the tissues are drawn anew for each scan: no contrast is seen twice. A lesion is
+as bright as something between cortex and white matter, so that its place and texture decide. At
+the borders of tissues a voxel is a mixture of both. There are 300 unlabelled and 120 labelled
+heads, all from seeds. Label values: 0 the rest, 1 white matter, 2 ventricles, 3 lesion.
+
+`native` has voxels of 1 mm. In `moved`, for the claim out of domain, the labelled heads that are
+only tested on appear again, in anisotropic voxels, more noise, and other contrasts.
+"""
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+import phantom  # noqa: E402
+
+SIDE = 56  # mm, the length of a head
+UNLABELLED = 300
+LABELLED = 120
+TESTED = 60  # of the labelled heads: never trained on
+
+# Of phantom.tissue: air, scalp, skull, fluid, cortex, white matter, lesion; and the ventricles.
+TISSUES = 8
+VENTRICLE = 7
+VALUES = np.array([0, 0, 0, 0, 0, 1, 3, 2], np.uint8)
+
+
+def draw_intensities(rng):
+    """An intensity for each tissue, (8,): cortex and white matter differ by a fifth or more."""
+    while True:
+        scalp, skull, fluid, cortex, white = rng.uniform(100, 1000, 5)
+        contrasts = abs(cortex - white), abs(fluid - white), abs(fluid - cortex)
+        if min(contrasts) > 200:
+            break
+    lesion = cortex + rng.uniform(0.3, 0.7) * (white - cortex)
+    return np.array([0, scalp, 0.3 * skull, fluid, cortex, white, lesion, fluid], np.float32)
+
+
+def tissue(head, points):
+    """Tissue numbers of points (..., 3) in mm, with the ventricles apart from other fluid."""
+    classes, _ = phantom.tissue(head, points, lesions=True)
+    unit = points / head["axes"]
+    inside = np.linalg.norm(unit, axis=-1) < 0.6
+    classes[(classes == 3) & inside] = VENTRICLE
+    return classes
+
+
+def scan(head, rng, spacing, noise):
+    """One scan of a head and its label map: two nibabel images on one grid."""
+    shape = np.ceil(SIDE * 1.04 / np.array(spacing)).astype(int)
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = -(shape - 1) / 2 * spacing
+
+    # Partial volume: each voxel is the mean of 2 x 2 x 2 points in it.
+    intensities = draw_intensities(rng)
+    centres = np.moveaxis(np.indices(shape), 0, -1).astype(np.float32)
+    values = np.zeros(shape, np.float32)
+    for corner in np.ndindex(2, 2, 2):
+        offset = (np.array(corner) - 0.5) / 2
+        classes = tissue(head, nib.affines.apply_affine(affine, centres + offset))
+        values += intensities[classes] / 8
+
+    # What a lesion has, beside its place: it is coarser than other tissue.
+    middle = tissue(head, nib.affines.apply_affine(affine, centres))
+    texture = rng.normal(0, 1, shape)
+    values *= 1 + np.where(middle == 6, 0.10, 0.02) * texture
+
+    # A receive field, and noise as in magnitude images.
+    unit = nib.affines.apply_affine(affine, centres) / SIDE
+    values *= 1 + unit @ rng.uniform(-0.25, 0.25, 3)
+    values = np.hypot(values + rng.normal(0, noise, shape), rng.normal(0, noise, shape))
+    return (nib.Nifti1Image(values.astype(np.int16), affine),
+            nib.Nifti1Image(VALUES[middle], affine))
+
+
+def write(folder, numbers, stream, labelled, spacing, noise, split):
+    """Scans of heads and a manifest. stream: of the seeds of scans; a head has one of its own."""
+    os.makedirs(folder, exist_ok=True)
+    rows = []
+    for number in numbers:
+        head = phantom.anatomy(np.random.default_rng([1, number]), SIDE)
+        image, label = scan(head, np.random.default_rng([stream, number]), spacing, noise)
+        name = f"head{number:04}"
+        image.to_filename(os.path.join(folder, f"{name}.nii"))
+        if labelled:
+            label.to_filename(os.path.join(folder, f"{name}_label.nii"))
+        label_name = f"{name}_label.nii" if labelled else ""
+        rows.append([f"{name}.nii", name, "", "MR", label_name, split(number)])
+    path = os.path.join(folder, f"{stream}.csv")
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "subject", "session", "sequence", "label", "split"])
+        writer.writerows(rows)
+    return path
+
+
+def make(out):
+    """Both cohorts, prepared: out/native and out/moved. What is there stays."""
+    first_tested = UNLABELLED + LABELLED - TESTED
+    everyone = range(UNLABELLED + LABELLED)
+
+    def split(number):
+        if number < UNLABELLED:
+            return "pretrain"
+        return "test" if number >= first_tested else "train"
+
+    cohorts = {
+        "native": [("a", 2, everyone[:UNLABELLED], False, (1, 1, 1), 12),
+                   ("b", 2, everyone[UNLABELLED:], True, (1, 1, 1), 12)],
+        "moved": [("c", 3, everyone[UNLABELLED:], True, (0.9, 0.9, 2.5), 40)],
+    }
+    for cohort, parts in cohorts.items():
+        prepared = os.path.join(out, cohort)
+        if os.path.exists(os.path.join(prepared, "done")):
+            continue
+        for name, stream, numbers, labelled, spacing, noise in parts:
+            table = write(os.path.join(out, "raw", f"{cohort}_{name}"), numbers, stream, labelled,
+                          spacing, noise, split)
+            subprocess.run([sys.executable, os.path.join(ROOT, "prepare_data.py"), "--source",
+                            "manifest", "--input", table, "--out", prepared, "--name",
+                            f"phantoms_{name}", "--workers", "2"], check=True)
+        open(os.path.join(prepared, "done"), "w").close()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default=os.path.join(ROOT, "study", "data"))
+    make(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()

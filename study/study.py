@@ -1,0 +1,227 @@
+"""The paper in miniature: which runs there are, and running those that are left.
+
+    make study                      # all of it: two cores, 4 to 5 hours; the same command goes on
+    make study DRY=1                # what would run, with the estimated hours
+    python study/study.py --only b   # the runs of one claim
+    python study/study.py --size gpu --device cuda
+
+Each run is one command of pretrain.py, finetune.py or study/moved.py, with everything it makes
+under study/work. What it found is kept as study/results/<name>.json, and report.py makes
+study/RESULTS.md of these. A run whose result is there is done; one that was cut off goes on from
+its last checkpoint.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path[:0] = [ROOT, HERE]
+import cohort  # noqa: E402
+
+WORK = os.path.join(HERE, "work")
+RESULTS = os.path.join(HERE, "results")
+DATA = os.path.join(HERE, "data")
+
+# What the size changes: width, steps, and how many minutes of one core a run takes.
+SIZES = {
+    "cpu": {"features": 16, "patch": 48, "batch": 2, "lr": 1e-2, "steps": 1200, "tuning": 100},
+    "gpu": {"features": 32, "patch": 48, "batch": 8, "lr": 3e-3, "steps": 6000, "tuning": 400},
+}
+LABELS = (3, 5, 10, 20)  # labelled scans to train on
+FOLDS = 6
+
+
+class Run(NamedTuple):
+    name: str
+    claims: str  # the letters of the claims that need it
+    script: str
+    settings: dict
+    minutes: float  # of one core, on the machine that study/RESULTS.md names
+    needs: str = ""  # the run that must be done before
+
+
+def pretraining(name, claims, size, minutes=11.0, **changes):
+    settings = {
+        "data": os.path.join(DATA, "native"), "model": "unet_demo", "features": size["features"],
+        "skips": "true", "patch_size": size["patch"], "batch_size": size["batch"],
+        "steps": size["steps"], "warmup_epochs": 0.25, "lr": size["lr"], "val_fraction": 0.1,
+        "val_every": size["steps"] // 8, "log_every": size["steps"] // 40, "save_every": 100,
+        "precision": "fp32", "workers": 1}
+    return Run(f"pretrain-{name}", claims, "pretrain.py", settings | changes, minutes)
+
+
+def finetuning(start, task, n_train, preset, claims, size, minutes=9.0):
+    """Six folds. start: the name of a pretraining, or scratch."""
+    settings = {
+        "task": os.path.join(HERE, f"{task}.yaml"), "data": os.path.join(DATA, "native"),
+        "n_train": n_train, "augment": preset, "steps": size["tuning"], "patch_size": 32,
+        "batch_size": 4, "lr": 2e-3, "overlap": 0, "precision": "fp32", "workers": 1,
+        "scorers": 1, "save_every": 50}
+    needs = ""
+    if start == "scratch":
+        settings |= {"model": "unet_demo", "features": size["features"]}
+    else:
+        needs = f"pretrain-{start}"
+        settings |= {"ckpt": os.path.join(WORK, needs, "last.pt")}
+    name = f"{task}-{n_train}-{preset}-{start}"
+    return Run(name, claims, "finetune.py", settings, minutes, needs)
+
+
+def all_runs(size):
+    """The runs of all claims, those that say most first."""
+    steps = size["steps"]
+    runs = [pretraining("base", "abcdefgh", size)]
+
+    # b: label efficiency, with the augmentation of the paper's finetuning, then with all.
+    for preset in ("spatial", "all"):
+        for n in LABELS:
+            for start in ("scratch", "base"):
+                runs.append(finetuning(start, "lesion", n, preset, "bg", size))
+
+    # a: the error over patches; widths, skips and decoders. d, e, f, h: what pretraining varies.
+    variants = [pretraining("noskips", "ae", size, skips="false"),
+                pretraining("standard", "ad", size, minutes=13, decoder="standard"),
+                pretraining("width8", "a", size, minutes=5, features=8),
+                pretraining("width8-noskips", "a", size, minutes=5, features=8, skips="false"),
+                pretraining("augment-none", "f", size, augment="none"),
+                pretraining("augment-spatial", "f", size, augment="spatial"),
+                pretraining("augmented-target", "f", size, augmented_target="true"),
+                pretraining("mask30", "h", size, mask_ratio=0.3),
+                pretraining("mask80", "h", size, mask_ratio=0.8),
+                pretraining("token2", "h", size, token_size=2),
+                pretraining("token8", "h", size, token_size=8)]
+    for part in (8, 4, 2):
+        variants.append(pretraining(f"length{part}", "c", size, minutes=11 / part,
+                                    steps=steps // part))
+    for run in variants:
+        runs.append(run)
+        if not run.name.startswith("pretrain-width"):
+            start = run.name.removeprefix("pretrain-")
+            runs.append(finetuning(start, "lesion", 5, "spatial", run.claims.strip("a"), size))
+
+    # b: two tasks of tissues. g: what the networks of b do on other scans.
+    for task in ("white", "ventricles"):
+        for start in ("scratch", "base"):
+            runs.append(finetuning(start, task, 5, "spatial", "b", size))
+    for start in ("scratch", "base"):
+        name = f"lesion-5-spatial-{start}"
+        runs.append(Run(f"moved-{name}", "g", "study/moved.py",
+                        {"run": os.path.join(WORK, name), "data": os.path.join(DATA, "moved")},
+                        4, name))
+
+    # a: the widest network takes as long as all others together.
+    runs += [pretraining("width32", "a", size, minutes=36, features=32),
+             pretraining("width32-noskips", "a", size, minutes=36, features=32, skips="false")]
+    return runs
+
+
+# ------------------------------------------------------------------------------------ running them
+def result_of(run):
+    """What a finished run found, small enough to be kept."""
+    out = os.path.join(WORK, run.name)
+    found = {"script": run.script, "settings": run.settings}
+    if run.script == "pretrain.py":
+        with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as file:
+            records = [json.loads(line) for line in file]
+        keys = ("step", "val_masked", "val_masked_head", "val_fill", "val_fill_head", "val_mean_r",
+                "seconds")
+        found["log"] = [{key: record[key] for key in keys} for record in records
+                        if "val_masked" in record]
+    else:
+        with open(os.path.join(out, "dice.json"), encoding="utf-8") as file:
+            folds = json.load(file)["folds"]
+        found["dice"] = {fold: {record["case"]: record["dice"] for record in records}
+                         for fold, records in folds.items()}
+    return found
+
+
+def is_done(run, settings=None):
+    """Is there a result of this very run? Settings count, but for folders."""
+    path = os.path.join(RESULTS, f"{run.name}.json")
+    if not os.path.exists(path):
+        return False
+    with open(path, encoding="utf-8") as file:
+        known = json.load(file)["settings"]
+    folders = ("data", "ckpt", "task", "run")
+    return {key: value for key, value in known.items() if key not in folders} == {
+        key: value for key, value in run.settings.items() if key not in folders}
+
+
+def start(run, threads, device):
+    words = [sys.executable, os.path.join(ROOT, run.script)]
+    settings = run.settings | {"out": os.path.join(WORK, run.name), "device": device}
+    for key, value in settings.items():
+        words += [f"--{key}", str(value)]
+    os.makedirs(os.path.join(WORK, run.name), exist_ok=True)
+    output = open(os.path.join(WORK, run.name, "output.txt"), "a")
+    return subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT,
+                            env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+
+
+def work_off(runs, jobs, device):
+    """Run what is left, `jobs` at a time, in order, each after what it needs."""
+    left = [run for run in runs if not is_done(run)]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    running = {}
+    began = time.time()
+    try:
+        while left or running:
+            # Whatever has its start can begin.
+            waiting = {run.name for run in left} | {run.name for run, _ in running.values()}
+            for run in [run for run in left if run.needs not in waiting]:
+                if len(running) < jobs:
+                    running[run.name] = run, start(run, threads, device)
+                    left.remove(run)
+                    print(f"begins: {run.name}", flush=True)
+
+            time.sleep(1)
+            for name, (run, process) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                if process.returncode:
+                    raise SystemExit(f"error: {name} ended with {process.returncode}: see "
+                                     f"{os.path.join(WORK, name, 'output.txt')}")
+                os.makedirs(RESULTS, exist_ok=True)
+                with open(os.path.join(RESULTS, f"{name}.json"), "w", encoding="utf-8") as file:
+                    json.dump(result_of(run), file)
+                minutes = sum(other.minutes for other in left) / jobs
+                print(f"done: {name}, {(time.time() - began) / 3600:.2f} hours so far, about "
+                      f"{minutes / 60:.1f} left", flush=True)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+            process.wait()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--only", default="", help="letters of claims, as ab")
+    parser.add_argument("--dry", action="store_true", help="list the runs that are left")
+    options = parser.parse_args()
+
+    runs = all_runs(SIZES[options.size])
+    if options.only:
+        runs = [run for run in runs if set(run.claims) & set(options.only)]
+    if options.dry:
+        left = [run for run in runs if not is_done(run)]
+        for run in left:
+            print(f"{run.minutes / 60:5.2f} hours of a core  {run.claims:8}  {run.name}")
+        hours = sum(run.minutes for run in left) / 60
+        return print(f"{len(left)} of {len(runs)} runs left, {hours:.1f} hours of a core, "
+                     f"{hours / options.jobs:.1f} with {options.jobs} at a time")
+    cohort.make(DATA)
+    work_off(runs, options.jobs, options.device)
+
+
+if __name__ == "__main__":
+    main()

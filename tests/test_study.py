@@ -1,0 +1,68 @@
+"""The study: its runs are commands that the scripts take, and its tables say what was found."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from runs import words_of
+
+import config
+
+sys.path.insert(0, str(ROOT / "study"))
+import cohort  # noqa: E402
+import report  # noqa: E402
+
+import study  # noqa: E402
+
+
+@pytest.mark.parametrize("size", study.SIZES)
+def test_every_run_is_a_command_that_is_understood(size):
+    planned = study.all_runs(study.SIZES[size])
+    names = [run.name for run in planned]
+    assert len(names) == len(set(names)) > 40
+    for run in planned:
+        assert run.needs == "" or run.needs in names[:names.index(run.name)], "in order"
+        assert set(run.claims) <= set("abcdefgh") and (run.claims or run.script == "finetune.py")
+        module = importlib.import_module(run.script.removesuffix(".py").replace("study/", ""))
+        if hasattr(module, "Config"):
+            config.parse_config(module.Config, words_of(run.settings))
+    assert set("".join(run.claims for run in planned)) == set("abcdefgh")
+
+
+def test_dry_lists_what_is_left():
+    command = [sys.executable, "study/study.py", "--dry", "--only", "g"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "hours of a core" in printed and " runs left" in printed
+
+
+def test_no_threshold_solves_the_lesions():
+    """Lesions are between cortex and white matter, and contrasts turn around from scan to scan."""
+    rng = np.random.default_rng(0)
+    drawn = np.array([cohort.draw_intensities(rng) for _ in range(200)])
+    cortex, white, lesion = drawn[:, 4], drawn[:, 5], drawn[:, 6]
+    share = (lesion - cortex) / (white - cortex)
+    assert (share > 0.29).all() and (share < 0.71).all()
+    assert 0.3 < (cortex < white).mean() < 0.7, "white matter is the brighter one in half of them"
+
+
+def test_the_table_of_label_efficiency_says_what_the_results_say():
+    rng = np.random.default_rng(1)
+    results = {}
+    for start, level in (("scratch", 0.5), ("base", 0.6)):
+        results[f"lesion-5-spatial-{start}"] = {"dice": {
+            str(fold): {f"case{i}": {"lesion": level + rng.normal(0, 0.01)} for i in range(20)}
+            for fold in range(6)}}
+    results["lesion-5-spatial-base"]["dice"]["0"]["case3"]["lesion"] = None
+    row = report.labels(results).splitlines()[-1].split(" | ")
+    assert row[0] == "| lesion" and row[1:3] == ["5", "spatial"]
+    assert float(row[3]) == pytest.approx(50, abs=0.5) and float(row[5]) == pytest.approx(10, abs=1)
+    assert row[-1] == "seen |"
+
+    # Turned around, it is not seen.
+    results = json.loads(json.dumps(results).replace("base", "x").replace("scratch", "base")
+                         .replace("-x", "-scratch"))
+    assert report.labels(results).splitlines()[-1].endswith("| not seen |")

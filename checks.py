@@ -326,6 +326,12 @@ def other_labels(cases):
 
 
 # ------------------------------------------------------------------------- the run folder of a task
+def check_share(batch_size, processes):
+    """UserError if the processes cannot have the same number of a batch's samples."""
+    if batch_size % processes:
+        raise UserError(f"batch_size {batch_size} cannot be shared by {processes} processes")
+
+
 def check_folder(settings, config_class, resumable, name, task, folds, made_of):
     """UserError if the run folder has folds, finished or not, of other settings, another task,
     other cases or other files: they would be taken for these.

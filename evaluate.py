@@ -2,6 +2,7 @@
 on their own grid and scored, and what all folds say together."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -31,10 +32,11 @@ def names_in(folds):
     return names
 
 
-def folds_left(out, chosen, task, folds, cases):
+def folds_left(out, chosen, task, folds, cases, estimate):
     """The chosen folds (None: all) that are not finished, {fold: its folder}.
 
-    UserError if there is no such fold, or if a file that one of them needs is missing."""
+    UserError if there is no such fold, if a file that one of them needs is missing, or if nothing
+    is left to train for an estimate."""
     # A fold is finished when it has its scores.
     chosen = range(len(folds)) if chosen is None else chosen
     if not set(chosen) <= set(range(len(folds))):
@@ -42,6 +44,8 @@ def folds_left(out, chosen, task, folds, cases):
     folders = {fold: os.path.join(out, f"fold_{fold}") for fold in chosen}
     left = {fold: folder for fold, folder in folders.items()
             if not os.path.exists(os.path.join(folder, "dice.json"))}
+    if estimate and (task.networks or not left):
+        raise UserError("nothing is left to train, so there is nothing to estimate")
 
     # A missing file would stop the run only when its turn comes.
     needed = names_in(folds[fold] for fold in left)
@@ -83,6 +87,17 @@ def load_fold(run_folder, fold, task, train, device):
                                      tasks.inputs_of(train),
                                      f"finetune {task.networks} again, or the old data")
     return model, saved
+
+
+def segmenter(model, run_folder, fold, batch, **window):
+    """The function (volume, geometry) -> classes of a fold's network, and what it is made by.
+
+    run_folder: of the fold's last.pt; there is none in an estimate. window: how predict.segment
+    moves over a scan. batch: the number of windows at once, which changes no class."""
+    segment = functools.partial(predict.segment, model.eval(), batch=batch, **window)
+    path = os.path.join(run_folder, f"fold_{fold}", "last.pt")
+    made_by = [checkpoint.checksum(path), window] if os.path.exists(path) else None
+    return segment, made_by
 
 
 def evaluate_fold(segment, task, seen, cases, folder, made_by, processes, stop, scorers):

@@ -22,7 +22,6 @@ import data
 import devices
 import evaluate
 import models
-import predict
 import tasks
 import training
 from config import UserError
@@ -297,9 +296,7 @@ def main(cfg):
         pretrained = checkpoint.load_checkpoint(cfg.ckpt) if cfg.ckpt else {}
         pretrained.pop("optimizer", None)
         cfg = cfg.fill_defaults(name, task, pretrained)
-        if cfg.batch_size % processes.world:
-            raise UserError(f"batch_size {cfg.batch_size} cannot be shared by {processes.world} "
-                            "processes")
+        checks.check_share(cfg.batch_size, processes.world)
         task = dataclasses.replace(task, data=cfg.data or task.data,
                                    n_train=cfg.n_train or task.n_train)
 
@@ -307,11 +304,9 @@ def main(cfg):
         cases, folds, made_of = open_cases(task, cfg.task, name, quiet=processes.rank != 0)
         files, lines = checks.check_folder(dataclasses.asdict(cfg), Config, RESUMABLE_KEYS, name,
                                            task, folds, made_of)
-        left = evaluate.folds_left(cfg.out, cfg.folds, task, folds, cases)
-        if cfg.estimate and (task.networks or not left):
-            raise UserError("nothing is left to train, so there is nothing to estimate")
-    lines += [f"{cfg.model}, augment {cfg.augment}, lr {cfg.lr}"]
-    training.print_header(lines, cfg.model, cfg.compile, cfg.precision, processes)
+        left = evaluate.folds_left(cfg.out, cfg.folds, task, folds, cases, cfg.estimate)
+    training.print_header([*lines, f"{cfg.model}, augment {cfg.augment}, lr {cfg.lr}"],
+                          cfg.model, cfg.compile, cfg.precision, processes)
     if not cfg.estimate:
         evaluate.open_folder(cfg.out, files, left, processes)
 
@@ -320,7 +315,6 @@ def main(cfg):
     for fold, folder in left.items():
         train = [cases[name] for name in folds[fold]["train"]]
         evaluated = [cases[name] for name in folds[fold]["evaluate"]]
-
         # Its network is trained here, or was trained for another task.
         if task.networks:
             model, seen = evaluate.load_fold(cfg.networks, fold, task, train, processes.device)
@@ -333,13 +327,13 @@ def main(cfg):
 
         # Its cases are segmented and scored.
         began = time.perf_counter()
-        window = {"patch_size": cfg.patch_size, "precision": cfg.precision, "overlap": cfg.overlap}
-        segment = functools.partial(predict.segment, model.eval(), batch=cfg.batch_size, **window)
-        trained = os.path.join(cfg.networks if task.networks else cfg.out, f"fold_{fold}/last.pt")
-        made_by = None if cfg.estimate else [checkpoint.checksum(trained), window]
-        records = evaluate.evaluate_fold(
-            segment, task, seen, evaluated[:1] if cfg.estimate else evaluated, folder, made_by,
-            processes, stop, cfg.scorers)
+        segment, made_by = evaluate.segmenter(
+            model, cfg.networks if task.networks else cfg.out, fold, cfg.batch_size,
+            patch_size=cfg.patch_size, precision=cfg.precision, overlap=cfg.overlap)
+        if cfg.estimate:
+            evaluated, made_by = evaluated[:1], None
+        records = evaluate.evaluate_fold(segment, task, seen, evaluated, folder, made_by, processes,
+                                         stop, cfg.scorers)
         if cfg.estimate:
             count = sum(len(folds[fold]["evaluate"]) for fold in left)
             return evaluate.say_cost(count, time.perf_counter() - began, processes)
@@ -348,10 +342,10 @@ def main(cfg):
         evaluate.write_scores(folder, records, processes)
 
     if processes.rank == 0:
-        about = evaluate.about_run(
-            dataclasses.asdict(cfg), name, task, cases.values(), build,
-            origin_of(cfg.ckpt, pretrained, cfg.model), data_seen(pretrained))
-        evaluate.write_summary(cfg.out, about, folds)
+        origin = origin_of(cfg.ckpt, pretrained, cfg.model)
+        evaluate.write_summary(cfg.out, evaluate.about_run(
+            dataclasses.asdict(cfg), name, task, cases.values(), build, origin,
+            data_seen(pretrained)), folds)
 
 
 if __name__ == "__main__":

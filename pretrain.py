@@ -85,10 +85,12 @@ class Config:
                 f"{self.patch_size} be a multiple of token_size {self.token_size}")
 
 
-# Keys that may change between a run and its continuation: they do not touch what is computed. (The
-# contrast of [23] is between the samples of a micro-batch: there, micro_batch may not change.)
-RESUMABLE_KEYS = ("data", "workers", "device", "out", "save_every", "log_every", "val_every",
-                  "compile", "micro_batch", "estimate", "preview", "recompute")
+def resumable_keys(objective):
+    """Keys that may change between a run and its continuation: what is computed stays the same."""
+    keys = {"data", "workers", "device", "out", "save_every", "log_every", "val_every", "compile",
+            "estimate", "preview", "recompute"}
+    # The contrast of [23] is between the samples of a micro-batch.
+    return keys if objective == "swin" else keys | {"micro_batch"}
 
 
 # ---------------------------------------------------------------------------------------- the data
@@ -241,10 +243,9 @@ def main(cfg):
     optimizer = training.adamw(model, cfg.lr, cfg.weight_decay, cfg.eps, cfg.amsgrad)
 
     # The run goes on from last.pt if it is there, and refuses the folder of another run.
-    resumable = set(RESUMABLE_KEYS) - ({"micro_batch"} if cfg.objective == "swin" else set())
     run = training.Run(cfg.out or f"runs/{cfg.model}", processes, model, optimizer, steps,
                        cfg.save_every, contents_of(dataclasses.asdict(cfg), train, held_cases),
-                       resumable, stop, dry=cfg.estimate)
+                       resumable_keys(cfg.objective), stop, dry=cfg.estimate)
     begin(run, train, held_cases, held_out, f"{batch_line}: {steps_line}")
 
     # `model` is saved and looked at; `network`, the same weights on all processes, is trained.

@@ -45,39 +45,53 @@ class Scorers:
             return self.take(name, *answer)
 
         self.wait(self.most - 1)
+
         # A fork: the arrays are not copied. Neither torch nor CUDA is used in the process.
         context = multiprocessing.get_context("fork")
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=work, args=(sender, name, function, arguments))
         process.start()
-        sender.close()  # the process has the only one left: if it dies, the pipe ends
+
+        # The process has the only sender left: if it dies, the pipe ends.
+        sender.close()
         self.running[receiver] = name, process
         self.wait(self.most)
 
     def wait(self, most=0):
         """Take what is there, and wait until at most `most` processes run. Raises as `begin`."""
         while self.running:
-            # Without a timeout, `wait` waits for the first of them.
-            enough = len(self.running) <= most
-            ready = multiprocessing.connection.wait(self.running, timeout=0 if enough else None)
+            # Without a timeout, this waits for the first of them.
+            timeout = 0 if len(self.running) <= most else None
+            ready = multiprocessing.connection.wait(self.running, timeout)
             if not ready:
                 return
+
+            # Results are taken one by one: the first that is none ends the run.
             for receiver in ready:
                 name, process = self.running.pop(receiver)
-                try:
-                    answer = receiver.recv()
-                except EOFError:
-                    process.join()
-                    answer = None, (f"{name}: the process that scored it died with exit code "
-                                    f"{process.exitcode}; was there too little memory?")
-                receiver.close()
-                process.join()
+                answer = answer_of(name, process, receiver)
                 self.take(name, *answer)
 
     def take(self, name, result, error):
         if error:
             raise UserError(f"cannot evaluate {error}")
         self.done(name, result)
+
+
+def answer_of(name, process, receiver):
+    """What a process that is done has sent: as of `call`."""
+    try:
+        answer = receiver.recv()
+    except EOFError:
+        # It has sent nothing, so it was killed.
+        answer = None
+
+    receiver.close()
+    process.join()
+    if answer is None:
+        return None, (f"{name}: the process that scored it died with exit code {process.exitcode}; "
+                      "was there too little memory?")
+    return answer
 
 
 def work(sender, name, function, arguments):

@@ -267,7 +267,6 @@ class Run:
         if self.dry:
             left = (self.steps - self.step) * self.runs
             loader = estimate(loader, loader.num_workers, left, self.processes.device)
-
         fault = ""
         for batch in loader:
             # What one process knows, all must know before they begin the step.
@@ -344,16 +343,16 @@ class Run:
         self.saved = self.step
 
     def print_end(self, verdict=""):
-        """Print where the run stands, on process 0; and after its last step, the verdict."""
+        """Print where the run stands, on process 0, and after its last step the verdict."""
         if self.processes.rank or self.dry:
             return
         if not self.step:
             print("stopped before the first step")
             return
-        more = "" if self.step == self.steps else "; the same command goes on from there"
+        more = "; the same command goes on from there"
+        if self.step == self.steps:
+            more = f"\n{verdict}" if verdict else ""
         print(f"{self.path} holds step {self.step} of {self.steps}{more}")
-        if verdict and self.step == self.steps:
-            print(verdict)
 
 
 def to_host(step, names, loss):

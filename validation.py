@@ -131,29 +131,35 @@ def look(output, views):
     hidden = head & views.mask
     error = (((output - target) ** 2) * hidden).sum()
 
-    # Patches without a head have no mean.
-    voxels = head.sum((1, 2, 3, 4)).double()
+    # The mean over the head, of each patch. Patches without a head have none.
+    voxels = head.flatten(1).sum(1).double()
     there = voxels > 0
-    x = (target * head).sum((1, 2, 3, 4)).double()[there] / voxels[there]
-    y = (output * head).sum((1, 2, 3, 4)).double()[there] / voxels[there]
-    means = torch.stack([there.sum().double(), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(),
-                         (x * y).sum()])
+    x = (target * head).flatten(1).sum(1).double()[there] / voxels[there]
+    y = (output * head).flatten(1).sum(1).double()[there] / voxels[there]
 
-    errors = amaes.error_sums(output, target, views.mask).double()
-    return torch.cat([errors, torch.stack([error.double(), hidden.sum().double()]), means])
+    errors = amaes.error_sums(output, target, views.mask)
+    others = [error, hidden.sum(), there.sum(), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(),
+              (x * y).sum()]
+    return torch.stack([value.double() for value in (*errors, *others)])
 
 
 def seen(sums, losses_from_sums):
     """`look`, added up -> {name: value}: the losses; the error of the hidden voxels in head and
     air; the correlation `mean_r` between the mean intensities of target and output."""
-    error, _, *_ = sums[:4].tolist()
-    hidden = sums[1].item()
+    found = losses_from_sums(sums[:4])
+    error, hidden = sums[:2].tolist()
     head_error, head, n, x, y, xx, yy, xy = sums[4:].tolist()
+
+    # What is not head is air.
+    found["masked_head"] = head_error / max(1, head)
+    found["masked_air"] = (error - head_error) / max(1, hidden - head)
+
+    # Pearson's correlation, from its sums. Of a single patch there is none: 0.
     spread = (n * xx - x * x) * (n * yy - y * y)
-    return losses_from_sums(sums[:4]) | {
-        "masked_head": head_error / max(1, head),
-        "masked_air": (error - head_error) / max(1, hidden - head),
-        "mean_r": (n * xy - x * y) / math.sqrt(spread) if spread > 0 else 0.0}
+    found["mean_r"] = 0.0
+    if spread > 0:
+        found["mean_r"] = (n * xy - x * y) / math.sqrt(spread)
+    return found
 
 
 # ------------------------------------------------------------------------ what interpolation makes
@@ -165,19 +171,21 @@ def gaussian_fill(image, mask, sigma):
     image = image.float()
     visible = (~mask).float()
     channels = image.shape[1]
-    kernel = resample.gaussian_kernel(sigma)
 
-    # One blur for both: of the values, and of where there are any.
-    volumes = torch.cat([image * visible, visible], 1).flatten(0, 1)
+    # One blur for both: of the values, which are 0 where hidden, and of where there are any.
+    kernel = resample.gaussian_kernel(sigma)
+    volumes = torch.cat([image, visible], 1).flatten(0, 1)
     for axis, n in enumerate(image.shape[2:]):
         matrix = resample.filter_matrix(kernel, n, "constant")
         volumes = resample.apply_matrix(volumes, matrix, axis)
     volumes = volumes.unflatten(0, (len(image), channels + 1))
-    values, weight = volumes[:, :channels], volumes[:, channels:]
+    values = volumes[:, :channels]
+    weight = volumes[:, channels:]
 
     # Deep in a hole there may be nothing visible: there, take the mean of all that is.
-    mean = (image * visible).sum((2, 3, 4), keepdim=True)
-    mean = mean / visible.sum((2, 3, 4), keepdim=True).clamp(min=1)
+    total = image.sum((2, 3, 4), keepdim=True)
+    count = visible.sum((2, 3, 4), keepdim=True)
+    mean = total / count.clamp(min=1)
     filled = torch.where(weight > 1e-4, values / weight.clamp(min=1e-4), mean)
     return torch.where(mask, filled, image)
 
@@ -187,17 +195,22 @@ def fill_sums(views):
 
     The number of hidden voxels and of those in the head; then for each sigma the errors of both."""
     target = views.target.float()
-    head = target > HEAD
-    sums = [views.mask.expand_as(target).sum(), (views.mask & head).sum()]
+    hidden = views.mask.expand_as(target)
+    hidden_head = hidden & (target > HEAD)
+    sums = [hidden.sum(), hidden_head.sum()]
+
     for sigma in SIGMAS:
-        error = (gaussian_fill(views.image, views.mask, sigma) - target) ** 2  # 0 where visible
-        sums += [(error * views.mask).sum(), (error * (views.mask & head)).sum()]
+        error = (gaussian_fill(views.image, views.mask, sigma) - target) ** 2
+        sums += [(error * hidden).sum(), (error * hidden_head).sum()]
     return torch.stack([value.double() for value in sums])
 
 
 def best_fill(sums):
     """`fill_sums`, added up -> the errors of the sigma with the least error of hidden voxels."""
     hidden, head, *errors = sums[:8].tolist()
-    error, head_error = min(zip(errors[0:6:2], errors[1:6:2], strict=True))
+
+    # The errors come in pairs, of all hidden voxels and of those in the head.
+    pairs = zip(errors[0::2], errors[1::2], strict=True)
+    error, head_error = min(pairs)
     return {"fill": error / max(1, hidden), "fill_head": head_error / max(1, head),
             "fill_air": (error - head_error) / max(1, hidden - head)}

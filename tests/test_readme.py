@@ -206,7 +206,7 @@ def test_readme_is_a_front_page():
         "zenodo.org/records/13604788",
         "## Status",
         "never on a GPU",
-        "No run has shown yet that pretraining helps",
+        "On real scans that has not been shown",
     )
     assert [words for words in expected if words not in first_screen] == []
 

@@ -177,6 +177,15 @@ def test_thirty_kills(fold, tmp_path, seed):
     kill_and_go_on(fold, tmp_path, kills=3, seed=1 + seed)
 
 
+def test_an_estimate_neither_takes_nor_leaves_scores(fold, tmp_path):
+    """It scores a network that was hardly trained, beside one that is finished."""
+    finished, settings = fold
+    out, folder = without_scores(finished, tmp_path)
+    before = sorted(out.rglob("*"))
+    Run("finetune", tmp_path / "output", out=out, estimate="true", **settings).finish()
+    assert sorted(out.rglob("*")) == before
+
+
 def counting():
     """Patch: say which cases are segmented and which are scored."""
     segment, score = predict.segment, evaluate.score

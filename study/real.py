@@ -1,0 +1,148 @@
+"""Real heads: 30 people in T1 with manual regions, 20 patients with gliomas in four contrasts.
+
+    python study/real.py --oasis OASIS --gliomas GLIOMAS            # all runs, resumable
+    python study/real.py --oasis OASIS --gliomas GLIOMAS --only pretrain
+
+OASIS: a folder with <id>_SS.nii.gz and <id>_glm.nii.gz, as the R package malf.templates has them in
+inst/extdata (CC BY-NC; credit OASIS and Neuromorphometrics). GLIOMAS: a folder for each patient of
+BraTS 2018 with *_t1, *_t1ce, *_t2, *_flair and *_seg.nii.gz. No scan is part of this project.
+
+Ten people and eight patients are for testing only: study/real_split.json, written before the first
+run. Two tasks: five deep regions from T1, and the whole tumour from FLAIR.
+"""
+
+import argparse
+import csv
+import glob
+import json
+import os
+import subprocess
+import sys
+
+import yaml
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path[:0] = [ROOT, HERE]
+import checkpoint  # noqa: E402
+import study  # noqa: E402
+
+SPLIT = os.path.join(HERE, "real_split.json")
+PREPARED = os.path.join(HERE, "data", "real")
+
+# Second scans of a person: they stay on its side of the split.
+SAME_PERSON = {"1023": "1003", "1024": "1004", "1025": "1005", "1038": "1018", "1039": "1019"}
+
+# Values of the manual regions, right and left.
+REGIONS = {"thalamus": (59, 60), "caudate": (36, 37), "putamen": (57, 58),
+           "hippocampus": (47, 48), "amygdala": (31, 32)}
+
+
+# ------------------------------------------------------------------------------------- the cohorts
+def find(oasis, gliomas):
+    """{person: [(session, sequence, scan, label)]} of both folders; says what is missing."""
+    people = {}
+    for scan in sorted(glob.glob(os.path.join(oasis, "*_SS.nii.gz"))):
+        number = os.path.basename(scan).split("_")[0]
+        label = os.path.join(oasis, f"{number}_glm.nii.gz")
+        if not os.path.exists(label):
+            print(f"not found: {label}")
+            continue
+        person = SAME_PERSON.get(number, number)
+        people.setdefault(person, []).append((number, "T1", scan, label))
+
+    patients = {}
+    for label in sorted(glob.glob(os.path.join(gliomas, "*", "*_seg.nii.gz"))):
+        patient = os.path.basename(os.path.dirname(label))
+        for sequence in ("T1", "T1CE", "T2", "FLAIR"):
+            scan = label.replace("_seg.", f"_{sequence.lower()}.")
+            if os.path.exists(scan):
+                patients.setdefault(patient, []).append(("1", sequence, scan, label))
+            else:
+                print(f"not found: {scan}")
+    print(f"{len(people)} people in T1, {len(patients)} patients with gliomas")
+    return people, patients
+
+
+def split_of(people, patients):
+    """Who is for testing only: every third, written down before anything is trained."""
+    if os.path.exists(SPLIT):
+        return set(json.loads(checkpoint.read_text(SPLIT))["test"])
+    test = sorted(people)[::3][:10] + sorted(patients)[1::2][:8]
+    checkpoint.write_text(SPLIT, json.dumps({"test": test}, indent=1))
+    return set(test)
+
+
+def prepare(name, cases, test):
+    """Write a manifest of a cohort, and prepare it."""
+    path = os.path.join(study.WORK, f"{name}.csv")
+    os.makedirs(study.WORK, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "subject", "session", "sequence", "label", "split"])
+        for person, scans in cases.items():
+            split = "test" if person in test else "train"
+            for session, sequence, scan, label in scans:
+                paths = os.path.abspath(scan), os.path.abspath(label)
+                writer.writerow([paths[0], person, session, sequence, paths[1], split])
+    subprocess.run([sys.executable, os.path.join(ROOT, "prepare_data.py"), "--source", "manifest",
+                    "--input", path, "--out", PREPARED, "--name", name, "--workers", "2"],
+                   check=True)
+
+
+def write_tasks():
+    """regions.yaml and tumour.yaml, in study/work."""
+    values = dict.fromkeys(range(256), 0)
+    for number, region in enumerate(REGIONS.values(), start=1):
+        values |= dict.fromkeys(region, number)
+    shared = {"data": PREPARED, "n_train": 5, "folds": study.FOLDS, "evaluate": "test"}
+    tasks = {
+        "regions": {"source": "oasis", "sequences": ["T1"], "labels": values,
+                    "classes": ["background", *REGIONS]},
+        "tumour": {"source": "gliomas", "sequences": ["FLAIR"], "labels": {0: 0, 1: 1, 2: 1, 4: 1},
+                   "classes": ["background", "tumour"]}}
+    for name, task in tasks.items():
+        path = os.path.join(study.WORK, f"{name}.yaml")
+        checkpoint.write_text(path, yaml.safe_dump(shared | task))
+
+
+# ---------------------------------------------------------------------------------------- the runs
+def all_runs(size):
+    """Two pretrainings, with skips and without, then both tasks from scratch and from the first."""
+    runs = [study.pretraining("real", "", size, minutes=22, steps=2 * size["steps"], data=PREPARED,
+                              preview=size["steps"]),
+            study.pretraining("real-noskips", "", size, minutes=72, steps=2 * size["steps"],
+                              data=PREPARED, features=2 * size["features"], skips="false")]
+    for n in (5, 10, 3):
+        for task in ("tumour", "regions"):
+            for preset in ("spatial", "all"):
+                for start in ("scratch", "real"):
+                    run = study.finetuning(start, task, n, preset, "", size, minutes=25)
+                    settings = {"task": os.path.join(study.WORK, f"{task}.yaml"), "data": PREPARED,
+                                "patch_size": size["patch"], "batch_size": 2}
+                    runs.append(run._replace(settings=run.settings | settings))
+    return runs
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--oasis", required=True)
+    parser.add_argument("--gliomas", required=True)
+    parser.add_argument("--only", default="", help="names of runs that begin so")
+    parser.add_argument("--size", choices=study.SIZES, default="cpu")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+
+    people, patients = find(options.oasis, options.gliomas)
+    test = split_of(people, patients)
+    prepare("oasis", people, test)
+    prepare("gliomas", patients, test)
+    write_tasks()
+    runs = [run for run in all_runs(study.SIZES[options.size])
+            if run.name.startswith(options.only)]
+    study.work_off(runs, options.jobs, options.device)
+
+
+if __name__ == "__main__":
+    main()

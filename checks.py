@@ -63,7 +63,7 @@ def check_encoder(path, row, model):
 
     # Rows such as mednext_l and mednext_l_mednextdec differ in their decoder only.
     rows = [models.ROWS[name] for name in (row, model) if name in models.ROWS]
-    encoders = [known._replace(decoder="") for known in rows]
+    encoders = [known._replace(segments_with="") for known in rows]
     if len(encoders) < 2 or encoders[0] != encoders[1]:
         raise UserError(f"{path} holds a {row}, not a {model}")
 

@@ -167,7 +167,7 @@ def start(run, threads, device):
 def work_off(runs, jobs, device):
     """Run what is left, `jobs` at a time, in order, each after what it needs."""
     left = [run for run in runs if not is_done(run)]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // jobs)))
     running = {}
     began = time.time()
     try:

@@ -16,9 +16,10 @@ import sys
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+sys.path[:0] = [os.path.dirname(HERE), HERE]
 import checkpoint  # noqa: E402
 import compare  # noqa: E402
+import study  # noqa: E402
 
 SEEN, NOT_SEEN, CANNOT = "seen", "not seen", "cannot be seen at this scale"
 LABELS = (3, 5, 10, 20)
@@ -98,6 +99,8 @@ def labels(results):
                 if found:
                     means = [f"{fold_means(results[name]).mean():.2f}" for name in names]
                     rows.append([task, n, preset, *means, *cells(found)])
+    if not rows:
+        return "Not run yet."
     return table(["task", "labelled", "augmentation", "scratch", "pretrained", "gain",
                   "95 % interval", "could find", "pretraining helps"], rows)
 
@@ -114,6 +117,8 @@ def variants(results):
             rows.append([name.removeprefix("lesion-5-spatial-"),
                          f"{fold_means(results[name]).mean():.2f}",
                          f"{fold_means(results[base]).mean():.2f}", *cells(found)[:3]])
+    if not rows:
+        return "Not run yet."
     moved = gain(results, f"moved-{base}", "moved-lesion-5-spatial-scratch")
     text = table(["pretraining", "its Dice", "that of base", "base over it", "95 % interval",
                   "could find"], rows)
@@ -126,11 +131,14 @@ def main():
     results = read_results()
     hours = sum(entry["log"][-1]["step"] * entry["log"][-1]["seconds"] for entry in
                 results.values() if "log" in entry) / 3600
-    known = f"{len(results)} results are here" if results else "nothing has been run yet"
+    planned = study.all_runs(study.SIZES["cpu"])
+    done = sum(run.name in results for run in planned)
+    known = f"{done} of its {len(planned)} runs are done"
     parts = [
         "# The paper in miniature", __doc__.split("\n\n")[2].replace("\n", " "),
         f"Made by `make study`; {known}. Pretraining took {hours:.1f} hours of a core.",
         "## a. Errors of hidden voxels, beside the best Gaussian fill", errors(results),
+        "Rows named `real` are of real heads (study/real.py), the others of synthetic ones.",
         "## b. Label efficiency: Dice %", labels(results),
         "## c to h. Other pretrainings, 5 labelled scans, spatial augmentation", variants(results)]
     text = "\n\n".join(parts) + "\n"

@@ -14,6 +14,7 @@ its last checkpoint.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -166,6 +167,8 @@ def start(run, threads, device):
 
 def work_off(runs, jobs, device):
     """Run what is left, `jobs` at a time, in order, each after what it needs."""
+    # A signal ends in the `finally` below, so that no run goes on alone.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     left = [run for run in runs if not is_done(run)]
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // jobs)))
     running = {}

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 
@@ -37,6 +38,30 @@ def test_dry_lists_what_is_left():
     command = [sys.executable, "study/study.py", "--dry", "--only", "g"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "hours of a core" in printed and " runs left" in printed
+
+
+def test_a_signal_to_the_study_ends_its_runs(tmp_path):
+    """They get a signal themselves, which lets them save; the next start would meet their locks."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"""
+import subprocess, sys
+sys.path.insert(0, {str(ROOT / "study")!r})
+import study
+sleep = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
+def start(run, threads, device):
+    child = subprocess.Popen(sleep)
+    print(child.pid, flush=True)
+    return child
+study.start = start
+study.work_off([study.Run("none", "a", "pretrain.py", {{}}, 1)], 1, "cpu")
+""")
+    process = subprocess.Popen([sys.executable, driver], stdout=subprocess.PIPE, text=True)
+    lines = [process.stdout.readline().strip() for _ in range(3)]
+    child = next(int(line) for line in lines if line.isdigit())
+    process.terminate()
+    assert process.wait(30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
 
 
 def test_no_threshold_solves_the_lesions():

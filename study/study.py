@@ -126,7 +126,7 @@ def all_runs(size):
 def result_of(run):
     """What a finished run found, small enough to be kept."""
     out = os.path.join(WORK, run.name)
-    found = {"script": run.script, "settings": run.settings}
+    found = {"script": run.script, "settings": without_folders(run.settings)}
     if run.script == "pretrain.py":
         with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
@@ -142,16 +142,20 @@ def result_of(run):
     return found
 
 
-def is_done(run, settings=None):
-    """Is there a result of this very run? Settings count, but for folders."""
+def is_done(run):
+    """Is there a result of this very run, with the same settings?"""
     path = os.path.join(RESULTS, f"{run.name}.json")
     if not os.path.exists(path):
         return False
     with open(path, encoding="utf-8") as file:
         known = json.load(file)["settings"]
-    folders = ("data", "ckpt", "task", "run")
-    return {key: value for key, value in known.items() if key not in folders} == {
-        key: value for key, value in run.settings.items() if key not in folders}
+    return known == without_folders(run.settings)
+
+
+def without_folders(settings):
+    """Settings that say what a run is, wherever its files are."""
+    return {key: value for key, value in settings.items()
+            if key not in ("data", "ckpt", "task", "run")}
 
 
 def start(run, threads, device):

@@ -92,8 +92,8 @@ def load_fold(run_folder, fold, task, train, device):
 def segmenter(model, run_folder, fold, batch, **window):
     """The function (volume, geometry) -> classes of a fold's network, and what it is made by.
 
-    run_folder: of the fold's last.pt; there is none in an estimate. window: how predict.segment
-    moves over a scan. batch: the number of windows at once, which changes no class."""
+    run_folder: of the fold's last.pt; without it, what made the classes is None. window: how
+    predict.segment moves over a scan. batch: windows at once, which change only rounding."""
     segment = functools.partial(predict.segment, model.eval(), batch=batch, **window)
     path = os.path.join(run_folder, f"fold_{fold}", "last.pt")
     made_by = [checkpoint.checksum(path), window] if os.path.exists(path) else None

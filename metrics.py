@@ -38,15 +38,16 @@ def dice(prediction, truth, labels, ignore=None):
         prediction = prediction[counted]
         truth = truth[counted]
 
-    scores = {}
-    for label in labels:
-        predicted = np.isin(prediction, label)
-        true = np.isin(truth, label)
-        voxels = predicted.sum() + true.sum()
-        scores[label] = math.nan
-        if voxels:
-            scores[label] = float(2 * (predicted & true).sum() / voxels)
-    return scores
+    return {label: dice_of_masks(np.isin(prediction, label), np.isin(truth, label))
+            for label in labels}
+
+
+def dice_of_masks(prediction, truth):
+    """Dice of two masks, bool: 2 TP / (2 TP + FP + FN), or NaN if both are empty."""
+    voxels = np.count_nonzero(prediction) + np.count_nonzero(truth)
+    if not voxels:
+        return math.nan
+    return 2 * np.count_nonzero(prediction & truth) / voxels
 
 
 def lesion_f1(prediction, truth):
@@ -77,13 +78,13 @@ def score(prediction, truth, spacing):
     voxel_ml = float(np.prod(spacing)) / 1000
 
     scores = dict.fromkeys(SCORES, math.nan)
+    scores["dice"] = dice_of_masks(prediction, truth)
     scores["ml"] = predicted * voxel_ml
     scores["ml_error"] = predicted * voxel_ml - true * voxel_ml
 
     # Without a surface in each mask there is no distance, and without a lesion no F1.
     if not predicted and not true:
         return scores
-    scores["dice"] = 2 * np.count_nonzero(prediction & truth) / (predicted + true)
     if not predicted or not true:
         return scores | {"nsd": 0.0, "f1": 0.0}
 

@@ -17,7 +17,7 @@ def preprocess(nifti, box=None):
     """Prepare one scan -> (volume float32 (D, H, W) in [0, 1], RAS at 1 mm; its geometry).
 
     nifti: a nibabel image or a path. box: half-open voxel ranges ((start, stop), ...) of the RAS
-    grid, to crop to instead of the head. The geometry is what `restore` needs. Raises Rejected."""
+    grid, to crop to instead of the head. The geometry is what `place` needs. Raises Rejected."""
     image = scans.as_image(nifti)
     with scans.naming(scans.path_of(image)):
         voxels, orientation, nan = read_voxels(image)
@@ -158,12 +158,6 @@ def crop_label(values, affine, geometry):
 def box_size(geometry):
     """Voxels of the crop box along its three axes, in the scan's own voxel size."""
     return [stop - start for start, stop in geometry["box"]]
-
-
-def restore(classes, geometry):
-    """Bring class numbers (D, H, W) of a prepared volume back to the scan's own grid, by the
-    nearest voxel. predict.py brings back logits instead, which is finer."""
-    return place(resample.nearest(classes, box_size(geometry)), geometry)
 
 
 def place(crop, geometry):

@@ -19,6 +19,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 import checkpoint  # noqa: E402
 import compare  # noqa: E402
+import metrics  # noqa: E402
 import study  # noqa: E402
 
 SEEN, NOT_SEEN, CANNOT = "seen", "not seen", "cannot be seen at this scale"
@@ -68,8 +69,7 @@ def last(result):
 
 
 def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join(metrics.table(header, rows))
 
 
 # ------------------------------------------------------------------------------------------ claims

@@ -8,6 +8,7 @@ import numpy as np
 
 import data
 import preprocess
+import resample
 
 # A task on such a folder, and the settings of a run that takes seconds.
 TASK = {"data": "set by --data", "sequences": ["FLAIR"], "classes": ["background", "lesion"],
@@ -21,6 +22,11 @@ def read_case(case):
     """All that an evaluation reads of a case: volume, geometry, true label values."""
     volume, geometry = data.read_scan(case)
     return volume, geometry, data.read_truth(case, geometry)
+
+
+def restore(classes, geometry):
+    """Class numbers of a prepared volume back on the scan's own grid, by the nearest voxel."""
+    return preprocess.place(resample.nearest(classes, preprocess.box_size(geometry)), geometry)
 
 
 def head(seed, n=30):

@@ -20,7 +20,6 @@ from inputs import dice, files_of, head, image_of, prepare, session_of_two, tabl
 from tqdm import tqdm
 
 import data
-import preprocess
 import records
 import tasks
 
@@ -295,5 +294,5 @@ def test_real_scans(source, folder, line, tmp_path, capsys):
         )
         geometry = json.loads(record.read_text())
         native = nib.load(tmp_path / "out" / volume.label.replace(".npy", "_native.nii.gz"))
-        back = preprocess.restore(np.load(tmp_path / "out" / volume.label), geometry)
+        back = folders.restore(np.load(tmp_path / "out" / volume.label), geometry)
         assert dice(back > 0, np.asarray(native.dataobj) > 0) >= 0.99

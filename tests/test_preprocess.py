@@ -90,7 +90,7 @@ def test_axis_order_does_not_change_the_volume(axes, coded):
         assert image.header["sform_code"] == image.header["qform_code"] == 0
     volume, geometry = preprocess.preprocess(image)
     assert volume.shape == reference.shape and np.abs(volume - reference).max() < 1e-5
-    native = preprocess.restore(preprocess.preprocess_label(label, geometry), geometry)
+    native = folders.restore(preprocess.preprocess_label(label, geometry), geometry)
     assert native.shape == image.shape
 
 
@@ -118,7 +118,7 @@ def test_label_round_trip(grid):
     truth = np.asarray(label.dataobj) > 0
     _, geometry = preprocess.preprocess(image)
     there = preprocess.preprocess_label(image_of(truth.astype(np.uint8), label.affine), geometry)
-    back = preprocess.restore(there, geometry)
+    back = folders.restore(there, geometry)
     assert back.shape == truth.shape and back.dtype == np.uint8
     box = tuple(slice(*pair) for pair in geometry["box"])
     ras = nib.apply_orientation(truth, np.array(geometry["orientation"]))
@@ -143,7 +143,7 @@ def test_a_sheared_grid_goes_there_and_back():
     volume, geometry = preprocess.preprocess(image_of(np.asarray(image.dataobj), affine))
     truth = (np.asarray(label.dataobj) > 0).astype(np.uint8)
     there = preprocess.preprocess_label(image_of(truth, affine), geometry)
-    back = preprocess.restore(there, geometry)
+    back = folders.restore(there, geometry)
     assert (
         there.shape == volume.shape
         and back.shape == truth.shape
@@ -200,5 +200,5 @@ def test_labels_on_two_grids_of_one_session(tmp_path):
     for name in ("FLAIR", "DWI"):
         (case,) = tasks.labelled_cases(str(tmp_path / "out"), None, [name])
         volume, geometry, truth = folders.read_case(case)
-        back = preprocess.restore(volume[0].numpy(), geometry)
+        back = folders.restore(volume[0].numpy(), geometry)
         assert back.shape == truth.shape and truth.any()

@@ -27,7 +27,6 @@ from inputs import (
 )
 
 import data
-import preprocess
 import scans
 import sources
 import tasks
@@ -294,7 +293,7 @@ def test_the_same_corners_in_ras_are_the_same_grid(axes, tmp_path):
         volume, geometry, truth = folders.read_case(case)
         prepared = np.load(case.label)
         assert volume.shape[1:] == prepared.shape
-        back = preprocess.restore(prepared, geometry)
+        back = folders.restore(prepared, geometry)
         first = image if channels[0] == "FLAIR" else other
         assert back.shape == truth.shape == first.shape
         exact = array_of(reoriented(label, "".join(nib.aff2axcodes(first.affine))))

@@ -94,6 +94,19 @@ def lock(folder):
         pass  # a file system without locks
 
 
+def is_locked(folder):
+    """Is another process at work in `folder`?"""
+    path = os.path.join(folder, ".lock")
+    if not os.path.exists(path):
+        return False
+    with open(path, "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
 # -------------------------------------------------------------------------------------- checkpoints
 FORMAT = 1  # of our checkpoints; counts up when older code could not read them any more
 

@@ -2,6 +2,7 @@
 
     python compare.py runs/wmh-unet_xl-scratch runs/wmh-unet_xl-amaes   # others against the first
     python compare.py --table 4 runs/*                           # as the paper's Table 2, 3, 4 or 6
+    python compare.py runs/unet_xl                   # where one run stands, finished or at work
 
 Each gain gets two tests. New training sets, the same patients: t over the paired fold means, which
 is the headline. These trained networks, new patients: a bootstrap over patients. bench/compare.py
@@ -21,6 +22,7 @@ import yaml
 import checkpoint
 import config
 import metrics
+import state
 from config import UserError
 from tasks import read_run
 
@@ -389,9 +391,10 @@ def main(cfg):
     if cfg.table not in (None, *TABLES):
         raise UserError(f"table {cfg.table}: choose {', '.join(map(str, TABLES))}")
     if cfg.table is None:
-        if len(cfg.inputs) < 2:
-            raise UserError("name two run folders or more: python compare.py runs/BASELINE "
-                            "runs/OTHER")
+        if not cfg.inputs:
+            raise UserError("name run folders: python compare.py runs/BASELINE runs/OTHER")
+        if len(cfg.inputs) == 1:
+            return print(*state.describe(cfg.inputs[0]), sep="\n")
         tables = against_first([read_run(folder) for folder in cfg.inputs])
     else:
         # runs/* also names the runs of pretrain.py, which have no scores.

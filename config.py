@@ -212,7 +212,12 @@ def build_config(config_class, values):
 
 
 def cast(value, kind, key, where):
-    """A value as a bool, int, float, str, dict, tuple[T, ...], or one of these | None."""
+    """A value as a bool, int, float, str, int | str, dict, tuple[T, ...], or one | None."""
+    # Of int | str, what is no number is a word.
+    if kind == int | str:
+        number = str(value).lstrip("-").isdigit()
+        return cast(value, int if number else str, key, where)
+
     # Of T | None and tuple[T, ...] it is the T that is cast.
     if isinstance(kind, types.UnionType):
         inner = next(part for part in typing.get_args(kind) if part is not types.NoneType)

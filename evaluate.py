@@ -15,6 +15,7 @@ import checkpoint
 import checks
 import data
 import metrics
+import pictures
 import predict
 import scans
 import scoring
@@ -33,14 +34,21 @@ def names_in(folds):
 
 
 def folds_left(out, chosen, task, folds, cases, estimate):
-    """The chosen folds (None: all) that are not finished, {fold: its folder}.
+    """The chosen folds (None: those with a number) that are not finished, {fold: its folder}.
 
     UserError if there is no such fold, if a file that one of them needs is missing, or if nothing
     is left to train for an estimate."""
-    # A fold is finished when it has its scores.
     chosen = range(len(folds)) if chosen is None else chosen
-    if not set(chosen) <= set(range(len(folds))):
-        raise UserError(f"folds {tuple(chosen)}: the task has the folds 0 to {len(folds) - 1}")
+    every = tuple(chosen) == (tasks.EVERY,)
+    if every and task.networks:
+        raise UserError(f"folds all: this task has no networks of its own, but those of "
+                        f"{task.networks}; name that task")
+    if not every and not set(chosen) <= set(range(len(folds))):
+        words = ",".join(map(str, chosen))
+        raise UserError(f"folds {words}: the task has the folds 0 to {len(folds) - 1}; or all, "
+                        "alone")
+
+    # A fold is finished when it has its scores. That of all cases has none.
     folders = {fold: os.path.join(out, f"fold_{fold}") for fold in chosen}
     left = {fold: folder for fold, folder in folders.items()
             if not os.path.exists(os.path.join(folder, "dice.json"))}
@@ -48,7 +56,9 @@ def folds_left(out, chosen, task, folds, cases, estimate):
         raise UserError("nothing is left to train, so there is nothing to estimate")
 
     # A missing file would stop the run only when its turn comes.
-    needed = names_in(folds[fold] for fold in left)
+    needed = set()
+    for fold in left:
+        needed.update(*tasks.cases_of_fold(folds, fold, cases.values()))
     checks.check_files(task.data, [path for name in needed for path in tasks.files_of(cases[name])])
     return left
 
@@ -241,5 +251,6 @@ def write_summary(out, about, folds):
         checkpoint.write_text(os.path.join(out, "dice.json"), json.dumps(about, indent=1))
         checkpoint.write_text(os.path.join(out, "summary.md"), summary)
         print(summary)
+        pictures.at_end(out, [os.path.join(out, f"fold_{fold}") for fold in done], scored=True)
     if len(done) < len(folds):
         print(f"{len(done)} of {len(folds)} folds done; the same command goes on")

@@ -4,6 +4,7 @@ is trained and scored.
     python finetune.py --ckpt runs/unet_xl/last.pt --task wmh      # pretrained encoder, new decoder
     python finetune.py --model unet_xl --task wmh                  # the same from scratch
     python finetune.py --ckpt runs/unet_xl/last.pt --task wmh_ood  # its networks on the test set
+    python finetune.py ... --task wmh --folds all   # one network on all labelled cases, for use
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ class Config:
     features: int | None = None  # width of the first level, instead of the checkpoint's or row's
     data: str | None = None  # prepared folder, instead of the task's own
     networks: str | None = None  # run folder whose networks a task such as wmh_ood evaluates
-    folds: tuple[int, ...] | None = None  # some of the task's folds, as 0,3; by default all
+    folds: tuple[int | str, ...] | None = None  # some, as 0,3; all: one network on all cases
     n_train: int | None = None  # subjects to train on, instead of the task's; section 4.1: 20
     augment: str = "auto"  # none, spatial, all; auto: spatial if pretrained (3.2), else all (4.3)
     steps: int = 2500  # optimizer steps a fold; section 4.2
@@ -146,8 +147,32 @@ def dice_ce(logits, label, ignore=data.IGNORE):
     return entropy.mean() - dice.mean()
 
 
-def segmentation_loss(network, batch, device, precision):
-    """Section 3.2 on one batch: augmentation on the device, then dice_ce."""
+def class_overlaps(logits, label, ignore=data.IGNORE):
+    """Voxels in common of prediction and label, and the sizes of both together, of each class but
+    the background: (2, K - 1) float64. Shapes are those of dice_ce."""
+    counted = label != ignore
+    predicted = logits.argmax(1)
+    sums = []
+    for number in range(1, logits.shape[1]):
+        found = (predicted == number) & counted
+        truth = label == number
+        sums.append(torch.stack([(found & truth).sum(), found.sum() + truth.sum()]))
+    return torch.stack(sums, 1).double()
+
+
+def dice_of_overlaps(sums):
+    """`class_overlaps`, added up -> {"dice": mean over the classes that are there}, {} if none."""
+    common, sizes = sums
+    there = sizes > 0
+    if not there.any():
+        return {}
+    return {"dice": (2 * common[there] / sizes[there]).mean().item()}
+
+
+def segmentation_loss(network, batch, device, precision, logging=False):
+    """Section 3.2 on one batch: augmentation on the device, then dice_ce.
+
+    -> its loss, and class_overlaps for the log (0 unless logging)."""
     # Image and label move together; then the image alone changes.
     crops, labels = data.to_device(batch, device)
     image, label = augment.spatial(crops, labels, batch.draws)
@@ -155,7 +180,8 @@ def segmentation_loss(network, batch, device, precision):
 
     with devices.autocast(precision, device):
         output = network(image)
-    return dice_ce(output, label)
+    sums = class_overlaps(output, label) if logging else 0
+    return dice_ce(output, label), sums
 
 
 def new_network(build, pretrained, seed):
@@ -208,7 +234,8 @@ def train_fold(cfg, build, task, pretrained, cases, fold, folder, processes, sto
         run.set_learning_rate(rate)
 
         # One step: forward, loss, backward. The processes exchange their gradients in backward.
-        loss = segmentation_loss(network, batch, device, cfg.precision)
+        loss, sums = segmentation_loss(network, batch, device, cfg.precision,
+                                       logging=run.will_be_due(cfg.log_every))
         run.watch(loss, batch.names)
         loss.backward()
         optimizer.step()
@@ -216,9 +243,11 @@ def train_fold(cfg, build, task, pretrained, cases, fold, folder, processes, sto
         run.step_done()
 
         if run.is_due(cfg.log_every):
+            # Dice of the crops that it trains on: one that stays near 0 has learned nothing.
             mean = training.sum_over_processes(loss).item() / processes.world
-            run.log({"loss": mean, "lr": rate})
-            run.progress.set_postfix(loss=f"{mean:.3f}")
+            record = {"loss": mean} | dice_of_overlaps(training.sum_over_processes(sums))
+            run.progress.set_postfix({key: f"{value:.3f}" for key, value in record.items()})
+            run.log(record | {"lr": rate})
     return model if run.step == cfg.steps or cfg.estimate else None
 
 
@@ -258,15 +287,18 @@ def data_seen(pretrained, cases=()):
 
 
 # ------------------------------------------------------------------- its cases, and its folder
-def open_cases(task, path, name, quiet):
-    """The cases of a task and its folds, checked as far as the index goes. path: its file.
+def open_cases(task, path, name, every, quiet):
+    """The cases of a task and its folds, checked as far as the index goes. path: its file. every:
+    one network is trained on all of them.
 
-    -> {name: case} of all, folds, {name: what it was made of} of those that the folds use."""
+    -> {name: case} of all, folds, {name: what it was made of} of those that are used."""
     cases = tasks.labelled_cases(task.data, task.source, task.sequences)
     if not cases:
         raise UserError(checks.why_none(task))
     folds = tasks.make_folds(task.networks or name, task, cases)
     names = evaluate.names_in(folds)
+    if every:
+        names.update(*tasks.cases_of_fold(folds, tasks.EVERY, cases))
     used = {case.name: case for case in cases if case.name in names}
 
     # What would stop the run after hours.
@@ -274,14 +306,16 @@ def open_cases(task, path, name, quiet):
     checks.check_values(path, task, used.values())
 
     # What would not stop it, and should be known.
-    remarks = checks.check_foreground(task, used, () if task.networks else folds)
+    trained = () if task.networks or every else folds
+    remarks = checks.check_foreground(task, used, trained)
     remarks += checks.left_out(task, cases) + checks.same_files(used.values())
     remarks += checks.other_labels(used.values())
     if not quiet:
-        train = len(folds[0]["train"])
-        test = len(folds[0]["evaluate"])
-        print(f"task {name}: {len(cases)} cases; each fold trains on {train} and evaluates {test}",
-              *remarks, sep="\n")
+        train, test = map(len, tasks.cases_of_fold(folds, tasks.EVERY if every else 0, cases))
+        plan = f"each fold trains on {train} and evaluates {test}"
+        if every:
+            plan = f"one network trains on {train}, and none is left to score it"
+        print(f"task {name}: {len(cases)} cases; {plan}", *remarks, sep="\n")
     return {case.name: case for case in cases}, folds, tasks.inputs_of(used.values())
 
 
@@ -301,7 +335,8 @@ def main(cfg):
                                    n_train=cfg.n_train or task.n_train)
 
         # The folds, and those of them that are left to do.
-        cases, folds, made_of = open_cases(task, cfg.task, name, quiet=processes.rank != 0)
+        every = cfg.folds == (tasks.EVERY,)
+        cases, folds, made_of = open_cases(task, cfg.task, name, every, quiet=processes.rank != 0)
         files, lines = checks.check_folder(dataclasses.asdict(cfg), Config, RESUMABLE_KEYS, name,
                                            task, folds, made_of)
         left = evaluate.folds_left(cfg.out, cfg.folds, task, folds, cases, cfg.estimate)
@@ -313,8 +348,8 @@ def main(cfg):
     build = functools.partial(models.build_model, cfg.model, "segment", len(task.sequences),
                               len(task.classes), merge=cfg.merge, features=cfg.features)
     for fold, folder in left.items():
-        train = [cases[name] for name in folds[fold]["train"]]
-        evaluated = [cases[name] for name in folds[fold]["evaluate"]]
+        train, evaluated = ([cases[name] for name in names] for names in
+                            tasks.cases_of_fold(folds, fold, cases.values()))
         # Its network is trained here, or was trained for another task.
         if task.networks:
             model, seen = evaluate.load_fold(cfg.networks, fold, task, train, processes.device)
@@ -323,6 +358,10 @@ def main(cfg):
                                runs=len(left))
             seen = data_seen(pretrained)
         if model is None:
+            break
+        if every:
+            if processes.rank == 0:
+                print(f"{folder}/last.pt was trained on all cases: none is left to score it")
             break
 
         # Its cases are segmented and scored.
@@ -341,7 +380,7 @@ def main(cfg):
             break
         evaluate.write_scores(folder, records, processes)
 
-    if processes.rank == 0:
+    if processes.rank == 0 and not every:
         origin = origin_of(cfg.ckpt, pretrained, cfg.model)
         evaluate.write_summary(cfg.out, evaluate.about_run(
             dataclasses.asdict(cfg), name, task, cases.values(), build, origin,

@@ -115,6 +115,19 @@ def make_folds(name, task, cases):
     return folds
 
 
+EVERY = "all"  # in place of a fold's number: one network on all cases, for use
+
+
+def cases_of_fold(folds, fold, cases):
+    """Names of the cases that a fold trains on, and of those that it evaluates.
+
+    folds: of make_folds. fold: a number, or EVERY: all labelled cases outside the test split, and
+    none to evaluate. cases: all of the task."""
+    if fold == EVERY:
+        return [case.name for case in cases if case.volumes[0].split != "test"], []
+    return folds[fold]["train"], folds[fold]["evaluate"]
+
+
 # ------------------------------------------------------------------------------------------ scoring
 def site(case):
     """Scanner of a WMH case: Amsterdam-GE3T of the subject wmh/Amsterdam-GE3T_100."""

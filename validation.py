@@ -71,15 +71,6 @@ class HeldOut:
                 total[:len(parts)] += parts
         return training.sum_over_processes(total)
 
-    def verdict(self):
-        """One line for the end of a run: does the network do better than interpolation?"""
-        if "val_fill" not in self.last:
-            return ""
-        error, fill = self.last["val_masked"], self.last["val_fill"]
-        better = "the network does better" if error < fill else "interpolation does better"
-        return (f"hidden voxels of held-out patches: error {error:.4g}, of the best Gaussian fill "
-                f"{fill:.4g}: {better}")
-
     @torch.no_grad()
     def write_preview(self, run):
         """Figure 2 on up to three held-out patches: input (augmented, masked), reconstruction,
@@ -104,6 +95,19 @@ class HeldOut:
                     path = f"{run.folder}/preview/step{run.step:07}_{number}_{name}.nii.gz"
                     with checkpoint.atomic(path) as temporary:
                         nib.Nifti1Image(volume[0], np.eye(4)).to_filename(temporary)
+
+
+def verdict(look):
+    """One line for the end of a run: does the network do better than interpolation?
+
+    look: what `validate` said, or a line of log.jsonl that has it; "" without a yardstick."""
+    if "val_fill" not in look:
+        return ""
+    error = look["val_masked"]
+    fill = look["val_fill"]
+    better = "the network does better" if error < fill else "interpolation does better"
+    return (f"hidden voxels of held-out patches: error {error:.4g}, of the best Gaussian fill "
+            f"{fill:.4g}: {better}")
 
 
 def read(crops, indices):

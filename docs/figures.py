@@ -2,6 +2,7 @@
 
     python docs/figures.py preview runs/unet_xl                 # `pretrain.py --preview N` wrote it
     python docs/figures.py losses runs/unet_xl runs/swinunetr   # by parts; of [23] as in Figure 3
+    python docs/figures.py cases runs/wmh-unet_xl-amaes         # Dice of each case
     python docs/figures.py dice runs/wmh-unet_xl-scratch runs/wmh-unet_xl-amaes   # case by case
     python docs/figures.py scan scan.nii.gz seg.nii.gz [truth.nii.gz]             # three planes
     python docs/figures.py ... --out picture.png                # instead of beside the last file
@@ -9,7 +10,6 @@
 
 import argparse
 import glob
-import json
 import os
 import sys
 
@@ -17,8 +17,8 @@ import nibabel as nib
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import checkpoint  # noqa: E402
 import metrics  # noqa: E402
+import pictures  # noqa: E402
 from config import UserError  # noqa: E402
 
 
@@ -29,21 +29,6 @@ def load(path):
         return np.asarray(image.dataobj), nib.affines.voxel_sizes(image.affine)
     except (OSError, nib.filebasedimages.ImageFileError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-
-
-def read_json(path):
-    """A JSON file, or the list of the lines of a .jsonl file."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            if path.endswith(".jsonl"):
-                return [json.loads(line) for line in file]
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-
-
-def name_of(folder):
-    return os.path.basename(os.path.normpath(folder))
 
 
 def preview(plt, folder):
@@ -77,31 +62,6 @@ def preview(plt, folder):
     return figure
 
 
-def losses(plt, *folders):
-    """log.jsonl of each run: training (lines) and validation (points) over the steps."""
-    figure, axes = plt.subplots(1, len(folders), figsize=(5 * len(folders), 3.5), squeeze=False)
-    for axis, folder in zip(axes[0], folders, strict=True):
-        log = read_json(f"{folder}/log.jsonl")
-
-        # Finetuning has one loss, each pretraining its own parts.
-        known = set().union(*log)
-        parts = ("masked", "visible", "rotation", "contrast", "l1")
-        parts = [part for part in parts if part in known] or ["loss"]
-
-        for number, part in enumerate(parts):
-            for key, style in ((part, "-"), (f"val_{part}", "o")):
-                steps = [record["step"] for record in log if key in record]
-                values = [record[key] for record in log if key in record]
-                if steps:
-                    axis.plot(steps, values, style, color=f"C{number}", label=key, markersize=3)
-        # Losses fall by orders of magnitude.
-        axis.set_yscale("log")
-        axis.set_xlabel("step")
-        axis.set_title(name_of(folder), fontsize=9)
-        axis.legend(fontsize=8)
-    return figure
-
-
 def dice_of_cases(run, fold):
     """{case: mean Dice of the classes in percent, NaN if it has none} of one fold."""
     found = {}
@@ -113,7 +73,7 @@ def dice_of_cases(run, fold):
 
 def dice(plt, first, second):
     """Mean Dice of each case in two finetuning runs, a point for each case and fold."""
-    before, after = (read_json(f"{folder}/dice.json") for folder in (first, second))
+    before, after = (pictures.read_json(f"{folder}/dice.json") for folder in (first, second))
     figure, axis = plt.subplots(figsize=(4.5, 4.5))
     for fold in sorted(set(before["folds"]) & set(after["folds"]), key=int):
         x, y = dice_of_cases(before, fold), dice_of_cases(after, fold)
@@ -124,8 +84,8 @@ def dice(plt, first, second):
 
     # A case on the diagonal scores the same in both.
     axis.plot([0, 100], [0, 100], color="gray", linewidth=0.8)
-    axis.set_xlabel(f"Dice, {name_of(first)}")
-    axis.set_ylabel(f"Dice, {name_of(second)}")
+    axis.set_xlabel(f"Dice, {pictures.name_of(first)}")
+    axis.set_ylabel(f"Dice, {pictures.name_of(second)}")
     axis.legend(fontsize=8)
     return figure
 
@@ -167,7 +127,8 @@ def scan(plt, path, segmentation, truth=None):
     return figure
 
 
-KINDS = {"preview": preview, "losses": losses, "dice": dice, "scan": scan}
+KINDS = {"preview": preview, "losses": pictures.losses, "cases": pictures.cases, "dice": dice,
+         "scan": scan}
 
 
 def main():
@@ -180,11 +141,9 @@ def main():
 
     # Nothing else in the project needs it, so it may well be missing.
     try:
-        import matplotlib
+        plt = pictures.pyplot()
     except ImportError:
         sys.exit("no picture: matplotlib is not installed (pip install matplotlib)")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
     # By default the picture lies in the last folder named, or beside the last file.
     last = arguments.files[-1]
@@ -197,9 +156,7 @@ def main():
 
     try:
         figure = KINDS[arguments.kind](plt, *arguments.files)
-        figure.tight_layout()
-        with checkpoint.atomic(out) as temporary:
-            figure.savefig(temporary, dpi=110)
+        pictures.save(figure, out)
     except UserError as error:
         sys.exit(f"error: {error}")
     except TypeError:

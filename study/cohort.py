@@ -13,6 +13,8 @@ only tested on appear again, in anisotropic voxels, more noise, and other contra
 
 import argparse
 import csv
+import functools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -83,19 +85,25 @@ def scan(head, rng, spacing, noise):
             nib.Nifti1Image(VALUES[middle], affine))
 
 
+def write_one(folder, stream, labelled, spacing, noise, number):
+    """The scan of a head, and its label map if it is labelled -> its name."""
+    head = phantom.anatomy(np.random.default_rng([1, number]), SIDE)
+    image, label = scan(head, np.random.default_rng([stream, number]), spacing, noise)
+    name = f"head{number:04}"
+    image.to_filename(os.path.join(folder, f"{name}.nii"))
+    if labelled:
+        label.to_filename(os.path.join(folder, f"{name}_label.nii"))
+    return name
+
+
 def write(folder, numbers, stream, labelled, spacing, noise, split):
     """Scans of heads and a manifest. stream: of the seeds of scans; a head has one of its own."""
     os.makedirs(folder, exist_ok=True)
-    rows = []
-    for number in numbers:
-        head = phantom.anatomy(np.random.default_rng([1, number]), SIDE)
-        image, label = scan(head, np.random.default_rng([stream, number]), spacing, noise)
-        name = f"head{number:04}"
-        image.to_filename(os.path.join(folder, f"{name}.nii"))
-        if labelled:
-            label.to_filename(os.path.join(folder, f"{name}_label.nii"))
-        label_name = f"{name}_label.nii" if labelled else ""
-        rows.append([f"{name}.nii", name, "", "MR", label_name, split(number)])
+    one = functools.partial(write_one, folder, stream, labelled, spacing, noise)
+    with multiprocessing.Pool() as pool:
+        names = pool.map(one, numbers)
+    rows = [[f"{name}.nii", name, "", "MR", f"{name}_label.nii" if labelled else "", split(number)]
+            for name, number in zip(names, numbers, strict=True)]
     path = os.path.join(folder, f"{stream}.csv")
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -12,6 +12,7 @@ its last checkpoint.
 """
 
 import argparse
+import glob
 import json
 import os
 import signal
@@ -152,6 +153,25 @@ def is_done(run):
     return known == without_folders(run.settings)
 
 
+def runs_left(runs):
+    """Those without a result, and those whose networks they start from, if these are gone.
+
+    Results are kept with the code, networks under study/work alone."""
+    left, needed = [], set()
+    for run in reversed(runs):  # what a run starts from stands before it
+        gone = run.name in needed and not has_networks(run)
+        if gone or not is_done(run):
+            left.insert(0, run)
+            needed.add(run.needs)
+    return left
+
+
+def has_networks(run):
+    """Are the last checkpoints of a run still there?"""
+    pattern = "last.pt" if run.script == "pretrain.py" else "fold_*/last.pt"
+    return bool(glob.glob(os.path.join(WORK, run.name, pattern)))
+
+
 def without_folders(settings):
     """Settings that say what a run is, wherever its files are."""
     return {key: value for key, value in settings.items()
@@ -173,7 +193,7 @@ def work_off(runs, jobs, device):
     """Run what is left, `jobs` at a time, in order, each after what it needs."""
     # A signal ends in the `finally` below, so that no run goes on alone.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    left = [run for run in runs if not is_done(run)]
+    left = runs_left(runs)
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // jobs)))
     running = {}
     began = time.time()
@@ -220,7 +240,7 @@ def main():
     if options.only:
         runs = [run for run in runs if set(run.claims) & set(options.only)]
     if options.dry:
-        left = [run for run in runs if not is_done(run)]
+        left = runs_left(runs)
         for run in left:
             print(f"{run.minutes / 60:5.2f} hours of a core  {run.claims:8}  {run.name}")
         hours = sum(run.minutes for run in left) / 60

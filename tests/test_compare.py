@@ -261,7 +261,7 @@ def test_other_folds_or_cases_are_refused(tmp_path):
 def test_a_mistake_ends_in_one_line(tmp_path):
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     (tmp_path / "pretrained").mkdir()
-    assert "two run folders" in mistake("compare", first)
+    assert "name run folders" in mistake("compare")
     assert "choose 2, 3, 4, 6" in mistake("compare", first, second, table=5)
     assert "no run for Table 4" in mistake("compare", tmp_path / "pretrained", table=4)
     assert "one cell of Table 4" in mistake("compare", first, second, table=4)

@@ -146,7 +146,7 @@ def test_a_step_of_finetuning_waits_for_nothing(on_meta):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with Waits() as waits:
         for step, batch in enumerate(batches(cfg.patch_size, 4)):
-            loss = finetune.segmentation_loss(model, batch, META, cfg.precision)
+            loss, _ = finetune.segmentation_loss(model, batch, META, cfg.precision)
             training.to_host(step, batch.names, loss)
             loss.backward()
             optimizer.step()

@@ -91,3 +91,24 @@ def test_the_table_of_label_efficiency_says_what_the_results_say():
     results = json.loads(json.dumps(results).replace("base", "x").replace("scratch", "base")
                          .replace("-x", "-scratch"))
     assert report.labels(results).splitlines()[-1].endswith("| not seen |")
+
+
+def test_a_start_whose_networks_are_gone_is_made_again(tmp_path, monkeypatch):
+    """Results are kept with the code, networks are not. A chain of three is followed back."""
+    monkeypatch.setattr(study, "WORK", str(tmp_path / "work"))
+    monkeypatch.setattr(study, "RESULTS", str(tmp_path / "results"))
+    (tmp_path / "results").mkdir()
+    start = study.Run("start", "a", "pretrain.py", {"steps": 1}, 1)
+    tuned = study.Run("tuned", "a", "finetune.py", {"steps": 2}, 1, needs="start")
+    moved = study.Run("moved", "a", "study/moved.py", {"run": "x"}, 1, needs="tuned")
+    for run in (start, tuned):
+        kept = json.dumps({"settings": study.without_folders(run.settings)})
+        (tmp_path / "results" / f"{run.name}.json").write_text(kept)
+    assert study.runs_left([start, tuned]) == []
+    assert study.runs_left([start, tuned, moved]) == [start, tuned, moved]
+
+    # Networks that are there are not made again.
+    folder = tmp_path / "work" / "tuned" / "fold_0"
+    folder.mkdir(parents=True)
+    (folder / "last.pt").touch()
+    assert study.runs_left([start, tuned, moved]) == [moved]

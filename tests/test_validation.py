@@ -10,6 +10,7 @@ from scipy import ndimage
 
 import amaes
 import augment
+import models
 import pretrain
 import training
 import validation
@@ -168,3 +169,22 @@ def test_the_ablation_keeps_the_intensity_augmentations_in_the_target():
     assert torch.equal(clean.target[0], crops[0])
     assert torch.equal(kept.target.masked_fill(kept.mask, 0), kept.image)
     assert not torch.allclose(kept.target, clean.target)
+
+
+@pytest.mark.parametrize("row, features, sees", [("unet_demo", 8, False), ("mednext_m", 8, True),
+                                                 ("swinunetr", 16, True)])
+def test_which_networks_see_how_bright_a_patch_is(row, features, sees):
+    """Instance norm after every convolution takes it away: half as bright, and a U-Net returns the
+    same. So its output cannot follow the brightness of a patch (docs/status.md, r of means). In
+    MedNeXt and SwinUNETR it passes beside the norms."""
+    torch.manual_seed(0)
+    model = models.build_model(row, "pretrain", features=features).eval().double()
+    x = torch.rand(1, 1, 64, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        bright = model(x)
+        dark = model(x / 2)
+    change = ((bright - dark).norm() / (bright - bright.mean()).norm()).item()
+    if sees:
+        assert change > 0.1
+    else:
+        assert change < 0.005

@@ -5,6 +5,8 @@
     python docs/figures.py cases runs/wmh-unet_xl-amaes         # Dice of each case
     python docs/figures.py dice runs/wmh-unet_xl-scratch runs/wmh-unet_xl-amaes   # case by case
     python docs/figures.py scan scan.nii.gz seg.nii.gz [truth.nii.gz]             # three planes
+    python docs/figures.py study_errors study/results           # error over patches; study_labels:
+                                                                # Dice over the labelled scans
     python docs/figures.py ... --out picture.png                # instead of beside the last file
 """
 
@@ -16,7 +18,10 @@ import sys
 import nibabel as nib
 import numpy as np
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "study")]
+import report  # noqa: E402
+
 import metrics  # noqa: E402
 import pictures  # noqa: E402
 from config import UserError  # noqa: E402
@@ -127,8 +132,68 @@ def scan(plt, path, segmentation, truth=None):
     return figure
 
 
+# ------------------------------------------------------------------------------------- the study
+def study_results(folder):
+    """{name: result} of the runs in study/results."""
+    paths = sorted(glob.glob(f"{glob.escape(folder)}/*.json"))
+    if not paths:
+        raise UserError(f"{folder} holds no result: make study writes study/results")
+    return {pictures.name_of(path).removesuffix(".json"): pictures.read_json(path)
+            for path in paths}
+
+
+def study_errors(plt, folder):
+    """Error of hidden voxels over the number of patches, for each pretraining of the study on
+    synthetic heads, with interpolation as a line."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for name, result in study_results(folder).items():
+        if not name.startswith("pretrain-") or "real" in name:
+            continue
+        # Other masks make another problem, with another yardstick.
+        settings = result["settings"]
+        if {"mask_ratio", "token_size"} & set(settings):
+            continue
+        patches = [record["step"] * settings["batch_size"] for record in result["log"]]
+        error = [record["val_masked"] for record in result["log"]]
+        axis.plot(patches, error, "o-", markersize=3, label=name.removeprefix("pretrain-"))
+        fill = result["log"][-1]["val_fill"]
+    axis.axhline(fill, linestyle="--", color="gray", label="Gaussian fill")
+    axis.set_xlabel("patches")
+    axis.set_ylabel("error of hidden voxels")
+    axis.set_yscale("log")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def study_labels(plt, folder):
+    """Dice over the number of labelled scans, from scratch and pretrained: means over six folds,
+    in bands of one standard error of the folds."""
+    results = study_results(folder)
+    presets = ("spatial", "all")
+    figure, axes = plt.subplots(1, len(presets), figsize=(9, 3.6), sharey=True)
+    for axis, preset in zip(axes, presets, strict=True):
+        for start, title in (("scratch", "from scratch"), ("base", "pretrained")):
+            points = []
+            for n in (3, 5, 10, 20):
+                name = f"lesion-{n}-{preset}-{start}"
+                if name in results:
+                    folds = report.fold_means(results[name])
+                    points.append((n, folds.mean(), folds.std(ddof=1) / len(folds) ** 0.5))
+            if points:
+                n, mean, error = np.array(points).T
+                axis.plot(n, mean, "o-", markersize=4, label=title)
+                axis.fill_between(n, mean - error, mean + error, alpha=0.2)
+        axis.set_xscale("log")
+        axis.set_xticks((3, 5, 10, 20), (3, 5, 10, 20))
+        axis.set_xlabel("labelled scans")
+        axis.set_title(f"{preset} augmentation", fontsize=9)
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("Dice of lesions, %")
+    return figure
+
+
 KINDS = {"preview": preview, "losses": pictures.losses, "cases": pictures.cases, "dice": dice,
-         "scan": scan}
+         "scan": scan, "study_errors": study_errors, "study_labels": study_labels}
 
 
 def main():

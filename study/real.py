@@ -109,18 +109,20 @@ def write_tasks():
 # ---------------------------------------------------------------------------------------- the runs
 def all_runs(size):
     """Two pretrainings, with skips and without, then both tasks from scratch and from the first."""
-    runs = [study.pretraining("real", "", size, minutes=22, steps=2 * size["steps"], data=PREPARED,
-                              preview=size["steps"]),
-            study.pretraining("real-noskips", "", size, minutes=72, steps=2 * size["steps"],
-                              data=PREPARED, features=2 * size["features"], skips="false")]
+    long = size["steps"] * 5 // 2
+    runs = [study.pretraining("real", "", size, minutes=25, steps=long, data=PREPARED,
+                              val_every=long // 10, preview=long)]
     for n in (5, 10, 3):
-        for task in ("tumour", "regions"):
-            for preset in ("spatial", "all"):
+        for preset in ("spatial", "all"):
+            for task in ("tumour", "regions"):
                 for start in ("scratch", "real"):
-                    run = study.finetuning(start, task, n, preset, "", size, minutes=25)
+                    run = study.finetuning(start, task, n, preset, "", size, minutes=16)
                     settings = {"task": os.path.join(study.WORK, f"{task}.yaml"), "data": PREPARED,
-                                "patch_size": size["patch"], "batch_size": 2}
+                                "patch_size": size["patch"], "precision": "bf16"}
                     runs.append(run._replace(settings=run.settings | settings))
+    runs.append(study.pretraining("real-noskips", "", size, minutes=60, steps=long // 2,
+                                  data=PREPARED, val_every=long // 20,
+                                  features=2 * size["features"], skips="false"))
     return runs
 
 

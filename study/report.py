@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+from typing import NamedTuple
 
 import numpy as np
 
@@ -73,76 +74,123 @@ def table(header, rows):
 
 
 # ------------------------------------------------------------------------------------------ claims
+class Comparison(NamedTuple):
+    """A claim about Dice of lesions: one run scores more than another."""
+    claim: str  # its letter
+    text: str
+    after: str
+    before: str
+
+
+def with_start(name, n=5, preset="spatial"):
+    """The finetuning that starts from a pretraining, or from scratch."""
+    return f"lesion-{n}-{preset}-{name}"
+
+
+# Pretrainings that vary one thing are half as long as the longest, and compared with `half`.
+COMPARISONS = [
+    *(Comparison("b", f"pretraining helps with {n} labelled scans, {preset} augmentation",
+                 with_start("base", n, preset), with_start("scratch", n, preset))
+      for preset in ("spatial", "all") for n in LABELS),
+    *(Comparison("b", f"pretraining helps with 5 labelled scans: {task}",
+                 f"{task}-5-spatial-base", f"{task}-5-spatial-scratch")
+      for task in ("white", "ventricles")),
+    *(Comparison("c", f"the longest pretraining is better than 1/{part} of it",
+                 with_start("base"), with_start(name))
+      for part, name in ((8, "length8"), (4, "length4"), (2, "half"))),
+    Comparison("d", "the light decoder is better than the standard one", with_start("half"),
+               with_start("standard")),
+    Comparison("e", "pretraining without skips is better", with_start("noskips"),
+               with_start("half")),
+    Comparison("f", "all augmentations in pretraining are better than none", with_start("half"),
+               with_start("augment-none")),
+    Comparison("f", "all augmentations are better than the spatial ones", with_start("half"),
+               with_start("augment-spatial")),
+    Comparison("f", "the clean target is better than the augmented one", with_start("half"),
+               with_start("augmented-target")),
+    Comparison("g", "pretraining helps on another grid and contrast",
+               f"moved-{with_start('base')}", f"moved-{with_start('scratch')}"),
+    *(Comparison("h", f"60 % in tokens of 4 are better than {words}", with_start("half"),
+                 with_start(name))
+      for words, name in (("30 %", "mask30"), ("80 %", "mask80"), ("tokens of 2", "token2"),
+                          ("tokens of 8", "token8"))),
+    Comparison("i", "a third of the rate of pretraining is better", with_start("half"),
+               with_start("rate3")),
+]
+
+
 def errors(results):
     """a: errors of hidden voxels of all pretrainings."""
     rows = []
     for name in sorted(results):
         if name.startswith("pretrain-"):
             end, early = last(results[name]), results[name]["log"][0]
-            below = "below" if end["val_masked"] < end["val_fill"] else "above"
+            below = SEEN if end["val_masked"] < end["val_fill"] else NOT_SEEN
             rows.append([name.removeprefix("pretrain-"), end["step"], f"{early['val_masked']:.4f}",
                          f"{end['val_masked']:.4f}", f"{end['val_fill']:.4f}", below,
                          f"{end['val_masked_head']:.4f}", f"{end['val_fill_head']:.4f}",
-                         f"{end['val_mean_r']:.2f}"])
-    return table(["pretraining", "steps", "error after 1/8", "at the end", "fill", "fill?",
-                  "head", "fill, head", "r of means"], rows)
+                         f"{end['val_mean_r']:.2f}", f"{end['seconds']:.2f}"])
+    return table(["pretraining", "steps", "error after 1/8", "at the end", "fill", "below the fill",
+                  "head", "fill, head", "r of means", "s a step"], rows)
 
 
-def labels(results):
-    """b: Dice over the number of labelled scans."""
+def claims(results):
+    """b to i: what each says, with its verdict and the command that runs it."""
     rows = []
-    for task in ("lesion", "white", "ventricles"):
-        for preset in ("spatial", "all"):
-            for n in LABELS:
-                names = [f"{task}-{n}-{preset}-{start}" for start in ("scratch", "base")]
-                found = gain(results, names[1], names[0])
-                if found:
-                    means = [f"{fold_means(results[name]).mean():.2f}" for name in names]
-                    rows.append([task, n, preset, *means, *cells(found)])
-    if not rows:
-        return "Not run yet."
-    return table(["task", "labelled", "augmentation", "scratch", "pretrained", "gain",
-                  "95 % interval", "could find", "pretraining helps"], rows)
+    for claim, text, after, before in COMPARISONS:
+        found = gain(results, after, before)
+        means = [f"{fold_means(results[name]).mean():.2f}" if name in results else "-"
+                 for name in (before, after)]
+        found = cells(found) if found else ["-", "-", "-", "not run yet"]
+        rows.append([claim, text, *means, *found, f"`python study/study.py --only {claim}`"])
+    return table(["", "claim", "without, Dice %", "with, Dice %", "gain", "95 % interval",
+                  "could find", "verdict", "command"], rows)
 
 
-def variants(results):
-    """c to h: Dice with 5 labelled scans after other pretrainings."""
-    rows = []
-    base = "lesion-5-spatial-base"
-    for name in sorted(results):
-        if not name.startswith("lesion-5-spatial-") or name == base:
+def worth(results):
+    """b: how many labelled scans from scratch score what a pretrained start has with n of them."""
+    lines = []
+    for preset in ("spatial", "all"):
+        curves = []
+        for start in ("scratch", "base"):
+            names = [with_start(start, n, preset) for n in LABELS]
+            if not set(names) <= set(results):
+                break
+            curves.append([fold_means(results[name]).mean() for name in names])
+        if len(curves) < 2:
             continue
-        found = gain(results, base, name)
-        if found:
-            rows.append([name.removeprefix("lesion-5-spatial-"),
-                         f"{fold_means(results[name]).mean():.2f}",
-                         f"{fold_means(results[base]).mean():.2f}", *cells(found)[:3]])
-    if not rows:
-        return "Not run yet."
-    moved = gain(results, f"moved-{base}", "moved-lesion-5-spatial-scratch")
-    text = table(["pretraining", "its Dice", "that of base", "base over it", "95 % interval",
-                  "could find"], rows)
-    if moved:
-        text += "\n\nOut of domain (g): " + ", ".join(cells(moved))
-    return text
+        scratch, pretrained = curves
+        for n, score in zip(LABELS, pretrained, strict=True):
+            lines.append(f"* {preset} augmentation: pretrained with {n} as from scratch with "
+                         f"{labels_for(score, scratch)}.")
+    return "\n".join(lines) or "Not all runs of b are done yet."
+
+
+def labels_for(score, scratch):
+    """The number of labelled scans at which the curve of scratch has the score, in words."""
+    # Between two points the curve is a line over the logarithm of the number.
+    highest = np.maximum.accumulate(scratch)
+    if score <= highest[0]:
+        return f"{LABELS[0]} or fewer"
+    if score > highest[-1]:
+        return f"more than {LABELS[-1]}"
+    return f"{math.exp(np.interp(score, highest, np.log(LABELS))):.1f}"
 
 
 def main():
     results = read_results()
-    hours = sum(entry["log"][-1]["step"] * entry["log"][-1]["seconds"] for entry in
-                results.values() if "log" in entry) / 3600
+    hours = sum(entry.get("seconds", 0) for entry in results.values()) / 3600
     planned = study.all_runs(study.SIZES["cpu"])
-    done = sum(run.name in results for run in planned)
-    known = f"{done} of its {len(planned)} runs are done"
+    done = sum(study.is_done(run) for run in planned)
     parts = [
-        "# The paper in miniature", __doc__.split("\n\n")[2].replace("\n", " "),
-        f"Made by `make study`; {known}. Pretraining took {hours:.1f} hours of a core.",
+        "# The paper in miniature", __doc__.split("\n\n")[2].replace("\n", " ").strip(),
+        f"Made by `make study`; {done} of its {len(planned)} runs are done, in {hours:.1f} hours "
+        "of a core on a busy machine of two.",
         "## a. Errors of hidden voxels, beside the best Gaussian fill", errors(results),
         "Rows named `real` are of real heads (study/real.py), the others of synthetic ones.",
-        "## b. Label efficiency: Dice %", labels(results),
-        "## c to h. Other pretrainings, 5 labelled scans, spatial augmentation", variants(results)]
+        "## b to i. Dice of lesions in synthetic heads", claims(results),
+        "## b. What a pretrained start is worth", worth(results)]
     text = "\n\n".join(parts) + "\n"
-    assert not math.isnan(hours)
     checkpoint.write_text(os.path.join(HERE, "RESULTS.md"), text)
     print(text)
 

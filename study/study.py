@@ -32,8 +32,8 @@ DATA = os.path.join(HERE, "data")
 
 # What the size changes: width, steps, and how many minutes of one core a run takes.
 SIZES = {
-    "cpu": {"features": 16, "patch": 48, "batch": 2, "lr": 1e-2, "steps": 1200, "tuning": 100},
-    "gpu": {"features": 32, "patch": 48, "batch": 8, "lr": 3e-3, "steps": 6000, "tuning": 400},
+    "cpu": {"features": 16, "patch": 48, "batch": 2, "lr": 3e-3, "steps": 2400, "tuning": 200},
+    "gpu": {"features": 32, "patch": 48, "batch": 8, "lr": 1e-3, "steps": 6000, "tuning": 400},
 }
 LABELS = (3, 5, 10, 20)  # labelled scans to train on
 FOLDS = 6
@@ -48,22 +48,23 @@ class Run(NamedTuple):
     needs: str = ""  # the run that must be done before
 
 
-def pretraining(name, claims, size, minutes=11.0, **changes):
+def pretraining(name, claims, size, minutes=4.5, part=2, **changes):
+    """part: how many times shorter it is than the longest."""
+    steps = size["steps"] // part
     settings = {
         "data": os.path.join(DATA, "native"), "model": "unet_demo", "features": size["features"],
         "skips": "true", "patch_size": size["patch"], "batch_size": size["batch"],
-        "steps": size["steps"], "warmup_epochs": 0.25, "lr": size["lr"], "val_fraction": 0.1,
-        "val_every": size["steps"] // 8, "log_every": size["steps"] // 40, "save_every": 100,
-        "precision": "fp32", "workers": 1}
+        "steps": steps, "warmup_epochs": 0.25, "lr": size["lr"], "val_fraction": 0.1,
+        "val_every": steps // 8, "log_every": steps // 40, "save_every": 100, "workers": 1}
     return Run(f"pretrain-{name}", claims, "pretrain.py", settings | changes, minutes)
 
 
-def finetuning(start, task, n_train, preset, claims, size, minutes=9.0):
+def finetuning(start, task, n_train, preset, claims, size, minutes=5.0):
     """Six folds. start: the name of a pretraining, or scratch."""
     settings = {
         "task": os.path.join(HERE, f"{task}.yaml"), "data": os.path.join(DATA, "native"),
         "n_train": n_train, "augment": preset, "steps": size["tuning"], "patch_size": 32,
-        "batch_size": 4, "lr": 2e-3, "overlap": 0, "precision": "fp32", "workers": 1,
+        "batch_size": 2, "lr": 2e-3, "overlap": 0, "precision": "fp32", "workers": 1,
         "scorers": 1, "save_every": 50}
     needs = ""
     if start == "scratch":
@@ -77,57 +78,60 @@ def finetuning(start, task, n_train, preset, claims, size, minutes=9.0):
 
 def all_runs(size):
     """The runs of all claims, those that say most first."""
-    steps = size["steps"]
-    runs = [pretraining("base", "abcdefgh", size)]
+    runs = [pretraining("base", "abcg", size, minutes=9, part=1)]
 
-    # b: label efficiency, with the augmentation of the paper's finetuning, then with all.
-    for preset in ("spatial", "all"):
-        for n in LABELS:
-            for start in ("scratch", "base"):
-                runs.append(finetuning(start, "lesion", n, preset, "bg", size))
+    # b: label efficiency, with the augmentation of the paper's finetuning.
+    for n in (5, 20, 3, 10):
+        for start in ("scratch", "base"):
+            runs.append(finetuning(start, "lesion", n, "spatial", "bcg", size))
 
-    # a: the error over patches; widths, skips and decoders. d, e, f, h: what pretraining varies.
-    variants = [pretraining("noskips", "ae", size, skips="false"),
-                pretraining("standard", "ad", size, minutes=13, decoder="standard"),
-                pretraining("width8", "a", size, minutes=5, features=8),
-                pretraining("width8-noskips", "a", size, minutes=5, features=8, skips="false"),
+    # What pretraining varies, in half of its length. c: the length. d, e, f, h: decoder, skips,
+    # augmentation, mask. i: the rate.
+    variants = [pretraining("half", "acdefhi", size),
+                pretraining("noskips", "ae", size, skips="false"),
+                pretraining("rate3", "i", size, lr=3 * size["lr"]),
                 pretraining("augment-none", "f", size, augment="none"),
-                pretraining("augment-spatial", "f", size, augment="spatial"),
                 pretraining("augmented-target", "f", size, augmented_target="true"),
+                pretraining("standard", "ad", size, minutes=6, decoder="standard"),
+                pretraining("length8", "c", size, minutes=1.5, part=8),
+                pretraining("augment-spatial", "f", size, augment="spatial"),
                 pretraining("mask30", "h", size, mask_ratio=0.3),
                 pretraining("mask80", "h", size, mask_ratio=0.8),
                 pretraining("token2", "h", size, token_size=2),
-                pretraining("token8", "h", size, token_size=8)]
-    for part in (8, 4, 2):
-        variants.append(pretraining(f"length{part}", "c", size, minutes=11 / part,
-                                    steps=steps // part))
+                pretraining("token8", "h", size, token_size=8),
+                pretraining("length4", "c", size, minutes=2.5, part=4)]
     for run in variants:
-        runs.append(run)
-        if not run.name.startswith("pretrain-width"):
-            start = run.name.removeprefix("pretrain-")
-            runs.append(finetuning(start, "lesion", 5, "spatial", run.claims.strip("a"), size))
+        start = run.name.removeprefix("pretrain-")
+        runs += [run, finetuning(start, "lesion", 5, "spatial", run.claims.strip("a"), size)]
 
-    # b: two tasks of tissues. g: what the networks of b do on other scans.
-    for task in ("white", "ventricles"):
-        for start in ("scratch", "base"):
-            runs.append(finetuning(start, task, 5, "spatial", "b", size))
+    # g: what the networks of b do on other scans. b: two tasks of tissues.
     for start in ("scratch", "base"):
         name = f"lesion-5-spatial-{start}"
         runs.append(Run(f"moved-{name}", "g", "study/moved.py",
                         {"run": os.path.join(WORK, name), "data": os.path.join(DATA, "moved")},
-                        4, name))
+                        2, name))
+    for task in ("white", "ventricles"):
+        for start in ("scratch", "base"):
+            runs.append(finetuning(start, task, 5, "spatial", "b", size))
 
-    # a: the widest network takes as long as all others together.
-    runs += [pretraining("width32", "a", size, minutes=36, features=32),
-             pretraining("width32-noskips", "a", size, minutes=36, features=32, skips="false")]
+    # b: label efficiency with all augmentations.
+    for n in (5, 20, 3, 10):
+        for start in ("scratch", "base"):
+            runs.append(finetuning(start, "lesion", n, "all", "b", size))
+
+    # a: other widths. The widest takes as long as many others together.
+    for skips in ("true", "false"):
+        name = "" if skips == "true" else "-noskips"
+        runs += [pretraining(f"width8{name}", "a", size, minutes=2.5, features=8, skips=skips),
+                 pretraining(f"width32{name}", "a", size, minutes=15, features=32, skips=skips)]
     return runs
 
 
 # ------------------------------------------------------------------------------------ running them
-def result_of(run):
-    """What a finished run found, small enough to be kept."""
+def result_of(run, seconds):
+    """What a finished run found, small enough to be kept. seconds: that its last start took."""
     out = os.path.join(WORK, run.name)
-    found = {"script": run.script, "settings": without_folders(run.settings)}
+    found = {"script": run.script, "settings": without_folders(run.settings), "seconds": seconds}
     if run.script == "pretrain.py":
         with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
@@ -200,15 +204,15 @@ def work_off(runs, jobs, device):
     try:
         while left or running:
             # Whatever has its start can begin.
-            waiting = {run.name for run in left} | {run.name for run, _ in running.values()}
+            waiting = {run.name for run in left} | set(running)
             for run in [run for run in left if run.needs not in waiting]:
                 if len(running) < jobs:
-                    running[run.name] = run, start(run, threads, device)
+                    running[run.name] = run, start(run, threads, device), time.time()
                     left.remove(run)
                     print(f"begins: {run.name}", flush=True)
 
             time.sleep(1)
-            for name, (run, process) in list(running.items()):
+            for name, (run, process, started) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[name]
@@ -217,12 +221,12 @@ def work_off(runs, jobs, device):
                                      f"{os.path.join(WORK, name, 'output.txt')}")
                 os.makedirs(RESULTS, exist_ok=True)
                 with open(os.path.join(RESULTS, f"{name}.json"), "w", encoding="utf-8") as file:
-                    json.dump(result_of(run), file)
+                    json.dump(result_of(run, round(time.time() - started)), file)
                 minutes = sum(other.minutes for other in left) / jobs
                 print(f"done: {name}, {(time.time() - began) / 3600:.2f} hours so far, about "
                       f"{minutes / 60:.1f} left", flush=True)
     finally:
-        for _, process in running.values():
+        for _, process, _ in running.values():
             process.terminate()
             process.wait()
 

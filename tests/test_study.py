@@ -27,11 +27,11 @@ def test_every_run_is_a_command_that_is_understood(size):
     assert len(names) == len(set(names)) > 40
     for run in planned:
         assert run.needs == "" or run.needs in names[:names.index(run.name)], "in order"
-        assert set(run.claims) <= set("abcdefgh") and (run.claims or run.script == "finetune.py")
+        assert set(run.claims) <= set("abcdefghi") and (run.claims or run.script == "finetune.py")
         module = importlib.import_module(run.script.removesuffix(".py").replace("study/", ""))
         if hasattr(module, "Config"):
             config.parse_config(module.Config, words_of(run.settings))
-    assert set("".join(run.claims for run in planned)) == set("abcdefgh")
+    assert set("".join(run.claims for run in planned)) == set("abcdefghi")
 
 
 def test_dry_lists_what_is_left():
@@ -74,23 +74,53 @@ def test_no_threshold_solves_the_lesions():
     assert 0.3 < (cortex < white).mean() < 0.7, "white matter is the brighter one in half of them"
 
 
-def test_the_table_of_label_efficiency_says_what_the_results_say():
+def made_up(level, rng, folds=6):
+    """A result of a finetuning: Dice of twenty cases around a level, in each fold."""
+    return {"dice": {str(fold): {f"case{i}": {"lesion": level + rng.normal(0, 0.01)}
+                                 for i in range(20)} for fold in range(folds)}}
+
+
+def test_the_table_of_claims_says_what_the_results_say():
     rng = np.random.default_rng(1)
-    results = {}
-    for start, level in (("scratch", 0.5), ("base", 0.6)):
-        results[f"lesion-5-spatial-{start}"] = {"dice": {
-            str(fold): {f"case{i}": {"lesion": level + rng.normal(0, 0.01)} for i in range(20)}
-            for fold in range(6)}}
+    results = {f"lesion-5-spatial-{start}": made_up(level, rng)
+               for start, level in (("scratch", 0.5), ("base", 0.6))}
     results["lesion-5-spatial-base"]["dice"]["0"]["case3"]["lesion"] = None
-    row = report.labels(results).splitlines()[-1].split(" | ")
-    assert row[0] == "| lesion" and row[1:3] == ["5", "spatial"]
-    assert float(row[3]) == pytest.approx(50, abs=0.5) and float(row[5]) == pytest.approx(10, abs=1)
-    assert row[-1] == "seen |"
+
+    def rows():
+        cells = [line.strip("| ").split(" | ") for line in report.claims(results).splitlines()]
+        return [row for row in cells if "helps with 5 labelled scans, spatial" in row[1]]
+
+    row, = rows()
+    assert float(row[2]) == pytest.approx(50, abs=0.5) and float(row[4]) == pytest.approx(10, abs=1)
+    assert row[7] == "seen" and row[8] == "`python study/study.py --only b`"
+    assert report.claims(results).count("not run yet") == len(report.COMPARISONS) - 1
 
     # Turned around, it is not seen.
-    results = json.loads(json.dumps(results).replace("base", "x").replace("scratch", "base")
-                         .replace("-x", "-scratch"))
-    assert report.labels(results).splitlines()[-1].endswith("| not seen |")
+    scratch, base = results.values()
+    results = {"lesion-5-spatial-scratch": base, "lesion-5-spatial-base": scratch}
+    assert rows()[0][7] == "not seen"
+
+
+def test_every_comparison_is_of_planned_runs():
+    names = {run.name: run for run in study.all_runs(study.SIZES["cpu"])}
+    for claim, text, after, before in report.COMPARISONS:
+        assert {claim} <= set(names[after].claims) & set(names[before].claims), text
+
+
+def test_what_a_start_is_worth_is_read_off_the_curve_of_scratch():
+    scratch = [20, 30, 40, 50]
+    assert report.labels_for(30, scratch) == "5.0"
+    assert report.labels_for(35, scratch) == f"{50 ** 0.5:.1f}", "half way on a logarithmic axis"
+    assert report.labels_for(10, scratch) == "3 or fewer"
+    assert report.labels_for(51, scratch) == "more than 20"
+    rng = np.random.default_rng(0)
+    results = {}
+    for n, level in zip(report.LABELS, scratch, strict=True):
+        for start, more in (("scratch", 0), ("base", 10)):
+            results[f"lesion-{n}-spatial-{start}"] = made_up((level + more) / 100, rng)
+    assert "spatial augmentation: pretrained with 20 as from scratch with more than 20" in (
+        report.worth(results))
+    assert "all augmentation" not in report.worth(results)
 
 
 def test_a_start_whose_networks_are_gone_is_made_again(tmp_path, monkeypatch):

@@ -86,15 +86,19 @@ class HeldOut:
             output, views = self.objective.reconstruct(run.model, batch)
             run.model.train()
 
-            # One file for each volume, with voxels of 1 mm.
-            fill = gaussian_fill(views.image, views.mask, 2)
-            shown = {"input": views.image, "reconstruction": output, "target": views.target,
-                     "fill": fill}
-            for name, volumes in shown.items():
-                for number, volume in enumerate(volumes.float().cpu().numpy()):
-                    path = f"{run.folder}/preview/step{run.step:07}_{number}_{name}.nii.gz"
-                    with checkpoint.atomic(path) as temporary:
-                        nib.Nifti1Image(volume[0], np.eye(4)).to_filename(temporary)
+            write_views(run.folder, run.step, output, views)
+
+
+def write_views(folder, step, output, views):
+    """What a network made of views, and the fill, as NIfTI files in folder/preview."""
+    # One file for each volume, with voxels of 1 mm.
+    fill = gaussian_fill(views.image, views.mask, 2)
+    shown = {"input": views.image, "reconstruction": output, "target": views.target, "fill": fill}
+    for name, volumes in shown.items():
+        for number, volume in enumerate(volumes.float().cpu().numpy()):
+            path = f"{folder}/preview/step{step:07}_{number}_{name}.nii.gz"
+            with checkpoint.atomic(path) as temporary:
+                nib.Nifti1Image(volume[0], np.eye(4)).to_filename(temporary)
 
 
 def verdict(look):

@@ -19,13 +19,19 @@ import os
 import subprocess
 import sys
 
+import torch
 import yaml
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path[:0] = [ROOT, HERE]
+import amaes  # noqa: E402
 import checkpoint  # noqa: E402
+import data  # noqa: E402
+import models  # noqa: E402
 import study  # noqa: E402
+import tasks  # noqa: E402
+import validation  # noqa: E402
 
 SPLIT = os.path.join(HERE, "real_split.json")
 PREPARED = os.path.join(HERE, "data", "real")
@@ -126,6 +132,27 @@ def all_runs(size):
     return runs
 
 
+# ------------------------------------------------------------------------------------- the pictures
+def picture(name):
+    """Patches of three tested people of OASIS, whose licence allows pictures, as a preview of a
+    pretraining: study/work/<name>-people/preview, for docs/figures.py preview."""
+    saved = checkpoint.load_checkpoint(os.path.join(study.WORK, name, "last.pt"))
+    settings = saved["config"]
+    model = models.build_model(saved["row"], "pretrain", features=settings["features"],
+                               skips=settings["skips"], decoder=settings["decoder"])
+    model.load_state_dict(saved["model"])
+    model.eval()
+
+    cases = [case for case in tasks.labelled_cases(PREPARED, "oasis", ("T1",))
+             if case.volumes[0].split == "test"]
+    crops = data.Crops(cases[:3], settings["patch_size"], 0, "all")
+    batch = validation.read(crops, range(3))
+    views = amaes.make_views(batch.crops, batch.draws, batch.mask_seeds)
+    with torch.no_grad():
+        output = model(views.image)
+    validation.write_views(os.path.join(study.WORK, f"{name}-people"), saved["step"], output, views)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--oasis", required=True)
@@ -144,6 +171,9 @@ def main():
     runs = [run for run in all_runs(study.SIZES[options.size])
             if run.name.startswith(options.only)]
     study.work_off(runs, options.jobs, options.device)
+    for name in ("pretrain-real", "pretrain-real-noskips"):
+        if os.path.exists(os.path.join(study.WORK, name, "last.pt")):
+            picture(name)
 
 
 if __name__ == "__main__":

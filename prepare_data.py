@@ -29,6 +29,7 @@ from tqdm import tqdm
 import checkpoint
 import config
 import data
+import manifest
 import preprocess
 import records
 import scans
@@ -53,8 +54,9 @@ class Config:
 def stem_of(name, scan):
     """Name of a prepared volume without folder and ending: of its scan's identity and a hash.
 
-    The hash of the path tells apart what shares the rest."""
-    identity = (scan.subject, scan.session, scan.sequence)
+    The hash of the path tells apart what shares the rest. A sequence is called as in the manifest,
+    so that what was prepared under another word is found again."""
+    identity = (scan.subject, scan.session, scan.word or scan.sequence)
     parts = [re.sub(r"[^A-Za-z0-9.-]+", "-", part) for part in identity]
     digest = hashlib.sha256(scan.path.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{name}/{'_'.join([*parts, digest[:8]])}"
@@ -352,7 +354,7 @@ def main(cfg):
     root = os.path.dirname(cfg.input) if cfg.source == "manifest" else cfg.input
     name = input_name(cfg.name, cfg.source, root)
     if cfg.source == "manifest":
-        sessions, skipped, findings = sources.read_manifest(cfg.input)
+        sessions, skipped, findings = manifest.read_manifest(cfg.input)
     else:
         sessions, skipped, findings = sources.find_scans(cfg.source, root, cfg.dry_run)
 

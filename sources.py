@@ -1,4 +1,4 @@
-r"""From a folder or a table to its scans and label maps: nine datasets, BIDS, nnU-Net, manifest.
+r"""From a folder to its scans and label maps: nine datasets, BIDS, nnU-Net, a layout of your own.
 
 Where a source keeps its files is written in configs/sources/, one layout a file. A layout of your
 own is used by its path, as --source my_layout.yaml, and the index then calls the source my_layout:
@@ -9,11 +9,9 @@ own is used by its path, as --source my_layout.yaml, and the index then calls th
     suffixes: {t1_post: T1ce}
 """
 
-import csv
 import dataclasses
 import difflib
 import functools
-import io
 import json
 import os
 import re
@@ -76,10 +74,10 @@ class Scan(NamedTuple):
     channel: int | None = None  # of a 4-D file
     fault: str = ""  # why it cannot be prepared, known before it is opened
     elsewhere: str = ""  # path of its session's label map, which is on another grid
+    word: str = ""  # what a manifest calls the sequence, if that is not its usual name
 
 
 HIDDEN = (".", "_", "0AS_data_files")  # how folders and files begin that no source means
-NO_VALUE = ("", "na", "n/a", "nan", "none", "null")  # cells of a manifest, in lower case
 
 
 def say(text):
@@ -117,6 +115,15 @@ def read_layout(source):
     own = {str(suffix).lower(): str(name) for suffix, name in layout.suffixes.items()}
     return dataclasses.replace(layout, suffixes=common["suffixes"] | own,
                                series=layout.series + common["series"])
+
+
+@functools.cache
+def usual_names():
+    """{word in small letters: its sequence}, by configs/series.yaml: the words that are a sequence
+    by themselves, and the names of all sequences."""
+    common = config.read_yaml(Layout, f"{CONFIGS}/series.yaml")
+    named = [row["sequence"] for row in common["series"] if "sequence" in row]
+    return {name.lower(): name for name in named} | common["suffixes"]
 
 
 def check_layout(layout, path):
@@ -295,95 +302,6 @@ def sort_files(source, folder, dry_run):
             scan = Scan(path, *key, readable(sequence), "", split, channel)
             sessions.setdefault(key, []).append(scan)
     return sessions, labels, skipped, like_labels
-
-
-def read_manifest(path):
-    """csv with the columns path, subject, session, sequence[,label][,split] -> like find_scans. Its
-    delimiter is one of , ; tab and |. Capitals and blanks are forgiven."""
-    table = read_table(path)
-    header = [column.lower() for column in table[0]]
-    sessions, skipped, seen = {}, Counter(), {}
-    for number, cells in enumerate(table[1:], start=2):
-        where = f"{path}, row {number}"
-        if all(cell.lower() in NO_VALUE for cell in cells):
-            continue
-        if any(cells[len(header):]):
-            raise UserError(f"{where}: {len(cells)} cells, but {len(header)} columns: a name with "
-                            "the delimiter in it needs quotes")
-
-        # A short row, and a column that is not there, are empty.
-        row = dict.fromkeys(("label", "split", *header), "")
-        row |= dict(zip(header, cells, strict=False))
-        scan = scan_of_row(row, where, os.path.dirname(path))
-
-        # A scan may be listed twice, if both rows say the same.
-        first = seen.setdefault((scan.path, scan.subject, scan.session, scan.sequence), scan)
-        if first != scan:
-            raise UserError(f"{where}: {row['path']} is listed twice, with different labels or "
-                            "splits")
-        if first is not scan:
-            skipped["listed twice"] += 1
-        else:
-            sessions.setdefault((scan.subject, scan.session), []).append(scan)
-
-    if not sessions:
-        raise UserError(f"{path} lists no scan")
-    return [sessions[key] for key in sorted(sessions)], skipped, {}
-
-
-def scan_of_row(row, where, root):
-    """{column: cell} -> Scan."""
-    for column in ("path", "subject"):
-        if not row[column]:
-            raise UserError(f"{where}: no {column}")
-
-    # In a table that is no UTF-8, a path is the bytes of a file's name, or else the letters that
-    # they stand for in Latin-1.
-    paths = []
-    for cell in (row["path"], row["label"]):
-        cell = "" if cell.lower() in NO_VALUE else cell
-        if cell != readable(cell) and not os.path.exists(os.path.join(root, cell)):
-            cell = readable(cell)
-        paths.append(cell)
-
-    split = row["split"].lower()
-    if split in NO_VALUE:
-        split = "train" if paths[1] else "pretrain"
-    if split not in ("pretrain", "train", "test"):
-        raise UserError(f"{where}: split {split!r} of {row['path']}: choose pretrain, train or "
-                        "test")
-    who = [readable(row[column]) for column in ("subject", "session", "sequence")]
-    return Scan(paths[0], *who, paths[1], split)
-
-
-def read_table(path):
-    """The rows of a manifest, cells stripped; the first has the columns. Raises UserError."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-
-        # A spreadsheet may write UTF-16, and begin with "sep=;". What is no UTF-8 comes back in
-        # surrogates, as the names of files do.
-        encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        text = content.decode(encoding, "surrogateescape")
-        text = re.sub(r"\A\s*(sep=.\s*\n)?\s*", "", text)
-
-        tables = []
-        for delimiter in ",;\t|":
-            lines = io.StringIO(text, newline="")
-            rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
-            tables.append([[cell.strip() for cell in cells] for cells in rows])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read the manifest {path}: {config.reason(error)}") from None
-
-    # The delimiter is the one that finds the columns.
-    needed = {"path", "subject", "session", "sequence"}
-    for table in tables:
-        if table and needed <= {column.lower() for column in table[0]}:
-            return table
-    columns = max((table[0] for table in tables if table), key=len, default=[])
-    raise UserError(f"{path}: a manifest needs the columns path,subject,session,sequence[,label]"
-                    f"[,split]; this one has {', '.join(map(readable, columns)) or 'none'}")
 
 
 def read_dataset(root):

@@ -20,7 +20,7 @@ def read_manifest(path):
     delimiter is one of , ; tab and |. Capitals and blanks are forgiven."""
     table = read_table(path)
     header = [column.lower() for column in table[0]]
-    sessions, skipped, seen = {}, Counter(), {}
+    sessions, skipped, seen = {}, {}, {}
     for number, cells in enumerate(table[1:], start=2):
         where = f"{path}, row {number}"
         if all(cell.lower() in NO_VALUE for cell in cells):
@@ -40,7 +40,7 @@ def read_manifest(path):
             raise UserError(f"{where}: {row['path']} is listed twice, with different labels or "
                             "splits")
         if first is not scan:
-            skipped["listed twice"] += 1
+            skipped.setdefault("listed twice", []).append(scan.path)
         else:
             sessions.setdefault((scan.subject, scan.session), []).append(scan)
 

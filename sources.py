@@ -15,12 +15,12 @@ import functools
 import json
 import os
 import re
-from collections import Counter
 from typing import NamedTuple
 
 import config
 import data
 import names
+import scans
 from config import UserError
 from names import ENDING, Series, classify, readable
 
@@ -47,6 +47,7 @@ class Layout:
     volumes: tuple[str, ...] = ()  # the sequences in a 4-D file
     hold_out: str = ""  # split of a random quarter of the labelled subjects: test or pretrain
     no_negatives: bool = False  # the official code takes no volume with negative values from here
+    skip_few_values: bool = False  # a label map is told by its values, too: see scans.is_label_map
 
 
 GROUPS = ("subject", "session", "site", "suffix", "text", "channel", "test")
@@ -211,7 +212,13 @@ def series_of(layout, groups, stem):
         return Series(skip=classify(suffix, layout.series).skip or f"suffix {suffix}")
     if suffix:
         text = f"{text}_{os.path.basename(stem)}"
-    return classify(text, layout.series)
+    series = classify(text, layout.series)
+
+    # Of a text with folders in it, the file's own name says most.
+    own = classify(os.path.basename(text), layout.series)
+    if series.sequence and own.sequence not in ("", "other"):
+        return own
+    return series
 
 
 def find_nifti_files(folder):
@@ -235,7 +242,7 @@ def find_nifti_files(folder):
 
 
 def find_scans(source, folder, dry_run=False):
-    """Walk a folder -> (a list of the Scans of each session, {reason: number of files skipped},
+    """Walk a folder -> (a list of the Scans of each session, {reason: paths that are skipped},
     findings)."""
     layout = read_layout(source)
     sessions, labels, skipped, like_labels = sort_files(source, folder, dry_run)
@@ -255,13 +262,13 @@ def find_scans(source, folder, dry_run=False):
     # Where some have a label, the challenge keeps those of the others: these are for testing, too.
     unlabelled = "test" if held_out and layout.hold_out == "test" else "pretrain"
 
-    for key, scans in sessions.items():
+    for key, session in sessions.items():
         split = "train" if key in labels else unlabelled
         if key[0] in held_out:
             split = layout.hold_out
-        scans = [scan._replace(split=scan.split or split) for scan in scans]
+        session = [scan._replace(split=scan.split or split) for scan in session]
         paths = labels.get(key, [])
-        sessions[key], used = names.pair_labels(scans, paths)
+        sessions[key], used = names.pair_labels(session, paths)
 
         # Label maps that no scan took.
         why = f"{min(used)} is the label map of its session" if used else "it fits no scan"
@@ -278,16 +285,20 @@ def find_scans(source, folder, dry_run=False):
 
 def sort_files(source, folder, dry_run):
     """Walk a folder -> ({(subject, session): Scans}, {(subject, session): paths of label maps},
-    {reason: number of files skipped}, paths of skipped files that sound like label maps)."""
+    {reason: paths that are skipped}, those of them that sound like label maps)."""
     layout = read_layout(source)
     sessions, labels = {}, {}
-    skipped, like_labels = Counter(), []
+    skipped, like_labels = {}, []
     for path in find_nifti_files(folder):
         identity = identify(source, path)
+        if layout.skip_few_values and identity.sequences:
+            is_named = identity.sequences != ("other",)
+            if scans.is_label_map(os.path.join(folder, path), is_named):
+                identity = Identity(skip=f"fewer than {scans.FEW} values")
         key = readable(identity.subject), readable(identity.session)
 
         if reason := identity.skip:
-            skipped[reason] += 1
+            skipped.setdefault(reason, []).append(path)
             if dry_run:
                 say(f"skip {path}: {reason}")
             if reason == "label":
@@ -302,6 +313,41 @@ def sort_files(source, folder, dry_run):
             scan = Scan(path, *key, readable(sequence), "", split, channel)
             sessions.setdefault(key, []).append(scan)
     return sessions, labels, skipped, like_labels
+
+
+def settle_labels(root, session):
+    """Leave a session's label map to the volumes on its grid: DWI and ADC of ISLES22, not FLAIR.
+
+    If it is on no volume's grid, all keep it, and so are rejected by name. Two scans of one
+    sequence cannot share it."""
+    session = list(session)
+    for label in sorted({scan.label for scan in session if scan.label}):
+        sharing = [scan for scan in session if scan.label == label]
+        if len(sharing) < 2:
+            continue
+
+        # Only the headers are read for this.
+        on_grid = [scan for scan in sharing if is_on_grid(root, scan)]
+        for number, scan in enumerate(session):
+            rivals = [other.path for other in on_grid if other.sequence == scan.sequence]
+            if scan in on_grid and len(rivals) > 1:
+                fault = f"{label} is the label map of several {scan.sequence}: {', '.join(rivals)}"
+                session[number] = scan._replace(fault=fault)
+            elif scan in sharing and on_grid and scan not in on_grid:
+                session[number] = scan._replace(label="", elsewhere=label)
+    return session
+
+
+def is_on_grid(root, scan):
+    """Does a scan lie on the grid of its label map? No, if one of the two cannot be read."""
+    path = os.path.join(root, scan.path)
+    try:
+        with scans.naming(path):
+            image = scans.read_header(path, scan.channel)
+            label = scans.read_header(os.path.join(root, scan.label))
+            return scans.same_grid(label.shape, label.affine, image.shape, image.affine)
+    except scans.Rejected:
+        return False
 
 
 def read_dataset(root):

@@ -163,6 +163,7 @@ def describe(volumes):
         f"{count(sequences)}; split: {count(splits)}")
 
     # Three of them, from all over the input.
+    volumes = sorted(volumes, key=lambda scan: scan.path)
     for scan in volumes[::math.ceil(len(volumes) / 3)]:
         say(f"  such as {records.plan_line(scan)}")
 
@@ -183,14 +184,15 @@ def count(pairs):
 
 
 def describe_labels(looks):
-    """Say which values the label maps have, and how many are empty."""
+    """Say which value how many label maps have, and how many are empty."""
     values = {look.scan.label: look.values for look in looks if look.scan.label}
     if not values:
         return
     maps = Counter(value for known in values.values() for value in known)
     empty = sum(known == (0,) for known in values.values())
     end = f"; {empty} of them are empty" if empty else ""
-    say(f"  {len(values)} label maps; how many have a value: {count(sorted(maps.items()))}{end}")
+    counts = ", ".join(f"{value} in {number}" for value, number in sorted(maps.items()))
+    say(f"  {len(values)} label maps; values: {counts}{end}")
 
 
 def kinds_of(rejected):

@@ -194,7 +194,7 @@ def test_the_table_has_the_most_frequent_reasons_first_and_says_what_to_do(tmp_p
     ]
     assert all(row[4] for row in cells[2:]) and cells[2][3] == "sub-0/dwi/sub-0_dwi.nii.gz"
     assert "4 scans of 4 subjects in 4 sessions: FLAIR 4; split: train 3, pretrain 1" in printed
-    assert "3 label maps; how many have a value: 0 3, 1 2; 1 of them are empty" in printed
+    assert "3 label maps; values: 0 in 3, 1 in 2; 1 of them are empty" in printed
     assert "such as sub-0/anat/sub-0_FLAIR.nii.gz: sub-0, 1, FLAIR, train, label sub-0" in printed
     assert "The voxels of the scans were not looked at" in printed
 

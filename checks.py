@@ -275,7 +275,8 @@ def left_out(task, cases):
     # All others in which a sequence of the task has a label.
     rest = {}
     for key, session in tasks.sessions_of(task.data, task.source).items():
-        labelled = any(has_label(session.get(sequence, ())) for sequence in task.sequences)
+        labelled = any(has_label(tasks.runs_of(session, sequence))
+                       for sequence in task.sequences)
         if labelled and key not in taken:
             rest[key] = session
 

@@ -1,5 +1,6 @@
 """Raw scans -> prepared folder: volumes of section 2, labels, geometries, and an index of them.
 
+    python prepare_data.py --source brats21 --input /raw/BraTS2021 --check
     python prepare_data.py --source brats21 --input /raw/BraTS2021 --out datasets/brains45k
     python prepare_data.py --source manifest --input scans.csv --out datasets/mine --dry-run
     python prepare_data.py --out datasets/brains45k --table
@@ -15,6 +16,7 @@ import re
 import shutil
 import signal
 import time
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
@@ -26,12 +28,15 @@ import torch
 import yaml
 from tqdm import tqdm
 
+import check_raw
 import checkpoint
 import config
 import data
+import manifest
 import preprocess
 import records
 import scans
+import sheet
 import sources
 from config import UserError
 from sources import readable, say
@@ -46,6 +51,8 @@ class Config:
     workers: int = 2  # number of worker processes
     shard: str = "0/1"  # i/n: every n-th session from the i-th; shards may run at once
     dry_run: bool = False  # list what would be taken and what skipped, and why; write nothing
+    check: bool = False  # tabulate what would come of it, from headers and label values alone
+    sheet: str | None = None  # a .png: with --check, a picture of the scans with their labels
     table: bool = False  # print Table 1 of a prepared folder, beside the paper's numbers
 
 
@@ -53,8 +60,9 @@ class Config:
 def stem_of(name, scan):
     """Name of a prepared volume without folder and ending: of its scan's identity and a hash.
 
-    The hash of the path tells apart what shares the rest."""
-    identity = (scan.subject, scan.session, scan.sequence)
+    The hash of the path tells apart what shares the rest. A sequence is called as in the manifest,
+    so that what was prepared under another word is found again."""
+    identity = (scan.subject, scan.session, scan.word or scan.sequence)
     parts = [re.sub(r"[^A-Za-z0-9.-]+", "-", part) for part in identity]
     digest = hashlib.sha256(scan.path.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{name}/{'_'.join([*parts, digest[:8]])}"
@@ -66,7 +74,7 @@ def prepare_session(source, name, root, out, session):
     Whatever one scan raises, the others go on. Memory: up to 7 times the larger of the float32
     volume on its own and on the 1 mm grid."""
     torch.set_num_threads(1)
-    session = settle_labels(root, session)
+    session = sources.settle_labels(root, session)
 
     # What an earlier run has prepared is not touched, unless its box has to change.
     before = [records.already_prepared(root, out, stem_of(name, scan), scan) for scan in session]
@@ -98,41 +106,6 @@ def prepare_session(source, name, root, out, session):
             reason = error.reason if error.path == path else f"{scan.label}: {error.reason}"
             rejected.append((scan.path, reason, error.damage))
     return done, rejected
-
-
-def settle_labels(root, session):
-    """Leave a session's label map to the volumes on its grid: DWI and ADC of ISLES22, not FLAIR.
-
-    If it is on no volume's grid, all keep it, and so are rejected by name. Two scans of one
-    sequence cannot share it."""
-    session = list(session)
-    for label in sorted({scan.label for scan in session if scan.label}):
-        sharing = [scan for scan in session if scan.label == label]
-        if len(sharing) < 2:
-            continue
-
-        # Only the headers are read for this.
-        on_grid = [scan for scan in sharing if is_on_grid(root, scan)]
-        for number, scan in enumerate(session):
-            rivals = [other.path for other in on_grid if other.sequence == scan.sequence]
-            if scan in on_grid and len(rivals) > 1:
-                fault = f"{label} is the label map of several {scan.sequence}: {', '.join(rivals)}"
-                session[number] = scan._replace(fault=fault)
-            elif scan in sharing and on_grid and scan not in on_grid:
-                session[number] = scan._replace(label="", elsewhere=label)
-    return session
-
-
-def is_on_grid(root, scan):
-    """Does a scan lie on the grid of its label map? No, if one of the two cannot be read."""
-    path = os.path.join(root, scan.path)
-    try:
-        with scans.naming(path):
-            image = scans.read_header(path, scan.channel)
-            label = scans.read_header(os.path.join(root, scan.label))
-            return scans.same_grid(label.shape, label.affine, image.shape, image.affine)
-    except scans.Rejected:
-        return False
 
 
 def shared_boxes(root, session, before):
@@ -235,12 +208,12 @@ def write_label(path, label, geometry):
 
 
 # ------------------------------------------------------------------------------------ all sessions
-def prepare_all(work, sessions, name, out, workers):
+def work_on_all(work, sessions, title, out, workers):
     """work(session) of every session, in processes -> (all that is done, all that is rejected)."""
     done, rejected = [], []
     total = sum(map(len, sessions))
     try:
-        bar = tqdm(total=total, desc=f"prepare {name}", unit="volume")
+        bar = tqdm(total=total, desc=title, unit="volume")
         with checkpoint.writing(out), bar as progress:
             for ready, refused in run_all(work, sessions, workers):
                 done += ready
@@ -341,34 +314,63 @@ def write_task(out, name, task):
     print(f"to finetune on it: python finetune.py --task {path}")
 
 
+def find_input(source, path, dry_run):
+    """Find the scans of an input -> (folder that paths start from, sessions, {reason: paths that
+    are skipped}, findings, settings of a task or None)."""
+    # Paths in a manifest start from its folder.
+    if source == "manifest":
+        return os.path.dirname(path), *manifest.read_manifest(path), None
+
+    # Only nnU-Net's own description says what its channels are, and what the labels mean.
+    sessions, skipped, findings = sources.find_scans(source, path, dry_run)
+    task = None
+    if source == "nnunet":
+        channels, task = sources.read_dataset(path)
+        sessions = [name_channels(session, channels) for session in sessions]
+    return path, sessions, skipped, findings, task
+
+
+def write_sheet(path, root, volumes, workers):
+    """Draw some of the scans at `path`, and say how many."""
+    chosen = sheet.choose(volumes)
+    if not chosen:
+        say(f"no scan to draw in {path}")
+        return
+    drawn = list(run_all(functools.partial(sheet.draw_scan, root), chosen, workers))
+    sheet.write(path, sorted(drawn, key=lambda pair: pair[1]))
+    say(f"{path} shows {len(chosen)} of {len(volumes)} scans")
+
+
 def main(cfg):
     """Find the scans, prepare those of this shard, write its part of the index, and report."""
     if cfg.table:
         print(records.table_1(cfg.out))
         return 0
     check_settings(cfg.source, cfg.input, cfg.workers, cfg.shard)
-
-    # Find the scans. Paths in a manifest start from its folder.
-    root = os.path.dirname(cfg.input) if cfg.source == "manifest" else cfg.input
+    if cfg.sheet:
+        sheet.check_path(cfg.sheet, cfg.check)
+    root, sessions, aside, findings, task = find_input(cfg.source, cfg.input, cfg.dry_run)
     name = input_name(cfg.name, cfg.source, root)
-    if cfg.source == "manifest":
-        sessions, skipped, findings = sources.read_manifest(cfg.input)
-    else:
-        sessions, skipped, findings = sources.find_scans(cfg.source, root, cfg.dry_run)
-
-    # Only nnU-Net's own description says what its channels are, and what the labels mean.
-    if cfg.source == "nnunet":
-        channels, task = sources.read_dataset(root)
-        sessions = [name_channels(session, channels) for session in sessions]
 
     # Choose those of this shard.
     shard, shards = cfg.shard.split("/")
     mine = sessions[int(shard)::int(shards)]
     volumes = list(chain.from_iterable(mine))
+    skipped = Counter({reason: len(paths) for reason, paths in aside.items()})
     elsewhere = sum(map(len, sessions)) - len(volumes)
     if elsewhere:
         skipped["other shards"] = elsewhere
     found = len(volumes) + skipped.total()
+
+    # Look, and write nothing.
+    if cfg.check:
+        work = functools.partial(check_raw.check_session, root)
+        looks, rejected = work_on_all(work, mine, f"check {name}", root, cfg.workers)
+        code = check_raw.report(name, found, looks, aside, skipped, rejected, findings,
+                                cfg.dry_run)
+        if cfg.sheet:
+            write_sheet(cfg.sheet, root, [look.scan for look in looks], cfg.workers)
+        return code
     if cfg.dry_run or len(volumes) > 100:
         estimate(volumes, root, cfg.out, cfg.workers)
     if cfg.dry_run:
@@ -376,19 +378,17 @@ def main(cfg):
 
     # Prepare them, a session at a time in each process.
     records.register_input(cfg.out, name, readable(os.path.abspath(cfg.input)), cfg.shard)
-    if cfg.source == "nnunet":
+    if task:
         write_task(cfg.out, name, task)
     work = functools.partial(prepare_session, cfg.source, name, root, cfg.out)
-    done, rejected = prepare_all(work, mine, name, cfg.out, cfg.workers)
+    done, rejected = work_on_all(work, mine, f"prepare {name}", cfg.out, cfg.workers)
 
     # Write this shard's part of the index.
     records.write_part(cfg.out, f"{name}-{shard}of{shards}.csv", done, rejected)
     records.forget_other_shards(cfg.out, name, shards)
 
     # Report, from the records of all, whether they were prepared now or before.
-    for _, found_in_one in done:
-        for kind, paths in found_in_one.items():
-            findings.setdefault(kind, {}).update(paths)
+    records.merge(findings, [found_in_one for _, found_in_one in done])
     findings |= records.find_twins(data.read_index(cfg.out), name)
     return records.print_report(name, found, len(done), skipped, rejected, findings)
 

@@ -195,6 +195,13 @@ def findings_of(scan, record):
     return found
 
 
+def merge(findings, others):
+    """Add the findings of several volumes to those of the whole, {kind: {path: voxels}}."""
+    for found in others:
+        for kind, paths in found.items():
+            findings.setdefault(kind, {}).update(paths)
+
+
 def find_twins(volumes, source):
     """The same file, or the same label map that is not empty, under two subjects -> findings.
 
@@ -239,12 +246,7 @@ def print_findings(findings):
 def print_plan(name, found, volumes, skipped, findings):
     """Print what --dry-run says -> exit code."""
     for scan in volumes:
-        line = f"take {scan.path}: {scan.subject}, {scan.session}, {scan.sequence}, {scan.split}"
-        if scan.label:
-            line += f", label {scan.label}"
-        elif scan.fault:
-            line += f": {scan.fault}"
-        say(line)
+        say(f"take {plan_line(scan)}")
     say(f"{name}: {found} found = {len(volumes)} to prepare + {count_by_reason(skipped)}")
     print_findings(findings)
 
@@ -253,12 +255,21 @@ def print_plan(name, found, volumes, skipped, findings):
     return print_nothing(found, skipped)
 
 
+def plan_line(scan):
+    """What a scan is understood to be."""
+    line = f"{scan.path}: {scan.subject}, {scan.session}, {scan.sequence}, {scan.split}"
+    if scan.label:
+        return f"{line}, label {scan.label}"
+    if scan.fault:
+        return f"{line}: {scan.fault}"
+    return line
+
+
 def print_report(name, found, prepared, skipped, rejected, findings):
     """Print the counts, then a line for each finding -> exit code.
 
     The code is 1 if a scan is damaged, or if nothing was prepared."""
-    for path, reason, _ in sorted(rejected):
-        say(f"rejected {path}: {reason}")
+    print_rejected(rejected)
     say(f"{name}: {found} found = {prepared} prepared + {count_by_reason(skipped)} + "
         f"{len(rejected)} rejected")
     print_findings(findings)
@@ -266,6 +277,12 @@ def print_report(name, found, prepared, skipped, rejected, findings):
     if not prepared and not skipped["other shards"]:
         return print_nothing(found, skipped)
     return int(any(damage for _, _, damage in rejected))
+
+
+def print_rejected(rejected):
+    """One line for each scan that is rejected."""
+    for path, reason, _ in sorted(rejected):
+        say(f"rejected {path}: {reason}")
 
 
 def print_nothing(found, skipped):

@@ -72,6 +72,7 @@ def one_line(error, path):
 SIGNATURES = ((344, b"n+1", nib.Nifti1Image), (4, b"n+2", nib.Nifti2Image),
               (0, b"\0\0\0\1", nib.MGHImage))
 GZIP = b"\x1f\x8b"
+SPARE = 2**20  # bytes that may follow the voxels in a packed file
 
 # What is often found where a scan was expected, told by a mark in its first bytes.
 STRANGERS = {b"dicm": "DICOM: run dcm2niix first"} | config.NOT_DOWNLOADED
@@ -110,7 +111,7 @@ def load_other(path):
 def read_header(path, channel=None):
     """Open a scan for its checked header alone -> a nibabel image, whose voxels cannot be read.
 
-    Raises Rejected."""
+    Its `extra` has path and notes. Raises Rejected."""
     with naming(path), open(path, "rb") as file:
         packed, kind = first_bytes(file)
         if kind is None:
@@ -120,7 +121,8 @@ def read_header(path, channel=None):
             image = kind.from_stream(gzip.GzipFile(fileobj=file))
         else:
             image = kind.from_stream(file)
-        image, _ = checked(image, channel)
+        image, notes = checked(image, channel)
+        image.extra = {"path": path, "notes": notes}
         return image
 
 
@@ -163,8 +165,7 @@ def unpacked_size(kind, content, channel):
     """How many bytes a packed scan may hold, by its header, which is checked first."""
     image = kind.from_stream(gzip.GzipFile(fileobj=io.BytesIO(content)))
     image, _ = checked(image, channel)
-    voxels = math.prod(image.shape) * image.get_data_dtype().itemsize
-    return image.dataobj.offset + voxels + 2**20
+    return int(image.dataobj.offset) + size_of_voxels(image) + SPARE
 
 
 def unpack(content, limit):
@@ -187,6 +188,16 @@ def unpack(content, limit):
 def as_image(nifti):
     """A nibabel image as it is; the scan at a path, loaded."""
     return nifti if hasattr(nifti, "dataobj") else load_scan(nifti)
+
+
+def voxel_file(path, image):
+    """The file that holds the voxels of a scan: of a pair of .hdr and .img, the second."""
+    return image.file_map["image"].filename or path
+
+
+def size_of_voxels(image):
+    """The number of bytes of a scan's voxels, as they are stored."""
+    return math.prod(map(int, image.shape)) * image.get_data_dtype().itemsize
 
 
 def path_of(image):
@@ -347,3 +358,43 @@ def label_map(image):
             first = voxels[wrong][0]
             raise Rejected(f"label values unknown: {first:.6g} is no integer from 0 to 255")
         return whole.astype(np.uint8), nan
+
+
+FEW = 64  # a volume with fewer distinct values is a label map, and no scan
+
+
+def is_label_map(path, is_named):
+    """Is a file a label map, by its values? What cannot be read is none.
+
+    A file whose name says a sequence is read only if its type or its size leave a doubt: voxels of
+    8 bits, or packed to less than a twentieth, to which no noise can be packed."""
+    try:
+        with naming(path):
+            image = read_header(path)
+            packed_to = os.path.getsize(voxel_file(path, image)) / size_of_voxels(image)
+            if is_named and image.get_data_dtype().itemsize > 1 and packed_to > 1 / 20:
+                return False
+            return has_few_values(voxel_file(path, image), image)
+    except Rejected:
+        return False
+
+
+def has_few_values(path, image):
+    """Are there fewer than FEW distinct values in a file with this header?
+
+    It is read from its start to where so many are seen: of most scans that is a small part."""
+    left = size_of_voxels(image)
+    values = np.zeros(0)
+    with open(path, "rb") as file:
+        start = file.read(len(GZIP))
+        file.seek(0)
+        stream = gzip.GzipFile(fileobj=file) if start == GZIP else file
+        stream.seek(int(image.dataobj.offset))
+
+        while left and len(values) < FEW:
+            block = stream.read(min(left, 2**18))
+            if not block:
+                raise EOFError("cut short")
+            left -= len(block)
+            values = np.union1d(values, np.frombuffer(block, image.get_data_dtype()))
+    return len(values) < FEW

@@ -1,4 +1,4 @@
-r"""From a folder or a table to its scans and label maps: nine datasets, BIDS, nnU-Net, manifest.
+r"""From a folder to its scans and label maps: nine datasets, BIDS, nnU-Net, a layout of your own.
 
 Where a source keeps its files is written in configs/sources/, one layout a file. A layout of your
 own is used by its path, as --source my_layout.yaml, and the index then calls the source my_layout:
@@ -9,20 +9,18 @@ own is used by its path, as --source my_layout.yaml, and the index then calls th
     suffixes: {t1_post: T1ce}
 """
 
-import csv
 import dataclasses
 import difflib
 import functools
-import io
 import json
 import os
 import re
-from collections import Counter
 from typing import NamedTuple
 
 import config
 import data
 import names
+import scans
 from config import UserError
 from names import ENDING, Series, classify, readable
 
@@ -49,6 +47,7 @@ class Layout:
     volumes: tuple[str, ...] = ()  # the sequences in a 4-D file
     hold_out: str = ""  # split of a random quarter of the labelled subjects: test or pretrain
     no_negatives: bool = False  # the official code takes no volume with negative values from here
+    skip_few_values: bool = False  # a label map is told by its values, too: see scans.is_label_map
 
 
 GROUPS = ("subject", "session", "site", "suffix", "text", "channel", "test")
@@ -76,10 +75,10 @@ class Scan(NamedTuple):
     channel: int | None = None  # of a 4-D file
     fault: str = ""  # why it cannot be prepared, known before it is opened
     elsewhere: str = ""  # path of its session's label map, which is on another grid
+    word: str = ""  # what a manifest calls the sequence, if that is not its usual name
 
 
 HIDDEN = (".", "_", "0AS_data_files")  # how folders and files begin that no source means
-NO_VALUE = ("", "na", "n/a", "nan", "none", "null")  # cells of a manifest, in lower case
 
 
 def say(text):
@@ -117,6 +116,15 @@ def read_layout(source):
     own = {str(suffix).lower(): str(name) for suffix, name in layout.suffixes.items()}
     return dataclasses.replace(layout, suffixes=common["suffixes"] | own,
                                series=layout.series + common["series"])
+
+
+@functools.cache
+def usual_names():
+    """{word in small letters: its sequence}, by configs/series.yaml: the words that are a sequence
+    by themselves, and the names of all sequences."""
+    common = config.read_yaml(Layout, f"{CONFIGS}/series.yaml")
+    named = [row["sequence"] for row in common["series"] if "sequence" in row]
+    return {name.lower(): name for name in named} | common["suffixes"]
 
 
 def check_layout(layout, path):
@@ -204,7 +212,13 @@ def series_of(layout, groups, stem):
         return Series(skip=classify(suffix, layout.series).skip or f"suffix {suffix}")
     if suffix:
         text = f"{text}_{os.path.basename(stem)}"
-    return classify(text, layout.series)
+    series = classify(text, layout.series)
+
+    # Of a text with folders in it, the file's own name says most.
+    own = classify(os.path.basename(text), layout.series)
+    if series.sequence and own.sequence not in ("", "other"):
+        return own
+    return series
 
 
 def find_nifti_files(folder):
@@ -228,7 +242,7 @@ def find_nifti_files(folder):
 
 
 def find_scans(source, folder, dry_run=False):
-    """Walk a folder -> (a list of the Scans of each session, {reason: number of files skipped},
+    """Walk a folder -> (a list of the Scans of each session, {reason: paths that are skipped},
     findings)."""
     layout = read_layout(source)
     sessions, labels, skipped, like_labels = sort_files(source, folder, dry_run)
@@ -248,13 +262,13 @@ def find_scans(source, folder, dry_run=False):
     # Where some have a label, the challenge keeps those of the others: these are for testing, too.
     unlabelled = "test" if held_out and layout.hold_out == "test" else "pretrain"
 
-    for key, scans in sessions.items():
+    for key, session in sessions.items():
         split = "train" if key in labels else unlabelled
         if key[0] in held_out:
             split = layout.hold_out
-        scans = [scan._replace(split=scan.split or split) for scan in scans]
+        session = [scan._replace(split=scan.split or split) for scan in session]
         paths = labels.get(key, [])
-        sessions[key], used = names.pair_labels(scans, paths)
+        sessions[key], used = names.pair_labels(session, paths)
 
         # Label maps that no scan took.
         why = f"{min(used)} is the label map of its session" if used else "it fits no scan"
@@ -271,16 +285,20 @@ def find_scans(source, folder, dry_run=False):
 
 def sort_files(source, folder, dry_run):
     """Walk a folder -> ({(subject, session): Scans}, {(subject, session): paths of label maps},
-    {reason: number of files skipped}, paths of skipped files that sound like label maps)."""
+    {reason: paths that are skipped}, those of them that sound like label maps)."""
     layout = read_layout(source)
     sessions, labels = {}, {}
-    skipped, like_labels = Counter(), []
+    skipped, like_labels = {}, []
     for path in find_nifti_files(folder):
         identity = identify(source, path)
+        if layout.skip_few_values and identity.sequences:
+            is_named = identity.sequences != ("other",)
+            if scans.is_label_map(os.path.join(folder, path), is_named):
+                identity = Identity(skip=f"fewer than {scans.FEW} values")
         key = readable(identity.subject), readable(identity.session)
 
         if reason := identity.skip:
-            skipped[reason] += 1
+            skipped.setdefault(reason, []).append(path)
             if dry_run:
                 say(f"skip {path}: {reason}")
             if reason == "label":
@@ -297,93 +315,39 @@ def sort_files(source, folder, dry_run):
     return sessions, labels, skipped, like_labels
 
 
-def read_manifest(path):
-    """csv with the columns path, subject, session, sequence[,label][,split] -> like find_scans. Its
-    delimiter is one of , ; tab and |. Capitals and blanks are forgiven."""
-    table = read_table(path)
-    header = [column.lower() for column in table[0]]
-    sessions, skipped, seen = {}, Counter(), {}
-    for number, cells in enumerate(table[1:], start=2):
-        where = f"{path}, row {number}"
-        if all(cell.lower() in NO_VALUE for cell in cells):
+def settle_labels(root, session):
+    """Leave a session's label map to the volumes on its grid: DWI and ADC of ISLES22, not FLAIR.
+
+    If it is on no volume's grid, all keep it, and so are rejected by name. Two scans of one
+    sequence cannot share it."""
+    session = list(session)
+    for label in sorted({scan.label for scan in session if scan.label}):
+        sharing = [scan for scan in session if scan.label == label]
+        if len(sharing) < 2:
             continue
-        if any(cells[len(header):]):
-            raise UserError(f"{where}: {len(cells)} cells, but {len(header)} columns: a name with "
-                            "the delimiter in it needs quotes")
 
-        # A short row, and a column that is not there, are empty.
-        row = dict.fromkeys(("label", "split", *header), "")
-        row |= dict(zip(header, cells, strict=False))
-        scan = scan_of_row(row, where, os.path.dirname(path))
-
-        # A scan may be listed twice, if both rows say the same.
-        first = seen.setdefault((scan.path, scan.subject, scan.session, scan.sequence), scan)
-        if first != scan:
-            raise UserError(f"{where}: {row['path']} is listed twice, with different labels or "
-                            "splits")
-        if first is not scan:
-            skipped["listed twice"] += 1
-        else:
-            sessions.setdefault((scan.subject, scan.session), []).append(scan)
-
-    if not sessions:
-        raise UserError(f"{path} lists no scan")
-    return [sessions[key] for key in sorted(sessions)], skipped, {}
+        # Only the headers are read for this.
+        on_grid = [scan for scan in sharing if is_on_grid(root, scan)]
+        for number, scan in enumerate(session):
+            rivals = [other.path for other in on_grid if other.sequence == scan.sequence]
+            if scan in on_grid and len(rivals) > 1:
+                fault = f"{label} is the label map of several {scan.sequence}: {', '.join(rivals)}"
+                session[number] = scan._replace(fault=fault)
+            elif scan in sharing and on_grid and scan not in on_grid:
+                session[number] = scan._replace(label="", elsewhere=label)
+    return session
 
 
-def scan_of_row(row, where, root):
-    """{column: cell} -> Scan."""
-    for column in ("path", "subject"):
-        if not row[column]:
-            raise UserError(f"{where}: no {column}")
-
-    # In a table that is no UTF-8, a path is the bytes of a file's name, or else the letters that
-    # they stand for in Latin-1.
-    paths = []
-    for cell in (row["path"], row["label"]):
-        cell = "" if cell.lower() in NO_VALUE else cell
-        if cell != readable(cell) and not os.path.exists(os.path.join(root, cell)):
-            cell = readable(cell)
-        paths.append(cell)
-
-    split = row["split"].lower()
-    if split in NO_VALUE:
-        split = "train" if paths[1] else "pretrain"
-    if split not in ("pretrain", "train", "test"):
-        raise UserError(f"{where}: split {split!r} of {row['path']}: choose pretrain, train or "
-                        "test")
-    who = [readable(row[column]) for column in ("subject", "session", "sequence")]
-    return Scan(paths[0], *who, paths[1], split)
-
-
-def read_table(path):
-    """The rows of a manifest, cells stripped; the first has the columns. Raises UserError."""
+def is_on_grid(root, scan):
+    """Does a scan lie on the grid of its label map? No, if one of the two cannot be read."""
+    path = os.path.join(root, scan.path)
     try:
-        with open(path, "rb") as file:
-            content = file.read()
-
-        # A spreadsheet may write UTF-16, and begin with "sep=;". What is no UTF-8 comes back in
-        # surrogates, as the names of files do.
-        encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        text = content.decode(encoding, "surrogateescape")
-        text = re.sub(r"\A\s*(sep=.\s*\n)?\s*", "", text)
-
-        tables = []
-        for delimiter in ",;\t|":
-            lines = io.StringIO(text, newline="")
-            rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
-            tables.append([[cell.strip() for cell in cells] for cells in rows])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read the manifest {path}: {config.reason(error)}") from None
-
-    # The delimiter is the one that finds the columns.
-    needed = {"path", "subject", "session", "sequence"}
-    for table in tables:
-        if table and needed <= {column.lower() for column in table[0]}:
-            return table
-    columns = max((table[0] for table in tables if table), key=len, default=[])
-    raise UserError(f"{path}: a manifest needs the columns path,subject,session,sequence[,label]"
-                    f"[,split]; this one has {', '.join(map(readable, columns)) or 'none'}")
+        with scans.naming(path):
+            image = scans.read_header(path, scan.channel)
+            label = scans.read_header(os.path.join(root, scan.label))
+            return scans.same_grid(label.shape, label.affine, image.shape, image.affine)
+    except scans.Rejected:
+        return False
 
 
 def read_dataset(root):

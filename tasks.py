@@ -14,6 +14,7 @@ import config
 import data
 import distances
 import metrics
+import sources
 from config import UserError
 
 
@@ -329,7 +330,8 @@ def labelled_cases(folder, source, sequences):
         # The runs of each sequence that have a label.
         runs = []
         for sequence in sequences:
-            runs.append([volume for volume in session.get(sequence, []) if volume.label])
+            volumes = runs_of(session, sequence)
+            runs.append([volume for volume in volumes if volume.label])
         if not all(runs):
             continue
 
@@ -347,6 +349,12 @@ def labelled_cases(folder, source, sequences):
             raise UserError(f"{folder} has {name} in several sources: name one in the task, as "
                             "`source`")
     return cases
+
+
+def runs_of(session, sequence):
+    """A session's volumes of a sequence, whose usual name counts, too: flair finds FLAIR."""
+    usual = sources.usual_names().get(sequence.lower(), sequence)
+    return session.get(sequence) or session.get(usual, [])
 
 
 def choose_channels(runs):

@@ -40,7 +40,7 @@ def test_a_shipped_layout_loads_and_says_what_it_is_of(path):
 
 def test_the_sources_are_those_of_table_1_and_the_generic_ones():
     nine = "adni oasis3 oasis4 ppmi brats21 isles22 wmh msseg1 msd".split()
-    assert set(sources.SOURCES) == {*nine, "fomo60k", "bids", "nnunet"}
+    assert set(sources.SOURCES) == {*nine, "fomo60k", "bids", "nnunet", "any"}
     assert list(sources.SOURCES) == [path.stem for path in SHIPPED]
 
 

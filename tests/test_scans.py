@@ -5,7 +5,7 @@ import gzip
 import nibabel as nib
 import numpy as np
 import pytest
-from inputs import head, image_of, prepare, tables
+from inputs import bad_scan, head, prepare, tables
 
 import preprocess
 
@@ -53,47 +53,6 @@ def test_every_form_of_nifti(form, tmp_path):
 
 
 # --------------------------------------------------------------------------------------- bad input
-def bad_voxels(kind, array):
-    """The voxels of one bad scan, from those of a good one; those if it is bad in another way."""
-    if kind == "4-D":
-        return np.stack([array, array], -1)
-    if kind == "infinite":
-        array[3, 4, 5] = np.inf
-    elif kind == "constant":
-        array[:] = 7
-    elif kind == "empty":
-        array[:] = 0
-    elif kind == "thin":
-        return array[:, :, :14]
-    elif kind == "complex":
-        return array.astype(np.complex64)
-    return array
-
-
-def bad_scan(kind, folder):
-    """Write one bad scan of a kind, return its path."""
-    image, _ = head(size=40)
-    array = bad_voxels(kind, np.asarray(image.dataobj).astype(np.float32))
-    path = folder / "sub-1_T1w.nii.gz"
-    image_of(array, image.affine).to_filename(path)
-    if kind == "truncated":
-        path.write_bytes(path.read_bytes()[:-1000])
-    elif kind == "text":
-        path.write_text("no image")
-    elif kind == "huge":  # a header that asks for 30,000^3 voxels
-        raw = bytearray(gzip.decompress(path.read_bytes()))
-        raw[42:48] = np.array([30000] * 3, "<i2").tobytes()
-        path.write_bytes(gzip.compress(bytes(raw)))
-    elif kind == "bomb":
-        path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(2**26)))
-    elif kind == "no scale":
-        image = nib.load(path)
-        header = image.header.copy()
-        header.set_sform(np.zeros((4, 4)), 1)
-        nib.Nifti1Image(array, None, header).to_filename(path)
-    return path
-
-
 @pytest.mark.parametrize(
     ("kind", "reason", "code"),
     [

@@ -5,6 +5,8 @@ from conftest import mistake
 from inputs import COLUMNS, array_of, head, image_of, prepare, save, table_text, write_manifest
 
 import data
+import manifest
+import tasks
 
 ROW = ["scan 1.nii.gz", "s1", "1", "FLAIR", ""]
 
@@ -106,3 +108,61 @@ def test_the_same_file_under_two_subjects_is_said(tmp_path, capsys):
         "label maps, not empty, that stand under two subjects: 1, first ann and cid (FLAIR)"
         in capsys.readouterr().out
     )
+
+
+# --------------------------------------------------------------------------- names of sequences
+def three(folder, *words):
+    """Three subjects, each with a scan of the same file name, called by one of the words."""
+    rows = []
+    for number, word in enumerate(words):
+        head(size=24, seed=number)[0].to_filename(folder / f"{number}.nii.gz")
+        rows.append((f"{number}.nii.gz", f"s{number}", word, ""))
+    return write_manifest(folder, rows)
+
+
+def test_a_sequence_has_one_name_whatever_its_capitals(tmp_path, capsys):
+    table = three(tmp_path, "FLAIR", "flair", "Flair")
+    assert prepare("manifest", table, tmp_path / "out") == 0
+    assert {row.sequence for row in data.read_index(str(tmp_path / "out"))} == {"FLAIR"}
+    printed = capsys.readouterr().out
+    assert printed.count("sequences by their usual names: Flair is FLAIR, flair is FLAIR\n") == 1
+    assert "not known" not in printed
+
+
+def test_an_unknown_sequence_is_said_and_taken_as_it_is(tmp_path, capsys):
+    table = three(tmp_path, "MR", "MR", "FLIAR")
+    assert prepare("manifest", table, tmp_path / "out") == 0
+    assert [row.sequence for row in data.read_index(str(tmp_path / "out"))] == ["MR", "MR", "FLIAR"]
+    line = "sequences that are not known are taken as they are: MR 2, FLIAR 1 (did you mean 'flair'"
+    assert capsys.readouterr().out.count(line) == 1
+
+
+def test_sequences_that_a_session_has_side_by_side_stay_apart(tmp_path, capsys):
+    """Both share a label map, which two scans of one sequence could not."""
+    image, label = head(size=24)
+    save(tmp_path, {"a.nii.gz": image, "b.nii.gz": image, "l.nii.gz": label})
+    rows = [("a.nii.gz", "s", "SWI", "l.nii.gz"), ("b.nii.gz", "s", "minIP", "l.nii.gz")]
+    assert prepare("manifest", write_manifest(tmp_path, rows), tmp_path / "out") == 0
+    assert "stay apart, though they are often one: SWI, minIP" in capsys.readouterr().out
+    assert len(tasks.labelled_cases(str(tmp_path / "out"), None, ["SWI", "minIP"])) == 1
+
+
+def test_what_an_earlier_version_prepared_under_another_word_serves(tmp_path, monkeypatch):
+    """Neither the folder nor its task has to change: the volumes stay, and flair finds FLAIR."""
+    image, label = head(size=24)
+    save(tmp_path, {"a.nii.gz": image, "l.nii.gz": label})
+    table = write_manifest(tmp_path, [("a.nii.gz", "s", "flair", "l.nii.gz")])
+    with monkeypatch.context() as earlier:
+        earlier.setattr(manifest, "name_sequences", lambda sessions: None)
+        prepare("manifest", table, tmp_path / "out")
+    [before] = data.read_index(str(tmp_path / "out"))
+    assert before.sequence == "flair"
+    assert len(tasks.labelled_cases(str(tmp_path / "out"), None, ["flair"])) == 1
+
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.npy")}
+    prepare("manifest", table, tmp_path / "out")
+    [after] = data.read_index(str(tmp_path / "out"))
+    assert (after.sequence, after.path) == ("FLAIR", before.path)
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.npy")}
+    for word in ("flair", "FLAIR"):
+        assert len(tasks.labelled_cases(str(tmp_path / "out"), None, [word])) == 1

@@ -111,8 +111,8 @@ def test_cases_and_folds_without_foreground():
 @pytest.mark.parametrize(("wanted", "source", "message"), [
     (["FLIAR"], None, "no labelled case with FLIAR; with a label it has FLAIR 3, T1 1. Is FLIAR "
                       "meant to be FLAIR?"),
-    (["flair"], None, "Is flair meant to be FLAIR?"),
-    (["T1w"], None, "Is T1w meant to be T1?"),
+    (["flaire"], None, "Is flaire meant to be FLAIR?"),
+    (["T1x"], None, "Is T1x meant to be T1?"),
     (["FLAIR", "t1"], None, "Is t1 meant to be T1?"),
     (["DWI"], None, "with a label it has FLAIR 3, T1 1. A label counts for the scans on its own "
                     "grid"),

@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 
 import checkpoint
+import pictures
 import preprocess
 import scans
 import sources
@@ -34,7 +35,7 @@ def check_path(path, check):
     if not path.lower().endswith(".png"):
         raise UserError(f"sheet {path}: give a name that ends in .png")
     try:
-        import matplotlib  # noqa: F401
+        pictures.pyplot()
     except ImportError:
         raise UserError("--sheet needs matplotlib, which is not installed: pip install "
                         "matplotlib") from None
@@ -151,9 +152,7 @@ def outline(inside):
 # -------------------------------------------------------------------------------------- the sheet
 def write(path, drawn):
     """Write the sheet of [(picture, caption)] as a .png."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pictures.pyplot()
 
     # Each picture lies in a cell, with room for its caption above.
     height = TILE + CAPTION

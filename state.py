@@ -22,6 +22,7 @@ def describe(folder):
 
 
 def describe_pretraining(folder):
+    """The lines for a run of pretrain.py: how far it is, and its last validation."""
     log = read_log(folder)
     lines = [f"{folder}: pretraining, {how_far(folder, log)}"]
 
@@ -35,6 +36,7 @@ def describe_pretraining(folder):
 
 
 def describe_folds(folder):
+    """The lines for a run of finetune.py: a line for each fold."""
     with open(os.path.join(folder, "folds.json"), encoding="utf-8") as file:
         planned = len(json.load(file)["folds"])
 

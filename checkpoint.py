@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -329,7 +330,7 @@ class Report(NamedTuple):
 # Weights whose shape depends on the number of input channels.
 STEMS = ("encoder.in_conv.conv1.conv.weight", "encoder.stem.weight",
          "swinViT.patch_embed.proj.weight", "encoder1.layer.conv1.conv.weight",
-         "encoder1.layer.conv3.conv.weight")
+         "encoder1.layer.conv3.conv.weight", "encoder.stem.conv1.conv.weight")
 
 
 def our_name(name):
@@ -343,13 +344,22 @@ def our_name(name):
         name = name.replace("swin_vit.", "swinViT.", 1)
     elif name.startswith(("patch_embed.", "layers1.", "layers2.", "layers3.", "layers4.")):
         name = f"swinViT.{name}"
-    return name.replace(".mlp.fc1.", ".mlp.linear1.").replace(".mlp.fc2.", ".mlp.linear2.")
+    name = name.replace(".mlp.fc1.", ".mlp.linear1.").replace(".mlp.fc2.", ".mlp.linear2.")
+
+    # The files of resenc_b name every layer twice. Those of nnU-Net's ResEnc have other names, too.
+    if name.startswith(("encoder.stem.", "encoder.stages.", "decoder.decoder_conv")):
+        name = name.replace(".convs.0.", ".conv1.").replace(".norm.", ".norm_op.")
+        name = name.replace(".all_modules.0.", ".conv.")
+        name = re.sub(r"\.all_modules\.\d\.", ".norm_op.", name)
+    return name
 
 
 def bare_names(saved):
     """The tensors of a checkpoint by the names used here: of ours ({"model": ...}), Lightning's and
-    MONAI's ({"state_dict": ...}), or a flat dict."""
-    state = saved.get("model", saved.get("state_dict", saved))
+    MONAI's ({"state_dict": ...}), nnU-Net's ({"network_weights": ...}), or a flat dict."""
+    state = saved
+    for key in ("network_weights", "state_dict", "model"):
+        state = saved.get(key, state)
     if not isinstance(state, dict):
         return {}
     return {our_name(name): tensor for name, tensor in state.items()

@@ -1,7 +1,7 @@
 """Optional: the same networks, quicker on CUDA. Delete this file and all works, more slowly.
 
-`install` makes a quick network of a plain one (models.py, swin.py, resenc.py). Outputs and gradients
-stay the same but for rounding. Nothing here needs a GPU: the tests run it on a CPU.
+`install` makes a quick network of a plain one (models.py, swin.py, resenc.py). Outputs and
+gradients stay the same but for rounding. Nothing here needs a GPU: the tests run it on a CPU.
 """
 
 import itertools
@@ -131,7 +131,7 @@ class ResidualBlock(swin.ResidualBlock):
         return nn.functional.leaky_relu(y + x, slope, inplace=True)
 
 
-# ---------------------------------------------------------------------------- residual-encoder U-Net
+# --------------------------------------------------------------------------- residual-encoder U-Net
 class ConvNorm(resenc.ConvNorm):
     """As ConvNormAct, but some have no activation."""
 

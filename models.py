@@ -20,7 +20,7 @@ class Row(NamedTuple):
     features: int  # f, the channels of the first level
     blocks: tuple = ()  # MedNeXt and resenc: the number of blocks in each level
     expansion: tuple = ()  # MedNeXt: how many times wider the channels get inside these blocks
-    segments_with: str = "unet"  # the decoder of segmentation: unet or mednext; others have their own
+    segments_with: str = "unet"  # the decoder of segmentation: unet or mednext; others have one
 
 
 MEDNEXT_L = Row("mednext", 32, blocks=(3, 4, 8, 8, 8), expansion=(3, 4, 8, 8, 8))

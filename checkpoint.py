@@ -124,14 +124,18 @@ def checksum(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def dump(payload, file):
+    """torch.save with the error that says that the disk is full, which torch's own hides."""
+    try:
+        torch.save(payload, file)
+    except RuntimeError as error:
+        raise error.__context__ or error from None
+
+
 def save_checkpoint(path, payload):
     """Tensors, numbers, strings and containers of them in one file with its checksum."""
     with atomic(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save({"format": FORMAT} | payload, file)
-        except RuntimeError as error:
-            # torch's own error hides the one that says that the disk is full.
-            raise error.__context__ or error from None
+        dump({"format": FORMAT} | payload, file)
 
         # As torch leaves it, the file ends with the length of no comment: the seal replaces it.
         file.seek(-2, os.SEEK_END)

@@ -20,7 +20,7 @@ FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES}
 ALL_TEXT = "\n".join(PAGES.values())
 README = PAGES["README.md"]
-SCRIPTS = ("prepare_data", "pretrain", "finetune", "predict", "compare")
+SCRIPTS = ("prepare_data", "pretrain", "finetune", "predict", "compare", "export")
 
 
 def without_code(text):

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 import struct
 import subprocess
 import sys
@@ -337,36 +336,16 @@ STEMS = ("encoder.in_conv.conv1.conv.weight", "encoder.stem.weight",
          "encoder1.layer.conv3.conv.weight", "encoder.stem.conv1.conv.weight")
 
 
-def our_name(name):
-    """A tensor's name in a checkpoint of others -> its name here."""
-    # What wrappers put in front: DistributedDataParallel, Lightning, torch.compile, in any order.
-    while name.startswith(("module.", "model.", "_orig_mod.")):
-        name = name.split(".", 1)[1]
-
-    # The SSL weights of [23] name swinViT swin_vit or nothing, and the layers of its MLP fc1, fc2.
-    if name.startswith("swin_vit."):
-        name = name.replace("swin_vit.", "swinViT.", 1)
-    elif name.startswith(("patch_embed.", "layers1.", "layers2.", "layers3.", "layers4.")):
-        name = f"swinViT.{name}"
-    name = name.replace(".mlp.fc1.", ".mlp.linear1.").replace(".mlp.fc2.", ".mlp.linear2.")
-
-    # The files of resenc_b name every layer twice. Those of nnU-Net's ResEnc have other names, too.
-    if name.startswith(("encoder.stem.", "encoder.stages.", "decoder.decoder_conv")):
-        name = name.replace(".convs.0.", ".conv1.").replace(".norm.", ".norm_op.")
-        name = name.replace(".all_modules.0.", ".conv.")
-        name = re.sub(r"\.all_modules\.\d\.", ".norm_op.", name)
-    return name
-
-
 def bare_names(saved):
     """The tensors of a checkpoint by the names used here: of ours ({"model": ...}), Lightning's and
-    MONAI's ({"state_dict": ...}), nnU-Net's ({"network_weights": ...}), or a flat dict."""
+    MONAI's ({"state_dict": ...}), nnU-Net's and SuPreM's ({"network_weights" or "net": ...}), or a
+    flat dict."""
     state = saved
-    for key in ("network_weights", "state_dict", "model"):
+    for key in ("net", "network_weights", "state_dict", "model"):
         state = saved.get(key, state)
     if not isinstance(state, dict):
         return {}
-    return {our_name(name): tensor for name, tensor in state.items()
+    return {strangers.our_name(name): tensor for name, tensor in state.items()
             if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
 
 
@@ -411,6 +390,13 @@ def load_weights(model, path, part="encoder"):
         whose = f" of a {saved['row']}" if "row" in saved else ""
         raise UserError(f"the checkpoint{whose} does not fit: of {len(wanted)} {part} tensors "
                         f"{len(wrong)} are missing or of another shape; {'; '.join(wrong[:2])}")
+
+    # An encoder of which some layers are left out would be another one.
+    more = [name for name in found
+            if name.startswith(model.encoder_prefix) and name not in state]
+    if more:
+        raise UserError(f"the checkpoint holds another encoder, which has {len(more)} tensors more "
+                        f"than this network's, the first of them {more[0]}")
     model.load_state_dict(state)
     new = [name for name in state if name not in wanted]
     unused = [name for name in found if name not in wanted]

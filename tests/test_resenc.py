@@ -8,8 +8,10 @@ import torch
 from test_models import GOLDEN, convolutional, fill
 
 import checkpoint
+import config
 import fast_cpu
 import models
+import strangers
 
 STEM = "encoder.stem.conv1.conv.weight"
 
@@ -51,7 +53,7 @@ def small_file(prefix=""):
     state = {}
     for name, shape in shapes.items():
         # A layer has two names there, and one tensor.
-        twin = checkpoint.our_name(name)
+        twin = strangers.our_name(name)
         narrow = [n // 4 if n >= 32 else n for n in shape]
         if twin not in state:
             state[twin] = torch.rand(narrow, generator=generator)
@@ -70,3 +72,40 @@ def test_the_published_file_arrives_whole():
         for name in report.taken:
             assert torch.equal(state[name], saved["state_dict"][f"model.{name}"])
     assert {name.split(".")[0] for name in report.unused} == {"decoder"}
+
+
+def test_nnunets_names_arrive_whole():
+    """The same encoder as nnU-Net and OpenMind name it; their decoder holds it a second time."""
+    saved = {}
+    for name, tensor in small_file().items():
+        name = name.replace("stem.conv1.", "stem.convs.0.").replace(".norm_op.", ".norm.")
+        if name.startswith("encoder."):
+            saved[name] = saved[f"decoder.{name}"] = tensor
+    model = models.build_model("resenc_b", "segment", features=8)
+    report = checkpoint.load_weights(model, {"network_weights": saved})
+    assert len(report.taken) == 224
+    state = model.state_dict()
+    assert torch.equal(state[STEM], saved["encoder.stem.convs.0.conv.weight"])
+    norm = "encoder.stages.1.blocks.0.skip.1.norm"
+    assert torch.equal(state[f"{norm}_op.weight"], saved[f"{norm}.weight"])
+
+
+def test_an_encoder_with_more_layers_is_another_one():
+    """Else its features would lack those layers, silently: SwinUNETR v2, a deeper ResEnc."""
+    saved = small_file()
+    saved["encoder.stages.5.blocks.6.conv1.conv.weight"] = torch.rand(80, 80, 3, 3, 3)
+    model = models.build_model("resenc_b", "segment", features=8)
+    with pytest.raises(config.UserError, match="1 tensors more .* encoder.stages.5.blocks.6.conv1"):
+        checkpoint.load_weights(model, saved)
+
+    source = models.build_model("swinunetr", "segment", features=16)
+    second = source.state_dict() | {"swinViT.layers1c.0.conv1.conv.weight": torch.rand(2)}
+    with pytest.raises(config.UserError, match="holds another encoder.*layers1c"):
+        checkpoint.load_weights(source, second)
+
+
+def test_suprems_names_arrive_whole():
+    source = models.build_model("swinunetr", "segment", features=16)
+    state = {f"module.backbone.{name}": tensor for name, tensor in source.state_dict().items()}
+    model = models.build_model("swinunetr", "segment", out_channels=3, features=16)
+    assert len(checkpoint.load_weights(model, {"net": state, "epoch": 1}).taken) == 126

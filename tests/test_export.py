@@ -210,10 +210,12 @@ def test_the_lines_of_the_page_run(tmp_path, monkeypatch, pretrained):
     [block] = [part for part in re.findall(r"```\n(.*?)```", text, re.DOTALL)
                if part.startswith("import torch")]
     assert block.count("\n") == 5
-    run("export", pretrained, tmp_path / "encoder.pt", decoder=False)
     monkeypatch.chdir(tmp_path)
+    printed = run("export", pretrained, "encoder.pt", decoder=False)
+    block = block.replace("unet_xl", "unet_demo")
+    assert printed.split("\n\n", 1)[1] == block
     space = {}
-    exec(block.replace("unet_xl", "unet_demo"), space)
+    exec(block, space)
     saved = checkpoint.load_checkpoint(pretrained)["model"]
     state = space["network"].state_dict()
     encoder = [name for name in saved if name.startswith("encoder.")]

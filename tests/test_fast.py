@@ -248,8 +248,8 @@ WITHOUT = """
 import importlib.util, torch, devices, models
 assert not importlib.util.find_spec("fast_cpu") and not importlib.util.find_spec("fast_cuda")
 assert devices.convolves_contiguous("unet_b")
-for row in ("unet_demo", "mednext_m", "swinunetr"):
-    side, features = (64, 16) if row == "swinunetr" else (32, 4)
+for row in ("unet_demo", "mednext_m", "swinunetr", "resenc_b"):
+    side, features = (64, 16) if row in ("swinunetr", "resenc_b") else (32, 4)
     for device in ("cpu", "cuda"):
         model = devices.quicken(models.build_model(row, "pretrain", features=features), device)
     model(torch.rand(1, 1, side, side, side)).mean().backward()

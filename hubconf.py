@@ -51,8 +51,10 @@ def _load(row, ckpt, in_channels, out_channels, part, features, merge=None):
 
     UserError for a value that is not one of these, or a checkpoint that does not fit."""
     config.check_choice("part", part, ("encoder", "all"))
-    for key, value in (("in_channels", in_channels), ("out_channels", out_channels),
-                       ("features", features or 1)):
+    numbers = {"in_channels": in_channels, "out_channels": out_channels}
+    if features is not None:
+        numbers["features"] = features
+    for key, value in numbers.items():
         if not isinstance(value, int) or value < 1:
             raise config.UserError(f"{key} {value!r}: give a whole number, 1 or more")
 

@@ -105,7 +105,7 @@ def test_a_finetuned_network_whole(finetuned):
     ({"part": "decoder"}, "part 'decoder': choose encoder, all"),
     ({"in_channels": 0}, "in_channels 0: give a whole number"),
     ({"out_channels": "3"}, "out_channels '3': give a whole number"),
-    ({"features": 1.5}, "features 1.5: give a whole number")])
+    ({"features": 0}, "features 0: give a whole number")])
 def test_what_hub_refuses(settings, message):
     with pytest.raises(config.UserError, match=message):
         hub("unet_demo", **settings)

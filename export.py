@@ -59,6 +59,8 @@ def lines_for(path, settings, prefix, decoder):
     lines = ["import torch, models",
              f"weights = torch.load({path!r}, weights_only=True)",
              f"network = models.build_model({arguments})"]
+
+    # The encoder's own names are without the prefix.
     if decoder:
         lines.append("network.load_state_dict(weights)")
     else:

@@ -18,6 +18,8 @@ class ConvNorm(nn.Module):
 
     def __init__(self, channels_in, channels_out, kernel=3, stride=1, active=True):
         super().__init__()
+
+        # Only shortcuts have a kernel of 1, and no bias.
         bias = kernel > 1
         self.conv = nn.Conv3d(channels_in, channels_out, kernel, stride, kernel // 2, bias=bias)
         self.norm_op = nn.InstanceNorm3d(channels_out, affine=True)

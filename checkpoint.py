@@ -136,14 +136,18 @@ def checksum(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def dump(payload, file):
+    """torch.save with the error that says that the disk is full, which torch's own hides."""
+    try:
+        torch.save(payload, file)
+    except RuntimeError as error:
+        raise error.__context__ or error from None
+
+
 def save_checkpoint(path, payload):
     """Tensors, numbers, strings and containers of them in one file with its checksum."""
     with atomic(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save({"format": FORMAT} | payload, file)
-        except RuntimeError as error:
-            # torch's own error hides the one that says that the disk is full.
-            raise error.__context__ or error from None
+        dump({"format": FORMAT} | payload, file)
 
         # As torch leaves it, the file ends with the length of no comment: the seal replaces it.
         file.seek(-2, os.SEEK_END)
@@ -342,30 +346,19 @@ class Report(NamedTuple):
 # Weights whose shape depends on the number of input channels.
 STEMS = ("encoder.in_conv.conv1.conv.weight", "encoder.stem.weight",
          "swinViT.patch_embed.proj.weight", "encoder1.layer.conv1.conv.weight",
-         "encoder1.layer.conv3.conv.weight")
-
-
-def our_name(name):
-    """A tensor's name in a checkpoint of others -> its name here."""
-    # What wrappers put in front: DistributedDataParallel, Lightning, torch.compile, in any order.
-    while name.startswith(("module.", "model.", "_orig_mod.")):
-        name = name.split(".", 1)[1]
-
-    # The SSL weights of [23] name swinViT swin_vit or nothing, and the layers of its MLP fc1, fc2.
-    if name.startswith("swin_vit."):
-        name = name.replace("swin_vit.", "swinViT.", 1)
-    elif name.startswith(("patch_embed.", "layers1.", "layers2.", "layers3.", "layers4.")):
-        name = f"swinViT.{name}"
-    return name.replace(".mlp.fc1.", ".mlp.linear1.").replace(".mlp.fc2.", ".mlp.linear2.")
+         "encoder1.layer.conv3.conv.weight", "encoder.stem.conv1.conv.weight")
 
 
 def bare_names(saved):
     """The tensors of a checkpoint by the names used here: of ours ({"model": ...}), Lightning's and
-    MONAI's ({"state_dict": ...}), or a flat dict."""
-    state = saved.get("model", saved.get("state_dict", saved))
+    MONAI's ({"state_dict": ...}), nnU-Net's and SuPreM's ({"network_weights" or "net": ...}), or a
+    flat dict."""
+    state = saved
+    for key in ("net", "network_weights", "state_dict", "model"):
+        state = saved.get(key, state)
     if not isinstance(state, dict):
         return {}
-    return {our_name(name): tensor for name, tensor in state.items()
+    return {strangers.our_name(name): tensor for name, tensor in state.items()
             if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
 
 
@@ -410,6 +403,13 @@ def load_weights(model, path, part="encoder"):
         whose = f" of a {saved['row']}" if "row" in saved else ""
         raise UserError(f"the checkpoint{whose} does not fit: of {len(wanted)} {part} tensors "
                         f"{len(wrong)} are missing or of another shape; {'; '.join(wrong[:2])}")
+
+    # An encoder of which some layers are left out would be another one.
+    more = [name for name in found
+            if name.startswith(model.encoder_prefix) and name not in state]
+    if more:
+        raise UserError(f"the checkpoint holds another encoder, which has {len(more)} tensors more "
+                        f"than this network's, the first of them {more[0]}")
     model.load_state_dict(state)
     new = [name for name in state if name not in wanted]
     unused = [name for name in found if name not in wanted]

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import config
 import models
+import resenc
 import swin
 from config import UserError
 
@@ -115,7 +116,8 @@ def warn_of_cudnn(device, precision, contiguous):
 def recompute(model):
     """Activation checkpointing: in the backward pass every block computes its activations again
     instead of keeping them. Call it after quicken. bench/models.py measures memory and time."""
-    blocks = (models.Block, models.MedNeXtBlock, swin.SwinBlock, swin.ResidualBlock)
+    blocks = (models.Block, models.MedNeXtBlock, swin.SwinBlock, swin.ResidualBlock,
+              resenc.ConvBlock, resenc.ResidualBlock)
     for module in model.modules():
         if isinstance(module, blocks):
             module.forward = functools.partial(torch.utils.checkpoint.checkpoint, module.forward,

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import models
+import resenc
 
 
 def install(model, quick):
@@ -17,10 +18,10 @@ def install(model, quick):
     for module in model.modules():
         if type(module) in quick:
             module.__class__ = quick[type(module)]
-        if isinstance(module, models.UNetDecoder):
-            for upsample in (module.upsample1, module.upsample2,
-                             module.upsample3, module.upsample4):
-                upsample.__class__ = Upsample
+        if isinstance(module, (models.UNetDecoder, resenc.Decoder)):
+            for name, part in module.named_children():
+                if name.startswith("upsample"):
+                    part.__class__ = Upsample
     return model
 
 
@@ -57,8 +58,23 @@ def instance_norm(x, weight, bias, slope, eps, norm_channels_last):
     return y if y.shape == x.shape else y.view_as(x)
 
 
+def slope_of(act):
+    """The slope of an activation, a leaky ReLU; None if there is none."""
+    if isinstance(act, nn.Identity):
+        return None
+    return act.negative_slope
+
+
 def batch_norm(x, weight, bias, eps):
     return nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+
+
+class ResidualBlock(resenc.ResidualBlock):
+    """With the leaky ReLU in place."""
+
+    def forward(self, x):
+        y = self.conv2(self.conv1(x)) + self.skip(x)
+        return nn.functional.leaky_relu(y, self.act.negative_slope, inplace=True)
 
 
 class Upsample(nn.ConvTranspose3d):

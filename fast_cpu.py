@@ -1,7 +1,7 @@
 """Optional: the same networks, quicker on a CPU. Delete this file and all works, more slowly.
 
-`install` makes a quick network of a plain one (models.py, swin.py). Outputs and gradients stay
-the same but for rounding. bench/models.py measures what it gains."""
+`install` makes a quick network of a plain one (models.py, swin.py, resenc.py). Outputs and
+gradients stay the same but for rounding. bench/models.py measures what it gains."""
 
 import ctypes
 
@@ -15,6 +15,7 @@ import augment
 import fast
 import models
 import resample
+import resenc
 import swin
 
 
@@ -199,6 +200,16 @@ class ResidualBlock(swin.ResidualBlock):
         return nn.functional.leaky_relu(y + x, slope, inplace=True)
 
 
+# --------------------------------------------------------------------------- residual-encoder U-Net
+class ConvNorm(resenc.ConvNorm):
+    """As ConvNormAct, but some have no activation."""
+
+    def forward(self, x):
+        y = self.conv(quick_format(x))
+        slope = fast.slope_of(self.act)
+        return instance_norm(y, self.norm_op.weight, self.norm_op.bias, slope=slope)
+
+
 QUICK = {  # a plain class -> the quick one that takes its place
     models.ConvNormAct: ConvNormAct,
     nn.MaxPool3d: MaxPool,
@@ -206,6 +217,8 @@ QUICK = {  # a plain class -> the quick one that takes its place
     models.MedNeXtBlock: MedNeXtBlock,
     swin.WindowAttention: WindowAttention,
     swin.ResidualBlock: ResidualBlock,
+    resenc.ConvNorm: ConvNorm,
+    resenc.ResidualBlock: fast.ResidualBlock,
 }
 
 

@@ -1,7 +1,7 @@
 """Optional: the same networks, quicker on CUDA. Delete this file and all works, more slowly.
 
-`install` makes a quick network of a plain one (models.py, swin.py). Outputs and gradients stay
-the same but for rounding. Nothing here needs a GPU: the tests run it on a CPU.
+`install` makes a quick network of a plain one (models.py, swin.py, resenc.py). Outputs and
+gradients stay the same but for rounding. Nothing here needs a GPU: the tests run it on a CPU.
 """
 
 import itertools
@@ -12,6 +12,7 @@ from torch import nn
 
 import fast
 import models
+import resenc
 import swin
 
 # Guesses, until bench/gpu.py has measured them on a GPU.
@@ -130,10 +131,22 @@ class ResidualBlock(swin.ResidualBlock):
         return nn.functional.leaky_relu(y + x, slope, inplace=True)
 
 
+# --------------------------------------------------------------------------- residual-encoder U-Net
+class ConvNorm(resenc.ConvNorm):
+    """As ConvNormAct, but some have no activation."""
+
+    def forward(self, x):
+        y = self.conv(quick_format(x))
+        slope = fast.slope_of(self.act)
+        return instance_norm(y, self.norm_op.weight, self.norm_op.bias, slope=slope)
+
+
 QUICK = {  # a plain class -> the quick one that takes its place
     models.ConvNormAct: ConvNormAct,
     models.MedNeXtEncoder: MedNeXtEncoder,
     models.MedNeXtBlock: MedNeXtBlock,
     swin.WindowAttention: WindowAttention,
     swin.ResidualBlock: ResidualBlock,
+    resenc.ConvNorm: ConvNorm,
+    resenc.ResidualBlock: fast.ResidualBlock,
 }

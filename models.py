@@ -10,16 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+import resenc
 import swin
 from config import UserError, check_choice
 
 
 class Row(NamedTuple):
-    family: str  # unet, mednext or swin
+    family: str  # unet, mednext, swin or resenc
     features: int  # f, the channels of the first level
-    blocks: tuple = ()  # MedNeXt: the number of blocks in each of the five levels
+    blocks: tuple = ()  # MedNeXt and resenc: the number of blocks in each level
     expansion: tuple = ()  # MedNeXt: how many times wider the channels get inside these blocks
-    segments_with: str = "unet"  # the decoder of segmentation: unet or mednext; Swin has its own
+    segments_with: str = "unet"  # the decoder of segmentation: unet or mednext; others have one
 
 
 MEDNEXT_L = Row("mednext", 32, blocks=(3, 4, 8, 8, 8), expansion=(3, 4, 8, 8, 8))
@@ -32,6 +33,7 @@ ROWS = {
     "mednext_l": MEDNEXT_L,
     "mednext_l_mednextdec": MEDNEXT_L._replace(segments_with="mednext"),
     "swinunetr": Row("swin", 48),
+    "resenc_b": Row("resenc", 32, blocks=(1, 3, 4, 6, 6, 6)),  # not in the paper: resenc.py
 }
 
 
@@ -271,6 +273,12 @@ def build_model(name, purpose, in_channels=1, out_channels=1, decoder="light", s
         return swin.SwinReconstruction(encoder, UNetDecoder(out_channels, f, light, skips, stem=2))
     if purpose == "swin":
         raise UserError(f"objective swin pretrains swinunetr, not {name}")
+
+    # The network of later weights has one decoder for both purposes.
+    if row.family == "resenc":
+        segments = purpose == "segment"
+        return resenc.ResEncUNet(in_channels, out_channels, f, row.blocks,
+                                 light=light or segments, skips=skips or segments)
 
     # All others are an encoder and a decoder.
     if row.family == "unet":

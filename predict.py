@@ -202,7 +202,7 @@ def load_network(path, device):
 class FirstLevel(torch.nn.Module):
     """An encoder as a network whose output is its first level, at the size of the patch.
 
-    `pooled` gathers the mean of each channel of all five levels, a tensor for each forward pass."""
+    `pooled` gathers the mean of each channel of all levels, a tensor for each forward pass."""
 
     def __init__(self, model):
         super().__init__()
@@ -218,9 +218,10 @@ class FirstLevel(torch.nn.Module):
 def write_encoding(ckpt, paths, out, device, overlap, gaussian, batch):
     """What the encoder makes of a scan, in two files: x.npy and x_voxels.npy for the out x.npy.
 
-    The first holds all five levels, pooled: (31 f,), means over the windows, where f is the width
-    of the first level. The second holds the first level: float16 (f, D, H, W) on the 1 mm grid of
-    the cropped scan. UserError if the checkpoint is neither of pretrain.py nor of finetune.py."""
+    The first holds all levels, pooled, as means over the windows: (31 f,), where f is the width of
+    the first level, or (35 f,) of resenc_b. The second holds the first level: float16 (f, D, H, W)
+    on the 1 mm grid of the cropped scan. UserError if the checkpoint is neither of pretrain.py nor
+    of finetune.py."""
     saved = checkpoint.load_checkpoint(ckpt)
     if saved.get("kind") not in ("pretrain", "finetune"):
         raise UserError("features are taken from a checkpoint of pretrain.py or finetune.py; this "

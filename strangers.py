@@ -1,4 +1,5 @@
-"""What stands where a checkpoint was expected and is none, told by its first bytes, and the fix."""
+"""Files of others: how their checkpoints name tensors; what stands where a checkpoint was expected
+and is none, told by its first bytes, and the fix."""
 
 import contextlib
 import os
@@ -23,6 +24,28 @@ OTHERS = {
     # NIfTI-1 and NIfTI-2 begin with 348 and 540, in either byte order; FreeSurfer's with 1.
     b"\x5c\x01\x00\x00": SCAN, b"\x00\x00\x01\x5c": SCAN,
     b"\x1c\x02\x00\x00": SCAN, b"\x00\x00\x02\x1c": SCAN, b"\x00\x00\x00\x01": SCAN}
+
+
+def our_name(name):
+    """A tensor's name in a checkpoint of others -> its name here."""
+    # What wrappers put in front: DistributedDataParallel, Lightning, torch.compile, SuPreM, in any
+    # order.
+    while name.startswith(("module.", "model.", "_orig_mod.", "backbone.")):
+        name = name.split(".", 1)[1]
+
+    # The SSL weights of [23] name swinViT swin_vit or nothing, and the layers of its MLP fc1, fc2.
+    if name.startswith("swin_vit."):
+        name = name.replace("swin_vit.", "swinViT.", 1)
+    elif name.startswith(("patch_embed.", "layers1.", "layers2.", "layers3.", "layers4.")):
+        name = f"swinViT.{name}"
+    name = name.replace(".mlp.fc1.", ".mlp.linear1.").replace(".mlp.fc2.", ".mlp.linear2.")
+
+    # The files of resenc_b name every layer twice. Those of nnU-Net's ResEnc have other names, too.
+    if name.startswith(("encoder.stem.", "encoder.stages.", "decoder.decoder_conv")):
+        name = name.replace(".convs.0.", ".conv1.").replace(".norm.", ".norm_op.")
+        name = name.replace(".all_modules.0.", ".conv.")
+        name = re.sub(r"\.all_modules\.\d\.", ".norm_op.", name)
+    return name
 
 
 def why_not(path, error):

@@ -46,6 +46,7 @@ OTHERS = {  # what is measured beside them, the most wanted first
     "unet": ({"channels_last": False}, {"benchmark": False}),
     "mednext": ({"shifts": True}, {"channels_last": False}),
     "swin": ({"sdpa": False},),
+    "resenc": ({"channels_last": False}, {"benchmark": False}),
 }
 # Sizes, and what differs between CUDA and --tiny. `swin`: the task in which networks() takes
 # SwinUNETR. `compile` on CUDA is as in compile_or_warn.
@@ -87,11 +88,11 @@ def make_step(options, row, batch, preset="none", compiled=False):
     """A step of the paper's pretraining, and its FLOPs.
 
     The step is a function -> seconds until the host had the loss."""
-    swin = models.ROWS[row].family == "swin"
-    name, ratio = ("swin", 0.3) if swin else ("amaes", 0.6)
+    family = models.ROWS[row].family
+    name, ratio = ("swin", 0.3) if family == "swin" else ("amaes", 0.6)
     objective = pretrain.choose_objective(
         name, options.device, options.precision, 4, ratio, False, "all")
-    side = max(64, options.side) if swin else options.side
+    side = max(64, options.side) if family in ("swin", "resenc") else options.side
     _, flops, _ = count(row, objective.purpose, batch, side)
     torch.manual_seed(0)
     model = fast_cuda.install(models.build_model(row, objective.purpose).to(options.device))
@@ -372,7 +373,7 @@ def without_gpu():
     rows = {}
     for name, row in models.ROWS.items():
         width = 16 if row.family == "swin" else 4
-        rows[name] = row._replace(features=width, blocks=(1,) * 5, expansion=(2,) * 5)
+        rows[name] = row._replace(features=width, blocks=(1,) * 6, expansion=(2,) * 5)
     missing = ("_sleep", "set_sync_debug_mode", "get_device_name", "reset_peak_memory_stats")
     with (mock.patch.dict(models.ROWS, rows), mock.patch.object(swin, "WINDOW", 4),
           mock.patch.multiple(torch.cuda, **dict.fromkeys(missing, lambda *_: None)),

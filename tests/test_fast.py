@@ -16,6 +16,7 @@ import devices
 import fast_cpu
 import fast_cuda
 import models
+import resenc
 import swin
 
 # A file, and switches of it that are not as they are by default.
@@ -35,6 +36,8 @@ BLOCKS = {  # one of each kind that has quick forms, and its input
     "mednext down": (lambda: models.MedNeXtBlock(8, 16, 3, stride=2), (2, 8, 12, 13, 10)),
     "mednext up": (lambda: models.MedNeXtBlock(8, 4, 3, stride=2, up=True), (2, 8, 12, 13, 10)),
     "residual": (lambda: swin.ResidualBlock(8, 12), (2, 8, 12, 13, 10)),
+    "resenc": (lambda: resenc.ResidualBlock(8, 12, 1), (2, 8, 12, 13, 10)),
+    "resenc down": (lambda: resenc.ResidualBlock(8, 12, 2), (2, 8, 12, 14, 10)),
     "attention": (lambda: swin.SwinBlock(32, 2, shifted=True), (2, 8, 9, 14, 32)),
 }
 
@@ -80,6 +83,8 @@ def narrow(row, task="segment"):
     torch.manual_seed(0)
     if models.ROWS[row].family == "swin":
         return models.build_model(row, task, features=16), torch.rand(2, 1, 64, 32, 32)
+    if row == "resenc_b":
+        return models.build_model(row, task, features=4), torch.rand(2, 1, 96, 32, 32)
     return models.build_model(row, task, features=4), torch.rand(2, 1, 32, 32, 48)
 
 
@@ -89,6 +94,8 @@ def few_blocks(monkeypatch):
         if row.family == "mednext":
             few = row._replace(blocks=(1, 2, 1, 1, 1), expansion=(2, 3, 2, 2, 2))
             monkeypatch.setitem(models.ROWS, name, few)
+        if row.family == "resenc":
+            monkeypatch.setitem(models.ROWS, name, row._replace(blocks=(1, 2, 1, 1, 1, 1)))
 
 
 # --------------------------------------------------------------------------- installed equals plain
@@ -147,7 +154,7 @@ def test_an_installed_network_is_the_plain_one(monkeypatch, row, form):
     assert max(far.values()) < 3e-2, max(far, key=far.get)
 
     # bf16 on a CPU needs three voxels at the coarsest level of a U-Net.
-    if row != "swinunetr":
+    if model.size_multiple == 16:
         x = torch.rand(2, 1, 48, 48, 48)
         plain, _ = passes(copy.deepcopy(model).double(), x.double())
     with torch.autocast("cpu", torch.bfloat16):
@@ -161,7 +168,7 @@ def test_an_installed_network_is_the_plain_one(monkeypatch, row, form):
 @pytest.mark.parametrize(("row", "task", "form"), [
     ("unet_demo", "pretrain", "cuda contiguous"), ("mednext_m", "pretrain", "cuda shifts"),
     ("mednext_m", "pretrain", "cuda contiguous"), ("swinunetr", "pretrain", "cpu"),
-    ("swinunetr", "pretrain", "cuda products")])
+    ("swinunetr", "pretrain", "cuda products"), ("resenc_b", "pretrain", "cuda contiguous")])
 def test_the_other_switches_and_tasks(monkeypatch, row, task, form):
     model, x = narrow(row, task)
     plain, _ = passes(copy.deepcopy(model).double(), x.double())
@@ -172,12 +179,13 @@ def test_the_other_switches_and_tasks(monkeypatch, row, task, form):
 
 @pytest.mark.parametrize("form", ["cpu", "cuda"])
 @pytest.mark.parametrize(("row", "precision"), [
-    ("unet_demo", "fp32"), ("unet_demo", "bf16"), ("mednext_m", "bf16")])
+    ("unet_demo", "fp32"), ("unet_demo", "bf16"), ("mednext_m", "bf16"), ("resenc_b", "fp32")])
 def test_compiled_is_eager(monkeypatch, row, form, precision):
     """One graph, and what it computes."""
-    model, _ = narrow(row)
+    model, x = narrow(row)
     installed = install(monkeypatch, form, model)
-    x = torch.rand(2, 1, 48, 48, 48)
+    if model.size_multiple == 16:
+        x = torch.rand(2, 1, 48, 48, 48)
     torch._dynamo.reset()
     compiled = torch.compile(installed, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -206,7 +214,7 @@ def test_a_quick_norm_keeps_the_memory_format(form, slope, samples):
 
 
 @pytest.mark.parametrize("form", ["cpu", "cuda"])
-@pytest.mark.parametrize("row", ["unet_demo", "mednext_m", "swinunetr"])
+@pytest.mark.parametrize("row", ["unet_demo", "mednext_m", "swinunetr", "resenc_b"])
 def test_what_install_leaves(monkeypatch, row, form):
     """Parameters and their names; and a second time it changes nothing."""
     model, _ = narrow(row)
@@ -240,8 +248,8 @@ WITHOUT = """
 import importlib.util, torch, devices, models
 assert not importlib.util.find_spec("fast_cpu") and not importlib.util.find_spec("fast_cuda")
 assert devices.convolves_contiguous("unet_b")
-for row in ("unet_demo", "mednext_m", "swinunetr"):
-    side, features = (64, 16) if row == "swinunetr" else (32, 4)
+for row in ("unet_demo", "mednext_m", "swinunetr", "resenc_b"):
+    side, features = (64, 16) if row in ("swinunetr", "resenc_b") else (32, 4)
     for device in ("cpu", "cuda"):
         model = devices.quicken(models.build_model(row, "pretrain", features=features), device)
     model(torch.rand(1, 1, side, side, side)).mean().backward()

@@ -30,6 +30,7 @@ OFFICIAL = {  # official name -> our row, task
     "mednext_m3_std_dec": ("mednext_m", "segment"), "mednext_m3_lw_dec": ("mednext_m", "pretrain"),
     "mednext_l3_std_dec": ("mednext_l", "segment"), "mednext_l3_lw_dec": ("mednext_l", "pretrain"),
     "mednext_l3": ("mednext_l_mednextdec", "segment"),
+    "resenc_b": ("resenc_b", "segment"), "resenc_b_pretrain": ("resenc_b", "pretrain"),
     "swinunetr": ("swinunetr", "segment"), "swin_ssl": ("swinunetr", "swin")}
 
 
@@ -52,7 +53,7 @@ def fill(model, rule):
 
 
 def convolutional(name, draws, shape):
-    if name.endswith("norm.weight"):
+    if name.endswith(("norm.weight", "norm_op.weight")):
         return 1 + 0.1 * draws
     return 0.1 * draws if name.endswith(".bias") else draws * np.sqrt(2 * shape[0] / len(draws))
 
@@ -70,8 +71,9 @@ def wave(side):
 # ------------------------------------------------------------------------------- counts and names
 @pytest.mark.parametrize(("row", "count"), [
     ("unet_xl", 90_304_514), ("unet_b", 22_581_250), ("mednext_m", 20_938_018),
-    ("mednext_l", 55_198_626), ("mednext_l_mednextdec", 61_779_266), ("swinunetr", 62_186_708)])
-def test_parameter_counts_of_the_paper(row, count):
+    ("mednext_l", 55_198_626), ("mednext_l_mednextdec", 61_779_266), ("swinunetr", 62_186_708),
+    ("resenc_b", 102_348_226)])
+def test_parameter_counts_of_the_official_networks(row, count):
     with torch.device("meta"):
         model = models.build_model(row, "segment", out_channels=2)
     assert sum(p.numel() for p in model.parameters()) == count
@@ -82,6 +84,9 @@ def test_names_and_shapes_are_the_official_ones(official):
     expected = json.loads((GOLDEN / "states.json").read_text())[official]
     with torch.device("meta"):
         state = build(official).state_dict()
+
+    # The files of resenc_b name every layer twice.
+    expected = {name: shape for name, shape in expected.items() if "all_modules" not in name}
     assert {name: list(tensor.shape) for name, tensor in state.items()} == expected
 
 
@@ -91,12 +96,13 @@ def keep(sizes, tensor):
     return tensor
 
 
-@pytest.mark.parametrize("row", ["unet_demo", "mednext_m", "swinunetr"])
+@pytest.mark.parametrize("row", ["unet_demo", "mednext_m", "swinunetr", "resenc_b"])
 def test_recomputing_changes_nothing_but_the_memory(row):
     x, found = torch.rand(1, 1, 64, 64, 64), []
+    narrow = 8 if row == "resenc_b" else None
     for recompute in (False, True):
         torch.manual_seed(0)
-        model = devices.quicken(models.build_model(row, "segment"), "cpu")
+        model = devices.quicken(models.build_model(row, "segment", features=narrow), "cpu")
         if recompute:
             devices.recompute(model)
         kept = []
@@ -209,9 +215,10 @@ def train(model, loss_of, lr=2e-3, steps=30):
 
 
 # Width and smallest legal patch of each row: two voxels at the coarsest level, for instance norm.
+# Two samples of resenc_b, since oneDNN leaves a single one to slow kernels on one core.
 SMALL = {"unet_b": (8, (32, 16, 16)), "unet_xl": (8, (32, 16, 16)), "mednext_m": (8, (32, 16, 16)),
          "mednext_l": (8, (32, 16, 16)), "mednext_l_mednextdec": (8, (32, 16, 16)),
-         "swinunetr": (16, (64, 32, 32))}
+         "swinunetr": (16, (64, 32, 32)), "resenc_b": (4, (64, 32, 32))}
 
 
 def sample(shape, count=1):
@@ -225,7 +232,7 @@ def sample(shape, count=1):
 @pytest.mark.parametrize("row", SMALL)
 def test_every_row_learns_to_segment(row):
     features, shape = SMALL[row]
-    x, label = sample(shape)
+    x, label = sample(shape, 2 if row == "resenc_b" else 1)
     torch.manual_seed(0)
     model = models.build_model(row, "segment", out_channels=2, features=features)
     losses = train(model, lambda m: finetune.dice_ce(m(x), label))
@@ -235,11 +242,12 @@ def test_every_row_learns_to_segment(row):
 @pytest.mark.parametrize(("row", "decoder", "skips"), [
     ("unet_b", "light", False), ("unet_b", "standard", False), ("unet_b", "light", True),
     ("mednext_m", "light", False), ("mednext_l", "standard", True), ("swinunetr", "light", False),
-    ("swinunetr", "standard", True)])
+    ("swinunetr", "standard", True), ("resenc_b", "light", False), ("resenc_b", "standard", True)])
 def test_every_encoder_learns_to_reconstruct(row, decoder, skips):
     features, shape = SMALL[row]
-    target, _ = sample(shape)
-    mask = amaes.random_mask([0], target.shape[2:], 4, 0.6, "cpu")
+    count = 2 if row == "resenc_b" else 1
+    target, _ = sample(shape, count)
+    mask = amaes.random_mask(range(count), target.shape[2:], 4, 0.6, "cpu")
     torch.manual_seed(0)
     model = models.build_model(row, "pretrain", decoder=decoder, skips=skips, features=features)
 
@@ -250,9 +258,11 @@ def test_every_encoder_learns_to_reconstruct(row, decoder, skips):
     assert losses[-1] < 0.3 * losses[0], losses
 
 
-@pytest.mark.parametrize("task", ["segment", "swin", "pretrain"])
-def test_swin_needs_its_own_sizes(task):
-    model = models.build_model("swinunetr", task, features=16)
+@pytest.mark.parametrize(("row", "task"), [
+    ("swinunetr", "segment"), ("swinunetr", "swin"), ("swinunetr", "pretrain"),
+    ("resenc_b", "segment"), ("resenc_b", "pretrain")])
+def test_some_need_their_own_sizes(row, task):
+    model = models.build_model(row, task, features=16)
     with pytest.raises(config.UserError, match="multiples of 32"):
         model(torch.zeros(1, 1, 48, 32, 32))
     with pytest.raises(config.UserError, match="at least 2 times that"):
@@ -335,7 +345,7 @@ def files(model):
 
 @pytest.mark.parametrize(("row", "task", "tensors"), [
     ("unet_demo", "pretrain", 40), ("mednext_m", "pretrain", 194), ("mednext_l", "pretrain", 290),
-    ("swinunetr", "pretrain", 126), ("swinunetr", "swin", 126)])
+    ("swinunetr", "pretrain", 126), ("swinunetr", "swin", 126), ("resenc_b", "pretrain", 224)])
 def test_everyones_checkpoints_arrive_whole(row, task, tensors, tmp_path):
     source = models.build_model(row, task, features=16)
     model = models.build_model(row, "segment", out_channels=2, features=16)
@@ -352,7 +362,7 @@ def test_everyones_checkpoints_arrive_whole(row, task, tensors, tmp_path):
             assert torch.equal(tensor, wanted), (kind, name)
 
 
-@pytest.mark.parametrize("row", ["unet_demo", "mednext_m", "swinunetr"])
+@pytest.mark.parametrize("row", ["unet_demo", "mednext_m", "swinunetr", "resenc_b"])
 def test_a_gap_is_never_filled_silently(row):
     source = models.build_model(row, "pretrain", features=16)
     model = models.build_model(row, "segment", features=16)
@@ -367,19 +377,20 @@ def test_a_gap_is_never_filled_silently(row):
         checkpoint.load_weights(model, {"model": state})
 
 
-@pytest.mark.parametrize("row", ["unet_demo", "mednext_m", "swinunetr"])
+@pytest.mark.parametrize("row", ["unet_demo", "mednext_m", "swinunetr", "resenc_b"])
 def test_more_sequences_than_the_checkpoint_had(row):
     """The stem is repeated and divided by their number: repeated input gives the same features."""
-    source = models.build_model(row, "pretrain", features=16).eval()
-    model = models.build_model(row, "segment", in_channels=3, features=16).eval()
+    torch.manual_seed(0)
+    source = models.build_model(row, "pretrain", features=16).double()
+    model = models.build_model(row, "segment", in_channels=3, features=16).double()
     report = checkpoint.load_weights(model, source.state_dict())
     assert len(report.reshaped) == 1 and "reshaped" in str(report)
-    x = torch.rand(1, 1, 64, 32, 32)
+    x = torch.rand(1, 1, 64, 64, 32, dtype=torch.float64)
     encoders = [net.swinViT if row == "swinunetr" else net.encoder for net in (source, model)]
     with torch.no_grad():
         levels = encoders[0](x), encoders[1](x.expand(-1, 3, -1, -1, -1))
         for one, three in zip(*levels, strict=True):
-            assert (one - three).abs().max() < 2e-4
+            assert (one - three).abs().max() < 1e-6
 
 
 def test_the_other_mednext_decoder_takes_the_same_encoder():
@@ -415,7 +426,7 @@ def test_one_step_at_full_size(row, task):
     if task == "swin" and row != "swinunetr":
         pytest.skip("the objective of [23] is SwinUNETR's")
     torch.set_num_threads(2)
-    x, label = sample([96 if row == "swinunetr" else 64] * 3, 2)
+    x, label = sample([96 if row in ("swinunetr", "resenc_b") else 64] * 3, 2)
     model = models.build_model(row, task, out_channels=2 if task == "segment" else 1)
     devices.quicken(model, "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, amsgrad=True, fused=True)

@@ -21,6 +21,7 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
 ALL_TEXT = "\n".join(PAGES.values())
 README = PAGES["README.md"]
 SCRIPTS = ("prepare_data", "pretrain", "finetune", "predict", "compare")
+OTHERS = ("export",)  # shown on other pages
 
 
 def without_code(text):
@@ -71,7 +72,7 @@ def test_commands_are_understood(page, words, monkeypatch, capsys):
     """Options and config files are known; data and runs need not be there."""
     script, *options = words
     name = script.removesuffix(".py")
-    if name in SCRIPTS:
+    if name in SCRIPTS + OTHERS:
         monkeypatch.chdir(ROOT)
         config.parse_config(importlib.import_module(name).Config, options)
     else:

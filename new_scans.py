@@ -34,7 +34,7 @@ class Found(NamedTuple):
 # ------------------------------------------------------------------------------------------- names
 def name_of(subject, session):
     """sub-<subject>_ses-<session>, where BIDS knows letters, digits and + alone."""
-    return f"sub-{bids_word(subject, 'sub-')}_ses-{bids_word(session, 'ses-')}"
+    return f"sub-{bids_word(subject, 'sub-')}_ses-{bids_word(session or '1', 'ses-')}"
 
 
 def bids_word(text, prefix):

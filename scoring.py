@@ -57,7 +57,8 @@ class Scorers:
         # A fork: the arrays are not copied. Neither torch nor CUDA is used in the process.
         context = multiprocessing.get_context("fork")
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(sender, function, arguments))
+        ends = [receiver, *self.running]
+        process = context.Process(target=work, args=(sender, ends, function, arguments))
         process.start()
 
         # The process has the only sender left: if it dies, the pipe ends.
@@ -109,8 +110,12 @@ def answer_of(process, receiver):
     return answer
 
 
-def work(sender, function, arguments):
-    """What a process does for its case."""
+def work(sender, ends, function, arguments):
+    """What a process does for its case. ends: where its parent receives."""
+    # The parent alone may have these: when it is gone, nobody waits for a large result to be taken.
+    for receiver in ends:
+        receiver.close()
+
     # Ctrl-C and Slurm signal all processes of a job: what was begun is finished.
     data.ignore_signals()
     answer = call(function, arguments)

@@ -125,7 +125,7 @@ def from_source(source, folder, sequences, truth):
     elif truth:
         raise UserError(f"truth {truth}: give a folder in the layout of {source}")
 
-    chosen, more = choose_channels(sessions, sequences)
+    chosen, more = choose_channels(sessions, sequences, left_out(skipped))
     scans, faults = [], {}
     for name, channels in chosen.items():
         paths = labels.get((channels[0].subject, channels[0].session), [])
@@ -145,7 +145,7 @@ def from_manifest(path, sequences, truth):
     sessions, skipped, _ = sources.read_manifest(path)
     lines = [f"{path} is read as a manifest: {len(sessions)} sessions" + left_out(skipped)]
 
-    chosen, more = choose_channels(sessions, sequences)
+    chosen, more = choose_channels(sessions, sequences, left_out(skipped))
     root = os.path.dirname(path)
     scans = []
     for name, channels in chosen.items():
@@ -161,11 +161,12 @@ def new_scan(name, root, channels, label_root, label):
                    os.path.join(label_root, label) if label else "")
 
 
-def choose_channels(sessions, sequences):
+def choose_channels(sessions, sequences, others=""):
     """The Scans of each session -> ({name: a Scan for each channel}, lines on what was left out).
 
     As in preparation, a session's channels are those of one subject and session, and of several
-    runs the first with a label map is taken, or the first. UserError if no session has all."""
+    runs the first with a label map is taken, or the first. UserError if no session has all, where
+    `others` says what files were left out."""
     chosen, lacking, several = {}, {}, []
     for session in sessions:
         name = name_of(session[0].subject, session[0].session)
@@ -190,7 +191,7 @@ def choose_channels(sessions, sequences):
     if not chosen:
         known = Counter(scan.sequence for session in sessions for scan in session)
         raise UserError(f"no session has {' and '.join(sequences)}, which the network reads; "
-                        f"found: {counts(known) or 'no scan'}")
+                        f"found: {counts(known) or 'no scan'}{others}")
     lines = [f"no {what}, skipped: {', '.join(without)}" for what, without in lacking.items()]
     if several:
         lines.append(f"several runs of a sequence, of which one is taken: {', '.join(several)}")

@@ -224,7 +224,7 @@ def main(cfg):
     without = [scan.name for scan in found.scans if cfg.truth and not scan.truth]
     if without:
         print(f"no true label map, so no scores: {', '.join(without)}")
-    print(f"{len(found.scans)} scans, of which {len(found.scans) - len(left)} are finished")
+    print(f"scans: {len(found.scans)}, of which finished before: {len(found.scans) - len(left)}")
 
     # A scan that is segmented again has no record meanwhile.
     for scan in left:
@@ -278,7 +278,7 @@ def segment_all(cfg, members, task, made_by, left, records, failed, device):
 def report(out, left, records, failed, stopped):
     """Print how a call ended -> its exit code."""
     done = sum(scan.name in records for scan in left)
-    print(f"wrote {out}: {done} scans segmented, {len(records)} in volumes.csv")
+    print(f"segmented {done} of {len(left)} scans; {out}/volumes.csv has {len(records)}")
     for name, error in failed.items():
         print(f"not segmented: {name}: {' '.join(error.split())}", file=sys.stderr)
     if stopped:

@@ -81,7 +81,7 @@ def cohort(tmp_path_factory):
 # ------------------------------------------------------------------------------ cut off and resumed
 def test_a_cohort_that_was_killed_twice_is_the_same_to_the_byte(cohort, tmp_path):
     folder, said = cohort
-    assert "the mean of 2 networks" in said and "20 scans, of which 0 are finished" in said
+    assert "the mean of 2 networks" in said and "scans: 20, of which finished before: 0" in said
     settings = {"ckpt": folder / "run", "input": folder / "raw", "truth": folder / "raw",
                 "out": tmp_path / "out", "overlap": 0, "workers": 2}
     finished = 0
@@ -110,7 +110,7 @@ def test_a_cohort_that_was_killed_twice_is_the_same_to_the_byte(cohort, tmp_path
     (tmp_path / "out" / ".part1-x").write_text("half")
     os.truncate(tmp_path / "out" / "volumes.csv", 60)
     printed = Run("predict", tmp_path / "log", **settings).finish()
-    assert f"20 scans, of which {finished} are finished" in printed
+    assert f"scans: 20, of which finished before: {finished}" in printed
     assert contents(tmp_path / "out") == contents(folder / "whole")
     assert not list((tmp_path / "out").rglob(".part*"))
 
@@ -146,16 +146,16 @@ def test_what_exists_is_skipped_unless_it_is_of_something_else(cohort, tmp_path)
     for subject in ("sub-L000", "sub-L001", "sub-L002"):
         shutil.copytree(folder / "raw" / subject, raw / subject)
     one = {"ckpt": folder / "run/fold_0", "input": raw, "out": out}
-    assert "wrote" in segment(**one)
+    assert "segmented 3 of 3 scans" in segment(**one)
     before = contents(out)
-    assert "3 scans, of which 3 are finished" in segment(**one)
+    assert "scans: 3, of which finished before: 3" in segment(**one)
 
     # A scan that has changed; a label map that is gone; other networks, which are refused.
     scan = next(raw.rglob("sub-L000*FLAIR.nii.gz"))
     os.utime(scan, (1, 1))
-    assert "3 scans, of which 2 are finished" in segment(**one)
+    assert "scans: 3, of which finished before: 2" in segment(**one)
     next(out.rglob("sub-L001*.nii.gz")).unlink()
-    assert "3 scans, of which 2 are finished" in segment(**one)
+    assert "scans: 3, of which finished before: 2" in segment(**one)
     maps = {name: content for name, content in contents(out).items() if "L000" not in name}
     assert maps.items() <= before.items()
     for other in ({"ckpt": folder / "run"}, {"mirror": "true"}):
@@ -299,7 +299,7 @@ def test_a_bad_scan_is_one_line_at_the_end(tmp_path):
         assert said.count("not segmented: sub-b_ses-1: ") == said.count("b.nii: unreadable") == 1
         assert [row["file"] for row in rows(tmp_path / "out")] == ["a.nii", "c.nii"]
     nib.Nifti1Image(head(), AFFINE).to_filename(tmp_path / "in" / "b.nii")
-    assert "1 scans segmented, 3 in volumes.csv" in segment(**settings)
+    assert "segmented 1 of 1 scans; " in segment(**settings)
 
 
 def die(*_):

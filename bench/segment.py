@@ -1,10 +1,11 @@
 """Seconds a scan of predict.py: a call for each scan, against one call for the folder.
 
-    python bench/segment.py [--scans 8] [--side 96] [--patch 64] [--threads 2]
+    python bench/segment.py [--scans 8] [--side 56] [--patch 64] [--threads 2]
 
-Phantoms on the CPU, and the U-Net of the demo with weights as drawn, in fp32: alone, and as an
-ensemble of three. All of a call counts: Python's start, reading, network, writing. --workers 0
-reads and writes in one process with the network; by default two processes do each beside it.
+Phantoms of one window on the CPU, and the U-Net of the demo with weights as drawn, in fp32: alone,
+and as an ensemble of three. All of a call counts: Python's start, reading, network, writing.
+--workers 0 reads and writes in one process with the network; by default up to two read, and up to
+two write, beside it.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def seconds(commands, threads):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scans", type=int, default=8)
-    parser.add_argument("--side", type=int, default=96)
+    parser.add_argument("--side", type=int, default=56)
     parser.add_argument("--patch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

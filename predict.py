@@ -355,6 +355,8 @@ def main(cfg):
         import segment_cohort  # which imports this file in its turn
         return segment_cohort.main(cfg)
 
+    if cfg.source or cfg.probabilities or cfg.overwrite:
+        raise UserError("source, probabilities and overwrite are for scans that --input names")
     check_paths(cfg.inputs, cfg.truth, cfg.out)
     device = devices.pick_device(cfg.device)
     if cfg.features:

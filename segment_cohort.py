@@ -243,7 +243,7 @@ def segment_all(cfg, members, task, made_by, left, records, failed, device):
     -> did a signal stop it before all were done?"""
     stop = training.catch_signals()
     columns = derivatives.columns_of(records.values())
-    progress = tqdm(total=len(left), desc="segment", unit="scan")
+    progress = tqdm(total=len(left), desc="segment", unit="scan", disable=not left)
 
     def done(name, record):
         records[name] = record

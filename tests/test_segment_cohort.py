@@ -6,8 +6,10 @@ import io
 import itertools
 import json
 import os
+import runpy
 import shutil
 import signal
+import sys
 import time
 
 import nibabel as nib
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import handlers_put_back, mistake
-from runs import Run, alive, words_of
+from runs import ROOT, Run, alive, words_of
 from scipy import ndimage
 from test_predict_inputs import AFFINE, head, network
 
@@ -251,6 +253,7 @@ def test_networks_that_are_no_ensemble_are_refused(tmp_path):
     assert "sided.pt has other classes" in line(["whole", "sided"])
     assert "half.pt is at step 4 of 8" in line(["whole", "half"])
     assert "left stroke is another class in the mirror" in line(["sided"], "--mirror")
+    assert "scans that --input names" in line(["whole"], "--probabilities")
     assert "choose bf16, fp32" in line(["whole"], "--precision", "fp64")
     assert not (tmp_path / "x.nii").exists()
 
@@ -284,6 +287,26 @@ def test_volumes_are_those_of_scipy(cohort):
 def test_the_volume_of_nothing():
     nothing = label_maps.measure(np.zeros((4, 4, 4), bool), (1, 1, 1))
     assert nothing == {"ml": 0, "components": 0, "largest_ml": 0}
+
+
+def test_the_picture_of_a_cohort(cohort, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    folder, _ = cohort
+    script = str(ROOT / "docs" / "figures.py")
+
+    def draw(*words):
+        monkeypatch.setattr(sys, "argv", ["figures.py", "cohort", *map(str, words)])
+        return runpy.run_path(script, run_name="__main__")
+
+    names = draw(folder / "whole", "--out", tmp_path / "cohort.png")
+    picture = (tmp_path / "cohort.png").read_bytes()
+    width = int.from_bytes(picture[16:20], "big")
+    assert picture[1:4] == b"PNG" and width == 1100, "a page wide"
+    volumes = names["read_volumes"](str(folder / "whole"))
+    assert [found["lesion"] for found in volumes.values()] == sorted(
+        float(row["ml"]) for row in rows(folder / "whole"))
+    with pytest.raises(SystemExit, match="predict.py --input writes it"):
+        draw(tmp_path)
 
 
 # ------------------------------------------------------------------------------------- what fails

@@ -203,11 +203,12 @@ def cohort(plt, folder):
     places = np.linspace(0, len(names) - 1, min(SHOWN, len(names)))
     shown = [names[int(place)] for place in places.round()]
 
-    rows = -(-len(shown) // 6)
+    wide = min(6, len(shown))
+    rows = -(-len(shown) // wide)
     figure = plt.figure(figsize=(10, 2.1 * rows + 2.2))
-    grid = figure.add_gridspec(rows + 1, 6, height_ratios=[2.1] * rows + [1.8])
+    grid = figure.add_gridspec(rows + 1, wide, height_ratios=[2.1] * rows + [1.8])
     for number, name in enumerate(shown):
-        axis = figure.add_subplot(grid[number // 6, number % 6])
+        axis = figure.add_subplot(grid[number // wide, number % wide])
         draw_case(axis, folder, name)
         axis.set_title(f"{name}\n{volumes[name][classes[0]]:.2f} ml", fontsize=8)
 
@@ -219,8 +220,9 @@ def cohort(plt, folder):
     for name in shown:
         axis.axvline(names.index(name), color="lightgray", linewidth=0.8, zorder=0)
     axis.set_xlabel(f"{len(names)} scans, from little {classes[0]} to much; lines: those above")
+    axis.set_xticks([])
     axis.set_ylabel("ml")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
     axis.legend(fontsize=8)
     return figure
 

@@ -17,9 +17,9 @@ PRETRAINED := --ckpt demo/runs/pretrain/last.pt
 SCRATCH := --model unet_demo --features 16
 demo: .venv/ready
 	rm -rf demo
-	@echo "== 1/6 phantoms: 40 unlabelled and 20 labelled subjects, and one new scan"
+	@echo "== 1/6 phantoms: 40 unlabelled and 20 labelled subjects, and four new scans"
 	$(PY) tests/phantom.py --out demo/raw --subjects 40 --labelled 20 --layout bids --size 64 --seed 1
-	$(PY) tests/phantom.py --out demo/new --subjects 0 --labelled 1 --layout bids --size 64 --seed 2
+	$(PY) tests/phantom.py --out demo/new --subjects 0 --labelled 4 --layout bids --size 64 --seed 2
 	@echo "== 2/6 prepare (section 2)"
 	$(PY) prepare_data.py --source bids --input demo/raw --out demo/prepared --workers 2
 	@echo "== 3/6 pretrain: AMAES (section 3.1)"
@@ -29,15 +29,15 @@ demo: .venv/ready
 	$(FINETUNE) $(PRETRAINED) --augment all --out demo/runs/amaes
 	$(FINETUNE) $(SCRATCH) --augment spatial --out demo/runs/scratch_spatial
 	$(FINETUNE) $(PRETRAINED) --augment spatial --out demo/runs/amaes_spatial
-	@echo "== 5/6 segment a new scan"
-	$(PY) predict.py --ckpt demo/runs/amaes/fold_0/last.pt demo/new/*/*/*/*FLAIR.nii.gz --out demo/segmentation.nii.gz
+	@echo "== 5/6 segment the new scans with the networks of all folds together, and score them"
+	$(PY) predict.py --ckpt demo/runs/amaes --input demo/new --truth demo/new --overlap 0 --out demo/segmented
 	@echo "== 6/6 compare"
 	$(PY) compare.py demo/runs/scratch demo/runs/amaes --out demo/table_all.md
 	$(PY) compare.py demo/runs/scratch_spatial demo/runs/amaes_spatial --out demo/table_spatial.md
 	$(PY) docs/figures.py preview demo/runs/pretrain --out demo/preview.png
 	$(PY) docs/figures.py losses demo/runs/pretrain --out demo/losses.png
 	$(PY) docs/figures.py dice demo/runs/scratch demo/runs/amaes --out demo/dice.png
-	$(PY) docs/figures.py scan demo/new/*/*/*/*FLAIR.nii.gz demo/segmentation.nii.gz demo/new/*/*/*/*lesion.nii.gz --out demo/scan.png
+	$(PY) docs/figures.py cohort demo/segmented --out demo/cohort.png
 	@echo "Few cases of one synthetic cohort: a difference below the table's 'could find' says nothing."
 
 test: .venv/ready

@@ -1,23 +1,27 @@
-"""Segment a scan (paper, sections 3.2 and 4): a sliding window at 1 mm, then back to its own grid.
+"""Segment scans (paper, sections 3.2 and 4): a sliding window at 1 mm, then back to their own grid.
 
     python predict.py --ckpt runs/wmh-unet_xl-amaes/fold_0/last.pt scan.nii.gz --out seg.nii.gz
     python predict.py --ckpt ... flair.nii.gz t1ce.nii.gz --truth label.nii.gz   # channels in order
+    python predict.py --ckpt runs/wmh-unet_xl-amaes --input FOLDER --out FOLDER  # many scans
+
+The last form takes the networks of all folds together. docs/segment.md has more of it.
 """
 
 import dataclasses
 import itertools
 import os
+from typing import NamedTuple
 
-import nibabel as nib
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 import checkpoint
 import config
 import devices
+import label_maps
 import metrics
 import models
+import networks
 import preprocess
 import resample
 import tasks
@@ -26,15 +30,27 @@ from config import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    ckpt: str  # a last.pt of finetune.py
+    ckpt: str  # a last.pt of finetune.py, several (a.pt,b.pt), or a run folder: all its folds
     inputs: tuple[str, ...] = ()  # the scan: one NIfTI file a channel, in the task's order
     out: str = "segmentation.nii.gz"  # label map on the scan's grid, in the source's label values
-    truth: str | None = None  # label map to score against
+    truth: str | None = None  # label map to score against; with --input a folder of them
     features: str | None = None  # instead of a segmentation: the encoder's output, to this .npy
+    input: str | None = None  # many scans, out a folder: a folder, files, or a manifest's csv file
+    source: str | None = None  # of --input, as of prepare_data.py; by default BIDS, or plain files
+    probabilities: bool = False  # with --input: write the probability of each class, too
+    overwrite: bool = False  # with --input: segment again what is in out already
+    workers: int = 2  # with --input: processes that read, and that write, beside the network
     overlap: float = 0.5  # of neighbouring windows; the official code: 0.5
     gaussian: bool = False  # weigh the centres of windows more; the official code does not
+    mirror: bool = False  # mean over the scan's eight mirror images; the official code: without
+    precision: str | None = None  # bf16 or fp32; by default as in training
     batch: int = 1  # windows that pass through the network at once
     device: str = "auto"  # auto, cpu or cuda
+
+    def __post_init__(self):
+        """UserError for values that would only fail later."""
+        if self.precision is not None:
+            config.check_choice("precision", self.precision, ("bf16", "fp32"))
 
 
 # ------------------------------------------------------------------------- the sliding window
@@ -198,6 +214,66 @@ def load_network(path, device):
     return devices.quicken(model.to(device), device), saved
 
 
+# -------------------------------------------------------------------------- several networks
+class Member(NamedTuple):
+    """A network of an ensemble, and how it was trained."""
+    model: torch.nn.Module
+    patch_size: int
+    precision: str
+
+
+def load_members(paths, device, precision=None):
+    """Finetuned checkpoints -> (a Member each, their task as a dict).
+
+    One alone is on the device. Several wait on the host for their turn there. precision: instead of
+    the one that each was trained in. UserError if they are no ensemble."""
+    members, task = [], None
+    for path in paths:
+        model, saved = load_network(path, device)
+        task = task or saved["task"]
+        if len(paths) > 1:
+            networks.check_member(path, saved, task)
+            model.to("cpu")
+
+        trained = saved["config"]
+        members.append(Member(model, trained["patch_size"], precision or trained["precision"]))
+    return members, task
+
+
+# The axes of (C, D, H, W) along which each mirror image is flipped; the scan itself comes first.
+FLIPS = [axes for count in range(4) for axes in itertools.combinations((1, 2, 3), count)]
+
+
+@torch.inference_mode()
+def segment_together(members, volume, size, device, mirror=False, overlap=0.5, gaussian=False,
+                     batch=1):
+    """Prepared volume (C, D, H, W) in [0, 1] at 1 mm -> (classes uint8 of the given size,
+    probabilities (K, D, H, W) at 1 mm), both on the device.
+
+    The probabilities are the mean of the softmax over all members and mirror images, and the
+    classes are those of the largest. A network alone, without mirror, decides by its logits, as
+    `segment` does."""
+    flips = FLIPS if mirror else FLIPS[:1]
+    total = None
+    for member in members:
+        # The others stay on the host meanwhile.
+        model = member.model.to(device)
+        for axes in flips:
+            with devices.autocast(member.precision, device):
+                logits = sliding_window(model, volume.flip(axes), member.patch_size, overlap,
+                                        gaussian, batch).flip(axes)
+            probabilities = logits.softmax(0)
+            total = probabilities if total is None else total.add_(probabilities)
+        if len(members) > 1:
+            model.to("cpu")
+
+    count = len(members) * len(flips)
+    if count == 1:
+        return largest_class(logits, size), total
+    total /= count
+    return largest_class(total, size), total
+
+
 # ------------------------------------------------------------------ --features: no segmentation
 class FirstLevel(torch.nn.Module):
     """An encoder as a network whose output is its first level, at the size of the patch.
@@ -253,50 +329,6 @@ def print_channels(sequences, paths):
         print(f"{name}: {path}")
 
 
-# All that a NIfTI header says of its grid: voxel sizes, units, two transforms and their meaning.
-GRID = ("pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x",
-        "qoffset_y", "qoffset_z", "sform_code", "srow_x", "srow_y", "srow_z")
-
-
-def grid_header(image):
-    """Header of a label map on the grid of a scan, of which it takes the grid alone.
-
-    Descriptions, display ranges and extensions are the scan's own, and may name the patient."""
-    header = nib.Nifti1Header()
-    header.set_data_dtype(np.uint8)
-    header.set_data_shape(image.shape[:3])
-
-    if isinstance(image.header, nib.Nifti1Header):  # NIfTI-2 and pairs, too
-        for field in GRID:
-            header[field] = image.header[field]
-        header["pixdim"][4:] = 1  # of time and other axes
-    else:
-        # Headers of FreeSurfer and Analyze are in mm, and have no form codes.
-        header.set_zooms(image.header.get_zooms()[:3])
-        header.set_xyzt_units("mm")
-    return header
-
-
-def write_segmentation(path, classes, task, image):
-    """The label map (D, H, W) on the grid of a scan, in the label values of its source."""
-    # A class may have several values: the smallest is written. BraTS has 4 for enhancing tumour.
-    values = np.zeros(256, np.uint8)
-    for number in range(len(task["classes"])):
-        values[number] = min(value for value, known in task["labels"].items() if known == number)
-
-    with checkpoint.atomic(path) as temporary:
-        label_map = nib.Nifti1Image(values[classes], image.affine, grid_header(image))
-        label_map.to_filename(temporary)
-
-
-def print_volumes(classes, task, affine):
-    """How much was found of each class but the background."""
-    voxel_ml = np.prod(nib.affines.voxel_sizes(affine)) / 1000
-    for number, name in enumerate(task["classes"]):
-        if number:
-            print(f"{name}: {(classes == number).sum() * voxel_ml:.2f} ml")
-
-
 def print_scores(classes, truth, task, affine):
     """All scores of each class and region against the true label map."""
     scores = tasks.score_case(classes, truth, task, affine)
@@ -307,8 +339,12 @@ def print_scores(classes, truth, task, affine):
 
 def check_paths(inputs, truth, out):
     """UserError for names of files that cannot be meant."""
+    folders = [path for path in inputs if os.path.isdir(path)]
+    if folders:
+        raise UserError(f"{folders[0]} is a folder: name it as --input to segment all scans in it")
     if not out.endswith((".nii", ".nii.gz")):
-        raise UserError(f"out {out}: a NIfTI file ends in .nii or .nii.gz")
+        raise UserError(f"out {out}: a NIfTI file ends in .nii or .nii.gz; give the scans as "
+                        "--input to write a folder")
     if not inputs:
         raise UserError("name the scan: python predict.py --ckpt CKPT scan.nii.gz --out seg.nii.gz")
     if os.path.realpath(out) in map(os.path.realpath, (*inputs, truth or "")):
@@ -316,16 +352,22 @@ def check_paths(inputs, truth, out):
 
 
 def main(cfg):
+    if cfg.input:
+        import segment_cohort  # which imports this file in its turn
+        return segment_cohort.main(cfg)
+
+    if cfg.source or cfg.probabilities or cfg.overwrite:
+        raise UserError("source, probabilities and overwrite are for scans that --input names")
     check_paths(cfg.inputs, cfg.truth, cfg.out)
     device = devices.pick_device(cfg.device)
     if cfg.features:
         write_encoding(cfg.ckpt, cfg.inputs, cfg.features, device, cfg.overlap, cfg.gaussian,
                        cfg.batch)
-        return
+        return 0
 
-    # The network, and one scan for each of its channels.
-    model, saved = load_network(cfg.ckpt, device)
-    task, trained = saved["task"], saved["config"]
+    # The networks, and one scan for each of their channels.
+    members, task = load_members(networks.find(cfg.ckpt), device, cfg.precision)
+    networks.check_mirror(cfg.mirror, task)
     if len(cfg.inputs) != len(task["sequences"]):
         raise UserError(f"the network reads {len(task['sequences'])} channels "
                         f"({', '.join(task['sequences'])}), got {len(cfg.inputs)} files")
@@ -338,13 +380,16 @@ def main(cfg):
         truth = preprocess.read_label(cfg.truth, image)
         tasks.classes_of(truth, task)
 
-    classes = segment(model, volume, geometry, trained["patch_size"], trained["precision"],
-                      cfg.overlap, cfg.gaussian, cfg.batch)
-    write_segmentation(cfg.out, classes, task, image)
-    print_volumes(classes, task, image.affine)
+    classes, _ = segment_together(members, volume, preprocess.box_size(geometry), device,
+                                  cfg.mirror, cfg.overlap, cfg.gaussian, cfg.batch)
+    classes = preprocess.place(classes.cpu().numpy(), geometry)
+    label_maps.write_segmentation(cfg.out, classes, task, image.affine,
+                                  label_maps.grid_header(image))
+    label_maps.print_volumes(classes, task, image.affine)
     print(f"wrote {cfg.out}: {classes.shape}, the grid of {cfg.inputs[0]}")
     if cfg.truth:
         print_scores(classes, truth, task, image.affine)
+    return 0
 
 
 if __name__ == "__main__":

@@ -174,14 +174,16 @@ def place(crop, geometry):
 
 
 # ----------------------------------------------------------------------------- what is segmented
-def prepare_scan(paths):
+def prepare_scan(paths, parts=None):
     """Prepare the scans of one session on one grid, a file a channel, as prepare_data.py does.
 
+    parts: for each file the number of its volume, if it is 4-D, or None.
     -> (volume (C, D, H, W) in [0, 1] at 1 mm; geometry and image of the first). The axes may be
     stored in different orders: all become RAS. The channels share the union of their tight boxes,
     and values are float16, since the network was trained on such. Prints what was mended in a scan.
     Raises UserError naming the file."""
-    images = [scans.load_scan(path) for path in paths]
+    parts = parts or [None] * len(paths)
+    images = [scans.load_scan(path, part) for path, part in zip(paths, parts, strict=True)]
     first = images[0]
     for path, image in zip(paths, images, strict=True):
         if not scans.same_grid(image.shape, image.affine, first.shape, first.affine):

@@ -1,7 +1,8 @@
 """The scores of a fold's cases: calculated beside the network, and kept as soon as they are known.
 
-`Scorers` scores in processes of their own, while the network segments the next case. `Kept` writes
-the record of each case into a file, so that an evaluation that was cut off goes on at its case.
+`Scorers` scores in processes of their own, while the network segments the next case; predict.py
+reads and writes the scans of a cohort in such processes. `Kept` writes the record of each case into
+a file, so that an evaluation that was cut off goes on at its case.
 """
 
 import hashlib
@@ -22,26 +23,33 @@ FORMAT = 1
 
 
 # ------------------------------------------------------------------------- beside the network
+def cannot_evaluate(name, error):
+    """What a case without a score comes to."""
+    raise UserError(f"cannot evaluate {name}: {error}")
+
+
 class Scorers:
     """Calls a function for one case after the other, each in a process of its own.
 
     So nothing waits between two cases, a process that dies is known by its case, and one whose
     parent was killed ends by itself."""
 
-    def __init__(self, most, done):
+    def __init__(self, most, done, failed=cannot_evaluate):
         """most: processes at a time; with 0, this process calls the function itself.
-        done(name, result): called in this process with each result, in any order."""
+        done(name, result): called in this process with each result, in any order.
+        failed(name, error): the same for a case without a result; by default raises UserError."""
         self.most = most
         self.done = done
+        self.failed = failed
         self.running = {}  # the end of a pipe where a result will arrive: (case name, process)
 
     def begin(self, name, function, *arguments):
         """Call function(*arguments) for the case `name`. Waits while there is no free place.
 
-        Raises UserError, naming the case, for one that could not be scored: this one or another
-        that began before it."""
+        Whatever `failed` raises, by default UserError, may be of this case or of another that began
+        before it."""
         if self.most == 0:
-            answer = call(name, function, arguments)
+            answer = call(function, arguments)
             return self.take(name, *answer)
 
         self.wait(self.most - 1)
@@ -49,7 +57,8 @@ class Scorers:
         # A fork: the arrays are not copied. Neither torch nor CUDA is used in the process.
         context = multiprocessing.get_context("fork")
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(sender, name, function, arguments))
+        ends = [receiver, *self.running]
+        process = context.Process(target=work, args=(sender, ends, function, arguments))
         process.start()
 
         # The process has the only sender left: if it dies, the pipe ends.
@@ -69,16 +78,23 @@ class Scorers:
             # Results are taken one by one: the first that is none ends the run.
             for receiver in ready:
                 name, process = self.running.pop(receiver)
-                answer = answer_of(name, process, receiver)
+                answer = answer_of(process, receiver)
                 self.take(name, *answer)
+
+    def leave(self):
+        """Wait for none of them: what they have to say goes nowhere, and they end."""
+        for receiver in self.running:
+            receiver.close()
+        self.running.clear()
 
     def take(self, name, result, error):
         if error:
-            raise UserError(f"cannot evaluate {error}")
-        self.done(name, result)
+            self.failed(name, error)
+        else:
+            self.done(name, result)
 
 
-def answer_of(name, process, receiver):
+def answer_of(process, receiver):
     """What a process that is done has sent: as of `call`."""
     try:
         answer = receiver.recv()
@@ -89,28 +105,32 @@ def answer_of(name, process, receiver):
     receiver.close()
     process.join()
     if answer is None:
-        return None, (f"{name}: the process that scored it died with exit code {process.exitcode}; "
-                      "was there too little memory?")
+        return None, (f"its process died with exit code {process.exitcode}; was there too little "
+                      "memory?")
     return answer
 
 
-def work(sender, name, function, arguments):
-    """What a process does for its case."""
+def work(sender, ends, function, arguments):
+    """What a process does for its case. ends: where its parent receives."""
+    # The parent alone may have these: when it is gone, nobody waits for a large result to be taken.
+    for receiver in ends:
+        receiver.close()
+
     # Ctrl-C and Slurm signal all processes of a job: what was begun is finished.
     data.ignore_signals()
-    answer = call(name, function, arguments)
+    answer = call(function, arguments)
     try:
         sender.send(answer)
     except BrokenPipeError:
         pass  # nobody waits for it any more
 
 
-def call(name, function, arguments):
-    """-> (result, ""), or (None, the case and what is wrong with its files)."""
+def call(function, arguments):
+    """-> (result, ""), or (None, what is wrong with the files of the case)."""
     try:
         return function(*arguments), ""
     except (UserError, *scans.READ_ERRORS) as error:
-        return None, f"{name}: {error}"
+        return None, str(error)
 
 
 # ------------------------------------------------------------------------------- kept on the disk

@@ -167,9 +167,7 @@ def score_case(classes, truth, task, affine):
     true = classes_of(truth, task)
     spacing = nib.affines.voxel_sizes(np.asarray(affine))
 
-    # What is scored: each class but the background, and each region, a union of classes.
-    targets = {name: (number,) for number, name in enumerate(task["classes"]) if number > 0}
-    targets |= {name: tuple(numbers) for name, numbers in task["regions"].items()}
+    targets = targets_of(task)
 
     # Nothing lies beyond the box of what either calls foreground, unless the background is scored.
     if all(0 not in numbers for numbers in targets.values()):
@@ -186,6 +184,13 @@ def score_case(classes, truth, task, affine):
         for kind in metrics.SCORES:
             scores[kind][name] = found[kind]
     return scores
+
+
+def targets_of(task):
+    """What is scored: {name: class numbers} of each class but the background, and of each region, a
+    union of classes. task: a Task as a dict."""
+    targets = {name: (number,) for number, name in enumerate(task["classes"]) if number > 0}
+    return targets | {name: tuple(numbers) for name, numbers in task["regions"].items()}
 
 
 def union(classes, numbers):

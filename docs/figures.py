@@ -5,12 +5,14 @@
     python docs/figures.py cases runs/wmh-unet_xl-amaes         # Dice of each case
     python docs/figures.py dice runs/wmh-unet_xl-scratch runs/wmh-unet_xl-amaes   # case by case
     python docs/figures.py scan scan.nii.gz seg.nii.gz [truth.nii.gz]             # three planes
+    python docs/figures.py cohort segmented                     # what `predict.py --input` wrote
     python docs/figures.py study_errors study/results           # error over patches; study_labels:
                                                                 # Dice over the labelled scans
     python docs/figures.py ... --out picture.png                # instead of beside the last file
 """
 
 import argparse
+import csv
 import glob
 import os
 import sys
@@ -113,23 +115,99 @@ def scan(plt, path, segmentation, truth=None):
 
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.6))
     for plane, title in enumerate(("sagittal", "coronal", "axial")):
-        axis = axes[plane]
-
-        # Transposed, the later of the two remaining axes is the height of the picture.
-        wide, high = np.delete(sizes, plane)
-        picture = np.take(volume, places[plane], plane).T
-        axis.imshow(picture, cmap="gray", origin="lower", aspect=high / wide,
-                    vmax=np.quantile(volume, 0.995))
-
-        # The prediction is drawn last, over the truth.
-        for mask, colour in ((known, "tab:green"), (found, "tab:red")):
-            outline = np.take(mask, places[plane], plane).T
-            if outline.any():
-                axis.contour(outline, levels=[0.5], colors=colour, linewidths=1)
+        draw_slice(axes[plane], volume, sizes, plane, places[plane], known, found)
         legend = ", truth green" if truth else ""
-        axis.set_title(f"{title}: prediction red{legend}", fontsize=9)
-        axis.axis("off")
+        axes[plane].set_title(f"{title}: prediction red{legend}", fontsize=9)
     return figure
+
+
+def draw_slice(axis, volume, sizes, plane, place, known, found):
+    """A slice of a volume (D, H, W) along the axis `plane`, with outlines of two masks."""
+    # Transposed, the later of the two remaining axes is the height of the picture.
+    wide, high = np.delete(sizes, plane)
+    picture = np.take(volume, place, plane).T
+    axis.imshow(picture, cmap="gray", origin="lower", aspect=high / wide,
+                vmax=np.quantile(volume, 0.995))
+
+    # The prediction is drawn last, over the truth.
+    for mask, colour in ((known, "tab:green"), (found, "tab:red")):
+        outline = np.take(mask, place, plane).T
+        if outline.any():
+            axis.contour(outline, levels=[0.5], colors=colour, linewidths=1)
+    axis.axis("off")
+
+
+# ------------------------------------------------------------------------------- a whole cohort
+SHOWN = 12  # scans of a cohort that are drawn, six in a row
+
+
+def read_volumes(folder):
+    """volumes.csv -> {scan: {class: ml}}, the scans with the least of the first class first."""
+    try:
+        with open(f"{folder}/volumes.csv", newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(f"cannot read {folder}/volumes.csv: {error.strerror}; predict.py --input "
+                        "writes it") from None
+    if not rows:
+        raise UserError(f"{folder}/volumes.csv lists no scan")
+
+    volumes = {}
+    for row in rows:
+        volumes.setdefault(row["scan"], {})[row["class"]] = float(row["ml"])
+    first = rows[0]["class"]
+    return dict(sorted(volumes.items(), key=lambda scan: scan[1][first]))
+
+
+def cohort(plt, folder):
+    """A segmented cohort: of scans with little to much found in them, the axial slice with most of
+    it; below, the ml of all. Prediction red; truth green, where predict.py had it."""
+    volumes = read_volumes(folder)
+    names = list(volumes)
+    classes = list(volumes[names[0]])
+    places = np.linspace(0, len(names) - 1, min(SHOWN, len(names)))
+    shown = [names[int(place)] for place in places.round()]
+
+    wide = min(6, len(shown))
+    rows = -(-len(shown) // wide)
+    figure = plt.figure(figsize=(10, 2.1 * rows + 2.2))
+    grid = figure.add_gridspec(rows + 1, wide, height_ratios=[2.1] * rows + [1.8])
+    for number, name in enumerate(shown):
+        axis = figure.add_subplot(grid[number // wide, number % wide])
+        draw_case(axis, folder, name)
+        axis.set_title(f"{name}\n{volumes[name][classes[0]]:.2f} ml", fontsize=8)
+
+    # A point for each scan and class, from the smallest on; a line to those that are shown.
+    axis = figure.add_subplot(grid[rows, :])
+    for number, label in enumerate(classes):
+        values = [volumes[name].get(label, 0) for name in names]
+        axis.plot(values, "o", color=f"C{number}", markersize=4, label=label)
+    for name in shown:
+        axis.axvline(names.index(name), color="lightgray", linewidth=0.8, zorder=0)
+    axis.set_xlabel(f"{len(names)} scans, from little {classes[0]} to much; lines: those above")
+    axis.set_xticks([])
+    axis.set_ylabel("ml")
+    axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+    axis.legend(fontsize=8)
+    return figure
+
+
+def draw_case(axis, folder, name):
+    """The fullest axial slice of one scan of a cohort."""
+    pattern = f"{glob.escape(folder)}/sub-*/ses-*/anat/{glob.escape(name)}_space-orig*_dseg.nii.gz"
+    paths = glob.glob(pattern)
+    if not paths:
+        raise UserError(f"{folder} has no label map of {name}, which its volumes.csv lists")
+
+    # The record says where the scan is. Its first channel is drawn; a truth comes last.
+    record = pictures.read_json(paths[0].removesuffix(".nii.gz") + ".json")
+    volume, sizes = load(record["files"][0][0])
+    found = load(paths[0])[0] > 0
+    scored = any("dice" in values for values in record["classes"].values())
+    known = load(record["files"][-1][0])[0] > 0 if scored else np.zeros_like(found)
+
+    place = fullest_planes(found | known)[2]
+    draw_slice(axis, volume.reshape(found.shape), sizes, 2, place, known, found)
 
 
 # ------------------------------------------------------------------------------------- the study
@@ -193,7 +271,8 @@ def study_labels(plt, folder):
 
 
 KINDS = {"preview": preview, "losses": pictures.losses, "cases": pictures.cases, "dice": dice,
-         "scan": scan, "study_errors": study_errors, "study_labels": study_labels}
+         "scan": scan, "cohort": cohort, "study_errors": study_errors,
+         "study_labels": study_labels}
 
 
 def main():

@@ -1,0 +1,338 @@
+"""The new scans of a cohort: from a folder, a table or files to a file for each channel.
+
+Three readings: a layout of prepare_data.py (`--source`, or a manifest); BIDS, where a folder has
+sub-* folders; and plain files. Of these each is a scan of its own, unless the network has several
+channels: then files are told apart as in nnU-Net, CASE_0000, CASE_0001, in the task's order.
+"""
+
+import os
+import re
+from collections import Counter
+from typing import NamedTuple
+
+import names
+import prepare_data
+import sources
+from config import UserError
+from names import ENDING, readable
+
+
+class NewScan(NamedTuple):
+    """A scan to segment, of one channel or several."""
+    name: str  # of its results: sub-<subject>_ses-<session>
+    paths: tuple[str, ...]  # a file for each channel
+    parts: tuple[int | None, ...]  # which volume of a 4-D file; None of any other file
+    truth: str = ""  # path of its true label map, or ""
+
+
+class Found(NamedTuple):
+    scans: list[NewScan]
+    lines: list[str]  # to print: how the input was read, and what was left out
+    faults: dict[str, str]  # {name: why it cannot be segmented}
+
+
+# ------------------------------------------------------------------------------------------- names
+def name_of(subject, session):
+    """sub-<subject>_ses-<session>, where BIDS knows letters, digits and + alone."""
+    return f"sub-{bids_word(subject, 'sub-')}_ses-{bids_word(session or '1', 'ses-')}"
+
+
+def bids_word(text, prefix):
+    word = re.sub(r"[^A-Za-z0-9+]+", "+", readable(text).removeprefix(prefix)).strip("+")
+    return word or "unnamed"
+
+
+def case_of(path):
+    """The path of a plain file -> (name of its case, number of its channel or None).
+
+    A case is called after the file, without its ending and nnU-Net's _0000."""
+    stem = ENDING.sub("", path)
+    channel = re.search(r"_(\d{4})$", stem)
+    if channel:
+        return stem[:channel.start()], int(channel[1])
+    return stem, None
+
+
+# How the names of BIDS begin: subject and session, which may be left out.
+BIDS_NAME = re.compile(r"(sub-[A-Za-z0-9+]+)(?:_(ses-[A-Za-z0-9+]+))?(?=_|$)")
+
+
+def name_of_case(case):
+    """What the results of a plain file's case are called. A name of BIDS says the session, too."""
+    known = BIDS_NAME.match(os.path.basename(case))
+    if known:
+        return name_of(known[1], known[2] or "1")
+    return name_of(case, "1")
+
+
+# ------------------------------------------------------------------------------ the three readings
+def find(inputs, source, sequences, truth=None):
+    """All scans of a cohort -> Found.
+
+    inputs: one folder, one manifest, or files. source: a layout of prepare_data.py, or None.
+    sequences: the channels of the network. truth: where true label maps are, or None. Raises
+    UserError if there is no scan to segment."""
+    first = inputs[0]
+    is_table = source == "manifest" or first.lower().endswith((".csv", ".tsv"))
+    is_folder = os.path.isdir(first)
+    if len(inputs) > 1 and (is_table or any(map(os.path.isdir, inputs))):
+        raise UserError(f"input {first} {inputs[1]} ...: name one folder, one manifest, or files")
+    if source and not is_table and not is_folder:
+        raise UserError(f"source {source} is the layout of a folder, and {first} is none")
+
+    if is_table:
+        found = from_manifest(first, sequences, truth)
+    elif is_folder and (source or has_subjects(first)):
+        found = from_source(source or "bids", first, sequences, truth)
+    elif is_folder:
+        found = from_folder(first, sequences, truth)
+    else:
+        found = from_files(inputs, sequences, truth)
+    return without_twins(found)
+
+
+def has_subjects(folder):
+    """Does a folder look like BIDS?"""
+    return any(name.startswith("sub-") and os.path.isdir(os.path.join(folder, name))
+               for name in os.listdir(folder))
+
+
+def without_twins(found):
+    """Found, with a fault for all scans but the first that would get one name."""
+    scans, faults = {}, dict(found.faults)
+    for scan in found.scans:
+        first = scans.setdefault(scan.name, scan)
+        if first is not scan:
+            faults[scan.paths[0]] = (f"its results would be called {scan.name}, as those of "
+                                     f"{first.paths[0]}: rename it")
+    return Found(list(scans.values()), found.lines, faults)
+
+
+# ------------------------------------------------------------------------- layouts and manifests
+def from_source(source, folder, sequences, truth):
+    """A folder in a layout of prepare_data.py -> Found."""
+    sessions, skipped, _ = sources.find_scans(source, folder)
+    if source == "nnunet":
+        channels, _ = sources.read_dataset(folder)
+        sessions = [prepare_data.name_channels(session, channels) for session in sessions]
+    lines = [f"{folder} is read as --source {source}: {len(sessions)} sessions" + left_out(skipped)]
+
+    # True label maps may lie in the same tree, or in another one that is laid out alike.
+    labels = {}
+    if truth and os.path.isdir(truth):
+        _, labels, _, _ = sources.sort_files(source, truth, False)
+        labels = names.labels_by_session(labels, [(s[0].subject, s[0].session) for s in sessions])
+    elif truth:
+        raise UserError(f"truth {truth}: give a folder in the layout of {source}")
+
+    chosen, more = choose_channels(sessions, sequences, left_out(skipped))
+    scans, faults = [], {}
+    for name, channels in chosen.items():
+        paths = labels.get((channels[0].subject, channels[0].session), [])
+        (first,), _ = names.pair_labels([channels[0]._replace(label="", fault="")], paths)
+        if first.fault:
+            faults[name] = first.fault
+            continue
+        scans.append(new_scan(name, folder, channels, truth, first.label))
+    return Found(scans, lines + more, faults)
+
+
+def from_manifest(path, sequences, truth):
+    """A manifest of prepare_data.py -> Found. Its column label holds the true label maps."""
+    if truth not in (None, path):
+        raise UserError(f"truth {truth}: the column label of a manifest has true label maps; "
+                        f"give --truth {path}")
+    sessions, skipped, _ = sources.read_manifest(path)
+    lines = [f"{path} is read as a manifest: {len(sessions)} sessions" + left_out(skipped)]
+
+    chosen, more = choose_channels(sessions, sequences, left_out(skipped))
+    root = os.path.dirname(path)
+    scans = []
+    for name, channels in chosen.items():
+        label = channels[0].label if truth else ""
+        scans.append(new_scan(name, root, channels, root, label))
+    return Found(scans, lines + more, {})
+
+
+def new_scan(name, root, channels, label_root, label):
+    """The Scans of one session, a channel each, as a NewScan."""
+    paths = tuple(os.path.join(root, scan.path) for scan in channels)
+    return NewScan(name, paths, tuple(scan.channel for scan in channels),
+                   os.path.join(label_root, label) if label else "")
+
+
+def choose_channels(sessions, sequences, others=""):
+    """The Scans of each session -> ({name: a Scan for each channel}, lines on what was left out).
+
+    As in preparation, a session's channels are those of one subject and session, and of several
+    runs the first with a label map is taken, or the first. UserError if no session has all, where
+    `others` says what files were left out."""
+    chosen, lacking, several = {}, {}, []
+    for session in sessions:
+        name = name_of(session[0].subject, session[0].session)
+        channels, missing = [], []
+        for sequence in sequences:
+            runs = [scan for scan in session if scan.sequence == sequence]
+            labelled = [scan for scan in runs if scan.label]
+            if not runs:
+                missing.append(sequence)
+                continue
+            channels.append((labelled or runs)[0])
+            if len(runs) > 1:
+                several.append(name)
+
+        if missing:
+            lacking.setdefault(" and ".join(missing), []).append(name)
+        elif name in chosen:
+            raise UserError(f"two sessions would be called {name}: rename one of their subjects")
+        else:
+            chosen[name] = channels
+
+    if not chosen:
+        known = Counter(scan.sequence for session in sessions for scan in session)
+        raise UserError(f"no session has {' and '.join(sequences)}, which the network reads; "
+                        f"found: {counts(known) or 'no scan'}{others}")
+    lines = [f"no {what}, skipped: {', '.join(without)}" for what, without in lacking.items()]
+    if several:
+        lines.append(f"several runs of a sequence, of which one is taken: {', '.join(several)}")
+    return chosen, lines
+
+
+def left_out(skipped):
+    """The end of a line: how many files were skipped, and why."""
+    return f"; files left out: {counts(skipped)}" if skipped else ""
+
+
+def counts(counter):
+    """{what: number} in words, the most frequent first."""
+    return ", ".join(f"{number} {what}" for what, number in counter.most_common())
+
+
+# ------------------------------------------------------------------------------------- plain files
+def from_folder(folder, sequences, truth):
+    """A folder of files without a layout, and of folders of them -> Found."""
+    paths = list(sources.find_nifti_files(folder))
+    skipped = Counter()
+    taken = []
+    for path in paths:
+        reason = why_not(path, sequences)
+        if reason:
+            skipped[reason] += 1
+        else:
+            taken.append(path)
+    if not taken:
+        raise UserError(f"{folder} holds no scan by the names of its files: {counts(skipped)}. To "
+                        "segment them all the same, name the files: --input FILE FILE ...")
+    what = "each file is a scan of its own"
+    if len(sequences) > 1:
+        numbered = [f"_{number:04} {sequence}" for number, sequence in enumerate(sequences)]
+        what = f"the channels of a case end in {', '.join(numbered)}"
+    lines = [f"{folder} has no sub-* folders and is read as plain files: {what}"
+             + left_out(skipped)]
+    return group_files(folder, taken, sequences, truth, lines)
+
+
+def from_files(paths, sequences, truth):
+    """Files that are named one by one -> Found. Nothing is left out by its name."""
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        raise UserError(f"input {missing[0]}: no such file or folder")
+    return group_files(None, paths, sequences, truth, [f"{len(paths)} files are read as scans"])
+
+
+def why_not(path, sequences):
+    """Why the name of a plain file says that it is no scan for this network, or ""."""
+    parts = path.split("/")
+    if any(part.startswith(sources.HIDDEN) for part in parts):
+        return "hidden"
+    if "derivatives" in parts:
+        return "in derivatives"
+    if names.is_like_label(path, ""):
+        return "label map or mask"
+    if len(sequences) > 1:
+        return ""
+
+    # Whole words alone: a patient1 is no T1.
+    known = sources.read_layout("bids").suffixes
+    words = re.split("[^a-z0-9]+", ENDING.sub("", parts[-1]).lower())
+    named = [known[word] for word in words if word in known]
+    if named and sequences[0] not in named:
+        return f"named {named[-1]}, not {sequences[0]}"
+    return ""
+
+
+def group_files(folder, paths, sequences, truth, lines):
+    """Plain files -> Found. folder: the one in which the paths are, or None."""
+    cases, strangers = {}, []
+    for path in paths:
+        # The name is that of the path below the folder, so that P1/flair and P2/flair differ.
+        case, channel = case_of(path if folder else os.path.basename(path))
+        if channel is None and len(sequences) == 1:
+            channel = 0
+        if channel is None or channel >= len(sequences):
+            strangers.append(path)
+        else:
+            full = os.path.join(folder, path) if folder else path
+            cases.setdefault(case, []).append((channel, full))
+
+    scans, faults, lacking = [], {}, []
+    for case, files in cases.items():
+        by_channel = dict(reversed(files))
+        if len(by_channel) < len(files):
+            faults[name_of_case(case)] = "one name: " + ", ".join(path for _, path in files)
+        elif len(by_channel) < len(sequences):
+            lacking.append(case)
+        else:
+            channels = tuple(by_channel[number] for number in range(len(sequences)))
+            scans.append((case, NewScan(name_of_case(case), channels, (None,) * len(channels))))
+
+    if strangers:
+        lines.append(f"no channel of the network by their numbers, skipped: {', '.join(strangers)}")
+    if lacking:
+        lines.append(f"a channel is missing, skipped: {', '.join(lacking)}")
+    if not scans and not faults:
+        raise UserError(f"no scan has all of {', '.join(sequences)}: name their files "
+                        "CASE_0000.nii.gz and on, or give --source")
+    labels = labels_of_cases(truth, scans, faults) if truth else {}
+    return Found([scan._replace(truth=labels.get(case, "")) for case, scan in scans
+                  if scan.name not in faults], lines, faults)
+
+
+def labels_of_cases(truth, scans, faults):
+    """{case: path of its label map}. truth: the file of the only scan, or a folder, where a label
+    map has the name of its case, or begins with it. Adds to faults, if several could be one's."""
+    if not os.path.isdir(truth):
+        if len(scans) != 1:
+            raise UserError(f"truth {truth}: give a folder of label maps, named as the scans are")
+        return {scans[0][0]: truth}
+
+    # In the folder of the scans themselves, these are no label maps.
+    own = {os.path.realpath(path) for _, scan in scans for path in scan.paths}
+    candidates = {}
+    for path in sources.find_nifti_files(truth):
+        full = os.path.join(truth, path)
+        case = case_that_begins(ENDING.sub("", path), [case for case, _ in scans])
+        if case and os.path.realpath(full) not in own:
+            candidates.setdefault(case, []).append(full)
+
+    for case, scan in scans:
+        if len(candidates.get(case, ())) > 1:
+            found = ", ".join(candidates[case])
+            faults[scan.name] = f"several label maps could be its own: {found}"
+    return {case: paths[0] for case, paths in candidates.items()}
+
+
+def case_that_begins(stem, cases):
+    """The longest of the cases that a label map's name begins with; "" if there is none."""
+    best = ""
+    for case in cases:
+        # In BIDS, scan and label map share subject and session alone.
+        folder, name = os.path.split(case)
+        known = BIDS_NAME.match(name)
+        start = os.path.join(folder, known[0]) if known else case
+
+        rest = stem.removeprefix(start)
+        begins = stem.startswith(start) and not re.match("[A-Za-z0-9]", rest)
+        if begins and len(case) > len(best):
+            best = case
+    return best

@@ -1,0 +1,286 @@
+"""predict.py --input: the scans of a cohort, segmented and measured; what was cut off goes on.
+
+Scans are read, and results written, by processes of their own, while the network works on a scan.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections import deque
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import config
+import derivatives
+import devices
+import label_maps
+import networks
+import new_scans
+import predict
+import preprocess
+import scans
+import scoring
+import tasks
+import training
+from config import UserError
+
+
+# ------------------------------------------------------------------------------------------ reading
+class Reading(NamedTuple):
+    """All that is read of a scan. It comes out of another process: arrays, but no images."""
+    volume: np.ndarray  # float16 (C, D, H, W), as preprocess.prepare_scan makes it
+    geometry: dict
+    affine: np.ndarray
+    header: nib.Nifti1Header  # of a label map on its grid
+    brain_ml: float  # volume of the voxels above 0 of the first channel
+    truth: np.ndarray | None  # true label values (D, H, W)
+    files: list  # as derivatives.files_of
+
+
+def read(scan, task):
+    """NewScan -> Reading. Raises UserError, for a label value that the task does not name, too."""
+    torch.set_num_threads(1)
+    with scans.naming(scan.paths[0]):
+        files = derivatives.files_of(scan)
+        volume, geometry, image = preprocess.prepare_scan(scan.paths, scan.parts)
+
+        # What preprocess.tight_box calls the head, on the scan's own grid.
+        voxels, _ = scans.stored_voxels(image)
+        voxel_ml = float(np.prod(nib.affines.voxel_sizes(image.affine))) / 1000
+        brain_ml = np.count_nonzero(voxels > 0) * voxel_ml
+
+    truth = None
+    if scan.truth:
+        truth = preprocess.read_label(scan.truth, image)
+        tasks.classes_of(truth, task)
+    return Reading(volume.numpy(), geometry, image.affine, label_maps.grid_header(image), brain_ml,
+                   truth, files)
+
+
+def read_ahead(wanted, task, workers, failed):
+    """Yields (NewScan, Reading) in order. failed(name, error): called for one without a Reading.
+
+    Beside the scan that is yielded, as many are in memory or on their way as there are workers."""
+    ready, lost = {}, set()
+
+    def lose(name, error):
+        lost.add(name)
+        failed(name, error)
+
+    readers = scoring.Scorers(workers, ready.__setitem__, lose)
+    waiting, begun = deque(wanted), deque()
+    try:
+        while waiting or begun:
+            while waiting and len(begun) <= workers:
+                scan = waiting.popleft()
+                begun.append(scan)
+                readers.begin(scan.name, read, scan, task)
+
+            # They may come in any order.
+            scan = begun.popleft()
+            while scan.name not in ready and scan.name not in lost:
+                readers.wait(len(readers.running) - 1)
+            if scan.name in ready:
+                yield scan, ready.pop(scan.name)
+    finally:
+        readers.leave()
+
+
+# -------------------------------------------------------------------------------------- the network
+class Result(NamedTuple):
+    """What the networks found in the crop box of a scan, on its own voxels, in RAS order."""
+    classes: np.ndarray  # uint8 (D, H, W)
+    means: dict  # {class or region: mean probability of its voxels, None if it has none}
+    maps: dict  # {class: its probability, uint16 (D, H, W) of label_maps.STEPS}, if asked for
+
+
+def segment(members, reading, task, device, mirror, probabilities, **window):
+    """Reading -> Result. window: how predict.sliding_window moves."""
+    size = preprocess.box_size(reading.geometry)
+    volume = torch.from_numpy(reading.volume)
+    classes, shares = predict.segment_together(members, volume, size, device, mirror, **window)
+
+    # A region has the probability that one of its classes has.
+    means = {}
+    for name, numbers in tasks.targets_of(task).items():
+        mask = sum(classes == number for number in numbers) > 0
+        means[name] = None
+        if mask.any():
+            probability = predict.resize(shares[list(numbers)].sum(0), size)
+            means[name] = probability[mask].double().mean().item()
+
+    maps = {}
+    for number, name in enumerate(task["classes"]):
+        if probabilities and number:
+            steps = predict.resize(shares[number], size).mul(label_maps.STEPS).round()
+            maps[name] = steps.to(torch.int32).cpu().numpy().astype(np.uint16)
+    return Result(classes.cpu().numpy(), means, maps)
+
+
+# ------------------------------------------------------------------------------------------ writing
+def write(out, scan, task, made_by, reading, result):
+    """Write all that was found in a scan -> its record, which is written last."""
+    classes = preprocess.place(result.classes, reading.geometry)
+    for name, steps in result.maps.items():
+        label_maps.write_probability(derivatives.probability_of(out, scan.name, name),
+                                     preprocess.place(steps, reading.geometry), reading.affine,
+                                     reading.header)
+    label_maps.write_segmentation(derivatives.label_map_of(out, scan.name, task), classes, task,
+                                  reading.affine, reading.header)
+
+    measured = derivatives.measure(classes, result.means, task, reading.affine, reading.brain_ml,
+                                   reading.truth)
+    record = {"scan": scan.name, "files": reading.files, "made_by": made_by,
+              "brain_ml": round(reading.brain_ml, 6), "classes": measured}
+    path = derivatives.record_of(out, scan.name, task)
+    checkpoint.write_text(path, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def cannot_write(name, error):
+    """A full disk is not the scan's fault: it ends the call."""
+    raise UserError(f"{name}: {error}; the same command goes on")
+
+
+# --------------------------------------------------------------------------------------- a cohort
+def check_settings(cfg):
+    """UserError for what cannot be meant."""
+    if cfg.features:
+        raise UserError("features: give a scan without --input")
+    if cfg.out.endswith((".nii", ".nii.gz")):
+        raise UserError(f"out {cfg.out}: with --input, name a folder")
+    for folder in filter(None, (cfg.truth, cfg.input)):
+        inside = os.path.realpath(cfg.out) + os.sep
+        if cfg.truth and inside.startswith(os.path.realpath(folder) + os.sep):
+            raise UserError(f"out {cfg.out} is in {folder}, where true label maps are looked for: "
+                            "choose a folder beside it")
+
+
+def load(cfg, device):
+    """-> (Members, their task, what results are made by), and a line on them."""
+    paths = networks.find(cfg.ckpt)
+    members, task = predict.load_members(paths, device, cfg.precision)
+    networks.check_mirror(cfg.mirror, task)
+    made_by = {"networks": [checkpoint.checksum(path)[:16] for path in paths],
+               "precision": [member.precision for member in members],
+               "overlap": cfg.overlap, "gaussian": cfg.gaussian, "mirror": cfg.mirror}
+
+    sizes = [sum(weight.nbytes for weight in member.model.parameters()) for member in members]
+    if len(members) == 1:
+        print(f"network {paths[0]}: {sizes[0] / 1e6:.0f} MB")
+    else:
+        print(f"the mean of {len(paths)} networks, {', '.join(paths)}: {sum(sizes) / 1e6:.0f} MB "
+              f"in the host's memory, {max(sizes) / 1e6:.0f} MB at a time at work on the {device}")
+    return members, task, made_by
+
+
+def open_folder(out, task, made_by, overwrite):
+    """Lock the folder of the results -> {name: record} of the scans that are finished there.
+
+    UserError if other networks or settings have made them, unless they are to be overwritten."""
+    checkpoint.lock(out)
+    clear_parts(out)
+    records = derivatives.read_records(out)
+    others = {name: record for name, record in records.items() if record["made_by"] != made_by}
+    if others and not overwrite:
+        theirs = others[min(others)]["made_by"]
+        changed = [key for key in made_by if theirs.get(key) != made_by[key]]
+        raise UserError(f"{out} holds segmentations of other {' and '.join(changed)}: new --out or "
+                        "--overwrite")
+
+    # What others have made is not listed beside what these make.
+    ours = {name: record for name, record in records.items() if name not in others}
+    derivatives.write_description(out, task)
+    derivatives.write_table(out, ours)
+    return ours
+
+
+def clear_parts(out):
+    """Remove what a killed call had not finished. The folder is locked."""
+    for top, _, files in os.walk(out):
+        for name in files:
+            if name.startswith(".part"):
+                os.unlink(os.path.join(top, name))
+
+
+def main(cfg):
+    """Segment what is left of a cohort -> exit code 1 if a scan could not be, else 0."""
+    check_settings(cfg)
+    device = devices.pick_device(cfg.device)
+    members, task, made_by = load(cfg, device)
+
+    # What there is to segment, and what of it is left.
+    found = new_scans.find((cfg.input, *cfg.inputs), cfg.source, task["sequences"], cfg.truth)
+    print(*found.lines, sep="\n")
+    records = open_folder(cfg.out, task, made_by, cfg.overwrite)
+    left = [scan for scan in found.scans if cfg.overwrite or not derivatives.is_finished(
+        records.get(scan.name), scan, cfg.out, task, made_by, cfg.probabilities)]
+    without = [scan.name for scan in found.scans if cfg.truth and not scan.truth]
+    if without:
+        print(f"no true label map, so no scores: {', '.join(without)}")
+    print(f"scans: {len(found.scans)}, of which finished before: {len(found.scans) - len(left)}")
+
+    # A scan that is segmented again has no record meanwhile.
+    for scan in left:
+        records.pop(scan.name, None)
+        derivatives.forget(cfg.out, scan.name, task)
+
+    failed = dict(found.faults)
+    stopped = segment_all(cfg, members, task, made_by, left, records, failed, device)
+    derivatives.write_table(cfg.out, records)
+    return report(cfg.out, left, records, failed, stopped)
+
+
+def segment_all(cfg, members, task, made_by, left, records, failed, device):
+    """Segment the scans that are left. Adds to records and to failed, {name: why}.
+
+    -> did a signal stop it before all were done?"""
+    stop = training.catch_signals()
+    columns = derivatives.columns_of(records.values())
+    progress = tqdm(total=len(left), desc="segment", unit="scan", disable=not left)
+
+    def done(name, record):
+        records[name] = record
+        derivatives.append_rows(cfg.out, record, columns)
+        progress.update()
+
+    def fail(name, error):
+        failed[name] = error
+        progress.update()
+
+    writers = scoring.Scorers(cfg.workers, done, cannot_write)
+    readings = read_ahead(left, task, cfg.workers, fail)
+    with progress, contextlib.closing(readings):
+        for scan, reading in readings:
+            # A signal is heeded between two scans.
+            if stop.is_set():
+                break
+            try:
+                result = segment(members, reading, task, device, cfg.mirror, cfg.probabilities,
+                                 overlap=cfg.overlap, gaussian=cfg.gaussian, batch=cfg.batch)
+            except (RuntimeError, MemoryError) as error:
+                # A scan that is too large must not keep the others from their turn.
+                if not config.ran_out_of_memory(error):
+                    raise
+                fail(scan.name, f"{scan.paths[0]}: out of memory; a smaller --batch may help")
+                continue
+            writers.begin(scan.name, write, cfg.out, scan, task, made_by, reading, result)
+        writers.wait()
+    return stop.is_set()
+
+
+def report(out, left, records, failed, stopped):
+    """Print how a call ended -> its exit code."""
+    done = sum(scan.name in records for scan in left)
+    print(f"segmented {done} of {len(left)} scans; {out}/volumes.csv has {len(records)}")
+    for name, error in failed.items():
+        print(f"not segmented: {name}: {' '.join(error.split())}", file=sys.stderr)
+    if stopped:
+        print("stopped by a signal; the same command goes on")
+    return 1 if failed else 0

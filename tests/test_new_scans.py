@@ -1,0 +1,158 @@
+"""Which scans of a cohort are segmented: layouts, manifests, files as users call them."""
+
+import json
+
+import pytest
+
+import new_scans
+import phantom
+from config import UserError
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return str(folder)
+
+
+def taken(found, folder):
+    """{name: paths below the folder, joined}."""
+    cut = len(str(folder)) + 1
+    return {scan.name: " ".join(path[cut:] for path in scan.paths) for scan in found.scans}
+
+
+# ----------------------------------------------------------------------------------------- layouts
+def test_a_bids_folder_by_subject_and_session(tmp_path):
+    for subject, session, suffixes in (("01", "ses-1/", "FLAIR T1w"), ("01", "ses-2/", "T1w"),
+                                       ("02", "", "T1w FLAIR bold"), ("03", "", "FLAIR")):
+        name = f"sub-{subject}_{session[:-1]}_" if session else f"sub-{subject}_"
+        for suffix in suffixes.split():
+            touch(tmp_path, f"sub-{subject}/{session}anat/{name}{suffix}.nii.gz")
+    found = new_scans.find((str(tmp_path),), None, ("FLAIR", "T1"))
+    assert taken(found, tmp_path) == {
+        "sub-01_ses-1": "sub-01/ses-1/anat/sub-01_ses-1_FLAIR.nii.gz "
+                        "sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz",
+        "sub-02_ses-1": "sub-02/anat/sub-02_FLAIR.nii.gz sub-02/anat/sub-02_T1w.nii.gz"}
+    text = "\n".join(found.lines)
+    assert "read as --source bids: 4 sessions; files left out: 1 fMRI" in text
+    assert "no FLAIR, skipped: sub-01_ses-2" in text and "no T1, skipped: sub-03_ses-1" in text
+    with pytest.raises(UserError, match="no session has T2, .* found: 3 FLAIR, 3 T1"):
+        new_scans.find((str(tmp_path),), "bids", ("T2",))
+
+
+def test_runs_and_true_label_maps_of_bids(tmp_path):
+    """Of several runs the labelled one, as in preparation; labels may lie in another tree."""
+    touch(tmp_path / "in", "sub-1/anat/sub-1_run-1_FLAIR.nii", "sub-1/anat/sub-1_run-2_FLAIR.nii",
+          "sub-1/anat/sub-1_run-2_lesion.nii", "sub-2/anat/sub-2_FLAIR.nii",
+          "sub-3/anat/sub-3_FLAIR.nii")
+    touch(tmp_path / "true", "sub-1/anat/sub-1_run-2_lesion.nii", "sub-2/anat/sub-2_a_lesion.nii",
+          "sub-2/anat/sub-2_b_lesion.nii")
+    inputs = (str(tmp_path / "in"),)
+    found = new_scans.find(inputs, None, ("FLAIR",))
+    assert found.scans[0].paths[0].endswith("run-2_FLAIR.nii") and not found.faults
+    assert any("several runs of a sequence" in line for line in found.lines)
+    assert {scan.truth for scan in found.scans} == {""}
+
+    found = new_scans.find(inputs, None, ("FLAIR",), truth=str(tmp_path / "true"))
+    assert [scan.truth for scan in found.scans] == [
+        f"{tmp_path}/true/sub-1/anat/sub-1_run-2_lesion.nii", ""]
+    assert "several label maps could be its own" in found.faults["sub-2_ses-1"]
+
+
+@pytest.mark.parametrize(("layout", "sequences", "parts"), [
+    ("wmh", ("FLAIR", "T1"), (None, None)), ("msd", ("FLAIR", "T1ce"), None),
+    ("nnunet", ("FLAIR", "T1"), (None, None)), ("brats21", ("T1ce",), (None,))])
+def test_other_layouts_and_their_labels(tmp_path, layout, sequences, parts):
+    phantom.write(layout, tmp_path, subjects=1, labelled=2, size=24)
+    folder = str(next(tmp_path.iterdir())) if layout == "nnunet" else str(tmp_path)
+    found = new_scans.find((folder,), layout, sequences, truth=folder)
+    assert len(found.scans) == 3 and not found.faults
+    assert sum(bool(scan.truth) for scan in found.scans) >= 2
+    for scan in found.scans:
+        assert len(scan.paths) == len(sequences)
+        if parts:
+            assert scan.parts == parts
+        else:
+            assert len(set(scan.paths)) == 1 and len(set(scan.parts)) == 2, "one 4-D file"
+
+
+def test_a_manifest(tmp_path):
+    (tmp_path / "scans.csv").write_text(
+        "path,subject,session,sequence,label\na.nii,P 1,,FLAIR,a_true.nii\nb.nii,P2,x,FLAIR,\n"
+        "c.nii,P2,y,T1,\n")
+    table = str(tmp_path / "scans.csv")
+    found = new_scans.find((table,), None, ("FLAIR",), truth=table)
+    assert taken(found, tmp_path) == {"sub-P+1_ses-1": "a.nii", "sub-P2_ses-x": "b.nii"}
+    assert [scan.truth for scan in found.scans] == [f"{tmp_path}/a_true.nii", ""]
+    with pytest.raises(UserError, match="give --truth .*scans.csv"):
+        new_scans.find((table,), "manifest", ("FLAIR",), truth="elsewhere")
+
+
+# ------------------------------------------------------------------------------------ plain files
+def test_a_folder_of_oddly_named_files(tmp_path):
+    folder = touch(
+        tmp_path, "patient1.nii.gz", "Müller (2).NII", "P7/flair.nii.gz", "P8/FLAIR.nii.gz",
+        "T2_Flair.mgz", "x_0000.nii", "P7/t1.nii.gz", "P7/lesion.nii.gz", "P8/brain_mask.nii.gz",
+        "derivatives/a.nii", "_old/b.nii", "notes.txt", "sub-4_ses-base_acq-3d_FLAIR.nii.gz")
+    found = new_scans.find((folder,), None, ("FLAIR",))
+    assert taken(found, tmp_path) == {
+        "sub-M+ller+2_ses-1": "Müller (2).NII", "sub-P7+flair_ses-1": "P7/flair.nii.gz",
+        "sub-P8+FLAIR_ses-1": "P8/FLAIR.nii.gz", "sub-T2+Flair_ses-1": "T2_Flair.mgz",
+        "sub-patient1_ses-1": "patient1.nii.gz", "sub-x_ses-1": "x_0000.nii",
+        "sub-4_ses-base": "sub-4_ses-base_acq-3d_FLAIR.nii.gz"}
+    line, = found.lines
+    assert "read as plain files: each file is a scan of its own" in line
+    for words in ("2 label map or mask", "1 named T1, not FLAIR", "1 in derivatives", "1 hidden"):
+        assert words in line
+
+
+def test_files_of_several_channels(tmp_path):
+    folder = touch(tmp_path, "a_0000.nii", "a_0001.nii", "b_0000.nii", "b_0002.nii", "c.nii")
+    found = new_scans.find((folder,), None, ("FLAIR", "T1"))
+    assert taken(found, tmp_path) == {"sub-a_ses-1": "a_0000.nii a_0001.nii"}
+    text = "\n".join(found.lines)
+    assert "end in _0000 FLAIR, _0001 T1" in text
+    assert "skipped: b_0002.nii, c.nii" in text and "missing, skipped: b" in text
+    with pytest.raises(UserError, match="CASE_0000.nii.gz and on"):
+        new_scans.find((f"{folder}/c.nii",), None, ("FLAIR", "T1"))
+
+
+def test_names_that_would_be_one(tmp_path):
+    folder = touch(tmp_path, "a.nii", "a.nii.gz", "b_1.nii", "b-1.nii", "c.nii")
+    found = new_scans.find((folder,), None, ("FLAIR",))
+    assert [scan.name for scan in found.scans] == ["sub-b+1_ses-1", "sub-c_ses-1"]
+    assert "a.nii, " in found.faults["sub-a_ses-1"]
+    assert "would be called sub-b+1_ses-1" in found.faults[f"{folder}/b_1.nii"]
+
+
+def test_true_label_maps_of_plain_files(tmp_path):
+    scans = touch(tmp_path / "in", "a.nii", "a_b.nii", "c_0000.nii", "d.nii", "e.nii",
+                  "sub-1_ses-2_FLAIR.nii")
+    truth = touch(tmp_path / "true", "a_seg.nii", "a_b_seg.nii", "c.nii.gz", "d_1.nii", "d-2.nii",
+                  "e2.nii", "sub-1_ses-2_lesion.nii")
+    found = new_scans.find((scans,), None, ("FLAIR",), truth)
+    assert {scan.name: scan.truth[len(truth) + 1:] for scan in found.scans} == {
+        "sub-a_ses-1": "a_seg.nii", "sub-a+b_ses-1": "a_b_seg.nii", "sub-c_ses-1": "c.nii.gz",
+        "sub-e_ses-1": "", "sub-1_ses-2": "sub-1_ses-2_lesion.nii"}
+    assert "d_1.nii" in found.faults["sub-d_ses-1"]
+
+    # Beside the scans.
+    touch(tmp_path / "in", "e_mask.nii")
+    found = new_scans.find((scans,), None, ("FLAIR",), scans)
+    truths = {scan.name: scan.truth for scan in found.scans}
+    assert truths["sub-e_ses-1"] == f"{scans}/e_mask.nii" and not truths["sub-a_ses-1"]
+
+
+def test_inputs_that_cannot_be_meant(tmp_path):
+    folder = touch(tmp_path / "in", "wmh.nii", "T1.nii")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "x.json").write_text(json.dumps({}))
+    for inputs, source, message in (
+            ((folder,), None, "holds no scan by the names of its files: 1 .* --input FILE FILE"),
+            ((folder, folder), None, "name one folder"), ((f"{folder}/T1.nii", folder), "", "one"),
+            ((f"{folder}/T1.nii",), "bids", "is the layout of a folder"),
+            ((f"{folder}/none.nii",), None, "no such file"), ((folder,), "bidz", "did you mean"),
+            ((str(tmp_path / "none"),), None, "no .nii or .nii.gz file under")):
+        with pytest.raises(UserError, match=message):
+            new_scans.find(inputs, source, ("FLAIR",))

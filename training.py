@@ -314,9 +314,8 @@ class Run:
         return not self.dry and (self.step % every == 0 or self.step == self.steps)
 
     def log(self, record):
-        """The record, with its step and the seconds a step takes, as a line of log.jsonl.
-
-        The line also says how many steps there are."""
+        """The record, with its step and the seconds a step takes, as a line of log.jsonl, which
+        also says how many steps there are."""
         seconds = (time.perf_counter() - self.began) / (self.step - self.first)
         record = {"step": self.step} | record | {"seconds": seconds}
         with stop_all_on_error():

@@ -109,7 +109,11 @@ def verdict(look):
         return ""
     error = look["val_masked"]
     fill = look["val_fill"]
+    scaled = look.get("val_masked_scaled", error)  # logs of earlier versions have none
     better = "the network does better" if error < fill else "interpolation does better"
+    if scaled < fill <= error:
+        better += (f", but not if the brightness of each output is that of the visible voxels: "
+                   f"{scaled:.4g}")
     return (f"hidden voxels of held-out patches: error {error:.4g}, of the best Gaussian fill "
             f"{fill:.4g}: {better}")
 
@@ -124,15 +128,15 @@ def read(crops, indices):
 
 
 # ------------------------------------------------------------------------- what a network makes
-SUMS = 12  # as many as `look` gives; other sums are fewer
+SUMS = 13  # as many as `look` gives; other sums are fewer
 
 
 def look(output, views):
-    """Sums over a batch of reconstructions, for `seen`: (12,) float64.
+    """Sums over a batch of reconstructions, for `seen`: (13,) float64.
 
     Those of amaes.error_sums; the squared error and the number of the hidden voxels of the head;
-    and of the patches' mean intensities over the head, in the target (x) and the output (y):
-    the number, and the sums of x, y, x^2, y^2, xy."""
+    of the patches' mean intensities over the head, in the target (x) and the output (y): the
+    number, and the sums of x, y, x^2, y^2, xy; and the squared error of scale_to_visible."""
     target = views.target
     output = output.to(target.dtype)
     head = target > HEAD
@@ -146,17 +150,33 @@ def look(output, views):
     y = (output * head).flatten(1).sum(1).double()[there] / voxels[there]
 
     errors = amaes.error_sums(output, target, views.mask)
+    scaled = (((scale_to_visible(output, target, views.mask) - target) ** 2) * views.mask).sum()
     others = [error, hidden.sum(), there.sum(), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(),
-              (x * y).sum()]
+              (x * y).sum(), scaled]
     return torch.stack([value.double() for value in (*errors, *others)])
+
+
+def scale_to_visible(output, target, mask):
+    """The output (B, C, D, H, W), each sample times the number that brings it nearest to the
+    visible voxels of its target.
+
+    A U-Net cannot see how bright a patch is: instance norm takes that away. So this is how well it
+    knows the rest, as interpolation, which sees the visible voxels, does."""
+    visible = (~mask).expand_as(output)
+    seen_output = (output * visible).flatten(1)
+    product = (seen_output * target.flatten(1)).sum(1)
+    scale = product / (seen_output ** 2).sum(1).clamp(min=1e-12)
+    return output * scale.view(-1, 1, 1, 1, 1)
 
 
 def seen(sums, losses_from_sums):
     """`look`, added up -> {name: value}: the losses; the error of the hidden voxels in head and
-    air; the correlation `mean_r` between the mean intensities of target and output."""
+    air, and of scale_to_visible; the correlation `mean_r` between the mean intensities of target
+    and output."""
     found = losses_from_sums(sums[:4])
     error, hidden = sums[:2].tolist()
-    head_error, head, n, x, y, xx, yy, xy = sums[4:].tolist()
+    head_error, head, n, x, y, xx, yy, xy, scaled = sums[4:].tolist()
+    found["masked_scaled"] = scaled / max(1, hidden)
 
     # What is not head is air.
     found["masked_head"] = head_error / max(1, head)

@@ -66,6 +66,13 @@ def test_the_sums_are_those_of_numpy():
     means = [[volume[inside].mean() for volume, inside in zip(volumes, head, strict=True)]
              for volumes in (target, output.float().numpy())]
     expected["mean_r"] = np.corrcoef(*means)[0, 1]
+
+    # The scale is that of least squares over the visible voxels of each patch.
+    scaled = []
+    for volume, truth, hidden in zip(output.float().numpy(), target, mask, strict=True):
+        scale = np.linalg.lstsq(volume[~hidden][:, None], truth[~hidden], rcond=None)[0][0]
+        scaled.append((scale * volume - truth)[hidden] ** 2)
+    expected["masked_scaled"] = np.concatenate(scaled).mean()
     assert found == pytest.approx(expected, rel=1e-4)
 
     # The best fill is that of one sigma, in head and air, too.
@@ -92,8 +99,8 @@ def test_every_validation_says_what_interpolation_scores(whole):
     folder, _, printed = whole
     records = [record for record in log_of(folder) if "val_loss" in record]
     assert [record["step"] for record in records] == [2, 4, 6]
-    keys = {"loss", "masked", "visible", "masked_head", "masked_air", "mean_r", "fill", "fill_head",
-            "fill_air"}
+    keys = {"loss", "masked", "visible", "masked_head", "masked_air", "masked_scaled", "mean_r",
+            "fill", "fill_head", "fill_air"}
     for record in records:
         assert {key for key in record if key.startswith("val_")} == {f"val_{key}" for key in keys}
         assert record["val_fill"] == records[0]["val_fill"] > 0
@@ -157,6 +164,18 @@ def test_the_objective_of_swin_has_no_yardstick(prepared, tmp_path):
     assert {key for key in record if key.startswith("val_")} == {
         "val_loss", "val_rotation", "val_contrast", "val_l1"}
     assert "does better" not in printed
+
+
+def test_the_verdict_tells_brightness_from_the_rest():
+    look = {"val_masked": 0.04, "val_masked_scaled": 0.02, "val_fill": 0.03}
+    assert validation.verdict(look).endswith(
+        "0.03: interpolation does better, but not if the brightness of each output is that of the "
+        "visible voxels: 0.02")
+    for change in ({"val_masked_scaled": 0.035}, {"val_masked": 0.025}):
+        assert validation.verdict(look | change).endswith("does better")
+    del look["val_masked_scaled"]
+    assert validation.verdict(look).endswith("interpolation does better")
+    assert validation.verdict({"val_loss": 1.0}) == ""
 
 
 # -------------------------------------------------------------- without augmentation reversal

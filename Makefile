@@ -35,7 +35,6 @@ demo: .venv/ready
 	$(PY) compare.py demo/runs/scratch demo/runs/amaes --out demo/table_all.md
 	$(PY) compare.py demo/runs/scratch_spatial demo/runs/amaes_spatial --out demo/table_spatial.md
 	$(PY) docs/figures.py preview demo/runs/pretrain --out demo/preview.png
-	$(PY) docs/figures.py losses demo/runs/pretrain --out demo/losses.png
 	$(PY) docs/figures.py dice demo/runs/scratch demo/runs/amaes --out demo/dice.png
 	$(PY) docs/figures.py cohort demo/segmented --out demo/cohort.png
 	@echo "Few cases of one synthetic cohort: a difference below the table's 'could find' says nothing."
@@ -58,7 +57,7 @@ PEERS := monai==1.6.1 einops==0.8.2 yucca==1.1.7 batchgenerators==0.25.5 batchge
 	@touch $@
 
 # make bench BENCH="step window" runs some of them.
-BENCH ?= cost evaluate prepare loader models window augment pipeline compare step
+BENCH ?= cost evaluate prepare loader models window augment pipeline compare segment step
 bench: .venv/peers
 	@$(PY) -c "import platform, os, torch; print(f'# Measurements\n\n{os.cpu_count()} cores, {platform.machine()}, Linux; Python ' \
 		f'{platform.python_version()}, torch {torch.__version__}. What each is, and its conditions: the first lines of bench/*.py.')" \

@@ -148,6 +148,26 @@ def claims(results):
                   "could find", "verdict", "command"], rows)
 
 
+def pooled(results):
+    """b: the gain of pretraining, the mean over the numbers of labelled scans, in one line each."""
+    lines = []
+    for preset in ("spatial", "all"):
+        differences = []
+        for n in LABELS:
+            after, before = (with_start(start, n, preset) for start in ("base", "scratch"))
+            if {after, before} <= set(results):
+                differences.append(fold_means(results[after]) - fold_means(results[before]))
+        if len(differences) < 2:
+            continue
+        # The training sets of a fold are nested: the folds alone are drawn independently.
+        means = np.mean(differences, 0)
+        found = compare.over_folds(means, np.arange(len(means)))
+        size, interval, smallest, word = cells(found)
+        lines.append(f"* {preset} augmentation, mean over {len(differences)} numbers of labelled "
+                     f"scans: {size} ({interval}; could find {smallest}): {word}.")
+    return "\n".join(lines) or "Not all runs of b are done yet."
+
+
 def worth(results):
     """b: how many labelled scans from scratch score what a pretrained start has with n of them."""
     lines = []
@@ -190,7 +210,7 @@ def main():
         "## a. Errors of hidden voxels, beside the best Gaussian fill", errors(results),
         "Rows named `real` are of real heads (study/real.py), the others of synthetic ones.",
         "## b to i. Dice of lesions in synthetic heads", claims(results),
-        "## b. What a pretrained start is worth", worth(results)]
+        "## b. What a pretrained start is worth", pooled(results), worth(results)]
     text = "\n\n".join(parts) + "\n"
     checkpoint.write_text(os.path.join(HERE, "RESULTS.md"), text)
     print(text)

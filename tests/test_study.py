@@ -122,6 +122,12 @@ def test_what_a_start_is_worth_is_read_off_the_curve_of_scratch():
         report.worth(results))
     assert "all augmentation" not in report.worth(results)
 
+    # Of all four numbers together.
+    line, = report.pooled(results).splitlines()
+    found = float(line.split("labelled scans: ")[1].split(" ")[0])
+    assert found == pytest.approx(10, abs=0.5) and line.endswith(": seen.")
+    assert "mean over 4 numbers" in line
+
 
 def test_a_start_whose_networks_are_gone_is_made_again(tmp_path, monkeypatch):
     """Results are kept with the code, networks are not. A chain of three is followed back."""

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
+import manifest
 import names
 import prepare_data
 import sources
@@ -142,7 +143,7 @@ def from_manifest(path, sequences, truth):
     if truth not in (None, path):
         raise UserError(f"truth {truth}: the column label of a manifest has true label maps; "
                         f"give --truth {path}")
-    sessions, skipped, _ = sources.read_manifest(path)
+    sessions, skipped, _ = manifest.read_manifest(path)
     lines = [f"{path} is read as a manifest: {len(sessions)} sessions" + left_out(skipped)]
 
     chosen, more = choose_channels(sessions, sequences, left_out(skipped))
@@ -203,21 +204,21 @@ def left_out(skipped):
     return f"; files left out: {counts(skipped)}" if skipped else ""
 
 
-def counts(counter):
-    """{what: number} in words, the most frequent first."""
-    return ", ".join(f"{number} {what}" for what, number in counter.most_common())
+def counts(skipped):
+    """{reason: paths} in words, the most frequent first."""
+    reasons = sorted(skipped, key=lambda reason: len(skipped[reason]), reverse=True)
+    return ", ".join(f"{len(skipped[reason])} {reason}" for reason in reasons)
 
 
 # ------------------------------------------------------------------------------------- plain files
 def from_folder(folder, sequences, truth):
     """A folder of files without a layout, and of folders of them -> Found."""
     paths = list(sources.find_nifti_files(folder))
-    skipped = Counter()
-    taken = []
+    skipped, taken = {}, []
     for path in paths:
         reason = why_not(path, sequences)
         if reason:
-            skipped[reason] += 1
+            skipped.setdefault(reason, []).append(path)
         else:
             taken.append(path)
     if not taken:

@@ -5,6 +5,7 @@ device."""
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 
@@ -261,6 +262,7 @@ def test_without_the_quick_forms_all_works(prepared, tmp_path):
     for path in ROOT.glob("*.py"):
         if path.name not in ("fast_cpu.py", "fast_cuda.py"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     words = ["pretrain.py", "--data", prepared, "--out", tmp_path / "run", "--model", "unet_demo",
              "--features", 4, "--patch_size", 32, "--batch_size", 2, "--steps", 1, "--workers", 0,
              "--precision", "fp32", "--compile", "false", "--val_fraction", 0.2]

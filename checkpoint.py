@@ -99,11 +99,13 @@ def is_locked(folder):
     path = os.path.join(folder, ".lock")
     if not os.path.exists(path):
         return False
-    with open(path, "a") as file:
+    with open(path) as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             return True
+        except OSError:
+            pass  # a file system without locks
     return False
 
 

@@ -210,6 +210,13 @@ def write_scores(folder, records, processes):
     scoring.Kept(folder, None).remove()
 
 
+def end_without_scores(folder, processes, estimate):
+    """What is left to do for a network on all cases, once it is trained."""
+    if processes.rank == 0 and not estimate:
+        pictures.at_end(folder, [folder], scored=False)
+        print(f"{folder}/last.pt was trained on all cases: none is left to score it")
+
+
 def say_cost(cases, seconds, processes):
     """Print what the evaluation of `cases` cases will cost, if one of them took `seconds`."""
     if processes.rank == 0:

@@ -360,8 +360,7 @@ def main(cfg):
         if model is None:
             break
         if every:
-            if processes.rank == 0:
-                print(f"{folder}/last.pt was trained on all cases: none is left to score it")
+            evaluate.end_without_scores(folder, processes, cfg.estimate)
             break
 
         # Its cases are segmented and scored.

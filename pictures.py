@@ -96,7 +96,8 @@ def cases(plt, folder):
 
 def save(figure, path):
     figure.tight_layout()
-    with checkpoint.atomic(path) as temporary:
+    # Processes that finish folds of one run side by side each write under a name of their own.
+    with checkpoint.atomic(path, os.getpid()) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 

@@ -38,7 +38,9 @@ def describe_pretraining(folder):
 def describe_folds(folder):
     """The lines for a run of finetune.py: a line for each fold."""
     with open(os.path.join(folder, "folds.json"), encoding="utf-8") as file:
-        planned = len(json.load(file)["folds"])
+        assignment = json.load(file)
+    planned = len(assignment["folds"])
+    classes = assignment["settings"]["classes"][1:]
 
     # The folds of the task, and beside them a network on all cases.
     lines = [f"{folder}: finetuning"]
@@ -51,17 +53,16 @@ def describe_folds(folder):
         scores = os.path.join(path, "dice.json")
         if os.path.exists(scores):
             done += 1
-            lines.append(f"{name}: done, Dice {mean_dice(scores)}")
+            lines.append(f"{name}: done, Dice {mean_dice(scores, classes)}")
         else:
             lines.append(f"{name}: {how_far(path, read_log(path))}")
     return [*lines, f"{done} of {planned} folds done"]
 
 
-def mean_dice(path):
-    """Mean Dice in percent over the cases of a finished fold."""
+def mean_dice(path, classes):
+    """Mean Dice in percent over the cases and classes of a finished fold, without its regions."""
     with open(path, encoding="utf-8") as file:
         records = json.load(file)
-    classes = list(records[0]["dice"]) if records else []
     mean, _ = metrics.mean_dice(records, classes)
     return f"{100 * mean:.2f} %"
 

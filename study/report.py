@@ -45,11 +45,28 @@ def fold_means(result):
     return np.array(means)
 
 
-def gain(results, after, before):
-    """The paired gain of one run over another -> compare.Estimate, or None if one is missing."""
+def differences_of(results, after, before):
+    """The gain of one run over another in each fold, in percent, or None if one is missing.
+
+    As in compare.py, a case without a Dice in one of the two is left out of both."""
     if after not in results or before not in results:
         return None
-    differences = fold_means(results[after]) - fold_means(results[before])
+    gains = []
+    for fold in sorted(results[after]["dice"], key=int):
+        pairs = []
+        for case, scores in results[after]["dice"][fold].items():
+            others = results[before]["dice"][fold][case]
+            pairs += [(scores[name], others[name]) for name in scores]
+        known = [new - old for new, old in pairs if None not in (new, old)]
+        gains.append(100 * np.mean(known))
+    return np.array(gains)
+
+
+def gain(results, after, before):
+    """The paired gain of one run over another -> compare.Estimate, or None if one is missing."""
+    differences = differences_of(results, after, before)
+    if differences is None:
+        return None
     return compare.over_folds(differences, np.arange(len(differences)))
 
 
@@ -131,7 +148,7 @@ def errors(results):
                          f"{end['val_fill']:.4f}", below,
                          f"{end['val_masked_head']:.4f}", f"{end['val_fill_head']:.4f}",
                          f"{end['val_mean_r']:.2f}", f"{end['seconds']:.2f}"])
-    return table(["pretraining", "steps", "error after 1/8", "at the end", "scaled", "fill",
+    return table(["pretraining", "steps", "first look", "at the end", "scaled", "fill",
                   "below the fill", "head", "fill, head", "r of means", "s a step"], rows)
 
 
@@ -154,9 +171,10 @@ def pooled(results):
     for preset in ("spatial", "all"):
         differences = []
         for n in LABELS:
-            after, before = (with_start(start, n, preset) for start in ("base", "scratch"))
-            if {after, before} <= set(results):
-                differences.append(fold_means(results[after]) - fold_means(results[before]))
+            found = differences_of(results, *(with_start(start, n, preset)
+                                              for start in ("base", "scratch")))
+            if found is not None:
+                differences.append(found)
         if len(differences) < 2:
             continue
         # The training sets of a fold are nested: the folds alone are drawn independently.
@@ -200,13 +218,13 @@ def labels_for(score, scratch):
 
 def main():
     results = read_results()
-    hours = sum(entry.get("seconds", 0) for entry in results.values()) / 3600
     planned = study.all_runs(study.SIZES["cpu"])
-    done = sum(study.is_done(run) for run in planned)
+    done = [run for run in planned if study.is_done(run)]
+    hours = sum(results[run.name]["seconds"] for run in done) / 3600
     parts = [
         "# The paper in miniature", __doc__.split("\n\n")[2].replace("\n", " ").strip(),
-        f"Made by `make study`; {done} of its {len(planned)} runs are done, in {hours:.1f} hours "
-        "of a core on a busy machine of two.",
+        f"Made by `make study`; {len(done)} of its {len(planned)} runs are done. The last start of "
+        f"each took {hours:.1f} hours in all, of one core of a busy machine.",
         "## a. Errors of hidden voxels, beside the best Gaussian fill", errors(results),
         "Rows named `real` are of real heads (study/real.py), the others of synthetic ones.",
         "## b to i. Dice of lesions in synthetic heads", claims(results),

@@ -26,6 +26,8 @@ ROOT = os.path.dirname(HERE)
 sys.path[:0] = [ROOT, HERE]
 import cohort  # noqa: E402
 
+import checkpoint  # noqa: E402
+
 WORK = os.path.join(HERE, "work")
 RESULTS = os.path.join(HERE, "results")
 DATA = os.path.join(HERE, "data")
@@ -167,7 +169,14 @@ def runs_left(runs):
         if gone or not is_done(run):
             left.insert(0, run)
             needed.add(run.needs)
-    return left
+
+    # What starts from a run with other settings is another run, too.
+    changed = {run.name for run in left if not is_done(run)}
+    for run in runs:
+        if run.needs in changed and run not in left:
+            left.append(run)
+            changed.add(run.name)
+    return sorted(left, key=runs.index)
 
 
 def has_networks(run):
@@ -219,9 +228,8 @@ def work_off(runs, jobs, device):
                 if process.returncode:
                     raise SystemExit(f"error: {name} ended with {process.returncode}: see "
                                      f"{os.path.join(WORK, name, 'output.txt')}")
-                os.makedirs(RESULTS, exist_ok=True)
-                with open(os.path.join(RESULTS, f"{name}.json"), "w", encoding="utf-8") as file:
-                    json.dump(result_of(run, round(time.time() - started)), file)
+                found = result_of(run, round(time.time() - started))
+                checkpoint.write_text(os.path.join(RESULTS, f"{name}.json"), json.dumps(found))
                 minutes = sum(other.minutes for other in left) / jobs
                 print(f"done: {name}, {(time.time() - began) / 3600:.2f} hours so far, about "
                       f"{minutes / 60:.1f} left", flush=True)

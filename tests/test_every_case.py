@@ -61,6 +61,18 @@ def test_all_labelled_cases_are_trained_on_and_none_is_scored(everyone, prepared
         assert math.isfinite(record["loss"]) and 0 <= record.get("dice", 0) <= 1
 
 
+def test_an_estimate_does_not_claim_a_network(everyone, tmp_path):
+    out, settings, _ = everyone
+    printed = run("finetune", **settings | {"estimate": "true"}, out=tmp_path / "run")
+    assert "steps: " in printed and "was trained on all cases" not in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_its_losses_are_drawn(everyone):
+    pytest.importorskip("matplotlib")
+    assert (everyone[0] / "fold_all" / "losses.png").read_bytes()[1:4] == b"PNG"
+
+
 def test_it_goes_on_and_folds_go_beside_it(everyone):
     """The same command finds it finished; numbered folds may stand in the same folder."""
     out, settings, _ = everyone

@@ -1,6 +1,8 @@
 """Where a run stands (compare.py RUN), and the pictures at its end."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -66,6 +68,18 @@ def test_folds_are_listed_with_their_dice(finetuned):
         assert lines[1 + fold] == f"fold_{fold}: done, Dice {100 * sum(scores) / len(scores):.2f} %"
 
 
+def test_regions_do_not_count_twice(finetuned, tmp_path):
+    """A region is a union of classes: the mean is over the classes alone, as in summary.md."""
+    shutil.copytree(finetuned[0], tmp_path / "run")
+    path = tmp_path / "run" / "fold_0" / "dice.json"
+    records = json.loads(path.read_text())
+    before = run("compare", tmp_path / "run").splitlines()[1]
+    for record in records:
+        record["dice"]["whole"] = 1.0
+    path.write_text(json.dumps(records))
+    assert run("compare", tmp_path / "run").splitlines()[1] == before
+
+
 def test_what_is_no_run_is_said(tmp_path):
     assert f"{tmp_path} holds no run" in mistake("compare", tmp_path)
     assert "name run folders" in mistake("compare")
@@ -96,6 +110,22 @@ def test_each_case_is_a_dot(tmp_path):
     first, second = pictures.cases(pictures.pyplot(), tmp_path).axes
     assert [sorted(line.get_ydata()) for line in first.lines] == [[10, 30], [10, 30]]
     assert [len(line.get_ydata()) for line in second.lines] == [3, 3]
+
+
+def test_processes_that_draw_one_picture_do_not_share_a_file(tmp_path):
+    """Folds of one run may end side by side in several processes."""
+    written = []
+
+    class Figure:
+        def tight_layout(self):
+            pass
+
+        def savefig(self, path, **_):
+            written.append(os.path.basename(path))
+            open(path, "w").close()
+
+    pictures.save(Figure(), tmp_path / "dice.png")
+    assert str(os.getpid()) in written[0] and os.listdir(tmp_path) == ["dice.png"]
 
 
 def test_without_matplotlib_a_run_ends_as_well(tmp_path, monkeypatch):

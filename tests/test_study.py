@@ -101,6 +101,14 @@ def test_the_table_of_claims_says_what_the_results_say():
     assert rows()[0][7] == "not seen"
 
 
+def test_a_case_without_a_dice_in_one_run_is_left_out_of_both():
+    """As compare.py does: 0 before and nothing after is no gain."""
+    before = {"dice": {"0": {"a": {"lesion": 0.0}, "b": {"lesion": 0.5}}}}
+    after = {"dice": {"0": {"a": {"lesion": None}, "b": {"lesion": 0.6}}}}
+    results = {"before": before, "after": after}
+    assert report.differences_of(results, "after", "before") == pytest.approx([10])
+
+
 def test_every_comparison_is_of_planned_runs():
     names = {run.name: run for run in study.all_runs(study.SIZES["cpu"])}
     for claim, text, after, before in report.COMPARISONS:
@@ -142,6 +150,10 @@ def test_a_start_whose_networks_are_gone_is_made_again(tmp_path, monkeypatch):
         (tmp_path / "results" / f"{run.name}.json").write_text(kept)
     assert study.runs_left([start, tuned]) == []
     assert study.runs_left([start, tuned, moved]) == [start, tuned, moved]
+
+    # What starts from a run with other settings is another run, although its own stayed.
+    other = start._replace(settings={"steps": 9})
+    assert study.runs_left([other, tuned]) == [other, tuned]
 
     # Networks that are there are not made again.
     folder = tmp_path / "work" / "tuned" / "fold_0"

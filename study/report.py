@@ -165,6 +165,23 @@ def claims(results):
                   "could find", "verdict", "command"], rows)
 
 
+def real_heads(results):
+    """Gains on real heads (study/real.py): 5 deep regions in T1, whole tumours in FLAIR."""
+    rows = []
+    for task in ("tumour", "regions"):
+        for preset in ("spatial", "all"):
+            for n in LABELS:
+                before, after = (f"{task}-{n}-{preset}-{start}" for start in ("scratch", "real"))
+                found = gain(results, after, before)
+                if found:
+                    means = [f"{fold_means(results[name]).mean():.2f}" for name in (before, after)]
+                    rows.append([task, n, preset, *means, *cells(found)])
+    if not rows:
+        return "Not run yet."
+    return table(["task", "labelled", "augmentation", "from scratch", "pretrained", "gain",
+                  "95 % interval", "could find", "pretraining helps"], rows)
+
+
 def pooled(results):
     """b: the gain of pretraining, the mean over the numbers of labelled scans, in one line each."""
     lines = []
@@ -228,7 +245,10 @@ def main():
         "## a. Errors of hidden voxels, beside the best Gaussian fill", errors(results),
         "Rows named `real` are of real heads (study/real.py), the others of synthetic ones.",
         "## b to i. Dice of lesions in synthetic heads", claims(results),
-        "## b. What a pretrained start is worth", pooled(results), worth(results)]
+        "## b. What a pretrained start is worth", pooled(results), worth(results),
+        "## Real heads: Dice %", "`python study/real.py --oasis FOLDER --gliomas FOLDER`; ten "
+        "people and eight patients are tested, of whom no network has seen anything.",
+        real_heads(results)]
     text = "\n\n".join(parts) + "\n"
     checkpoint.write_text(os.path.join(HERE, "RESULTS.md"), text)
     print(text)

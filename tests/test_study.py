@@ -109,6 +109,14 @@ def test_a_case_without_a_dice_in_one_run_is_left_out_of_both():
     assert report.differences_of(results, "after", "before") == pytest.approx([10])
 
 
+def test_real_heads_have_a_table_of_their_own():
+    rng = np.random.default_rng(2)
+    results = {"regions-5-all-scratch": made_up(0.3, rng), "regions-5-all-real": made_up(0.4, rng)}
+    row = report.real_heads(results).splitlines()[-1]
+    assert row.startswith("| regions | 5 | all | ") and row.endswith(" | seen |")
+    assert report.real_heads({}) == "Not run yet."
+
+
 def test_every_comparison_is_of_planned_runs():
     names = {run.name: run for run in study.all_runs(study.SIZES["cpu"])}
     for claim, text, after, before in report.COMPARISONS:

@@ -155,8 +155,10 @@ def read_option(word, words, kinds):
     alone = not words or words[0].startswith("--")
     if alone and kinds.get(key) is bool:
         return key, "true"
-    if not words:
+    if not words and key in kinds:
         raise UserError(f"{word} needs a value: {word} VALUE")
+    if not words:
+        return key, ""  # whoever casts it says that there is no such key
     return key, words.pop(0)
 
 
@@ -200,11 +202,15 @@ def cast_values(config_class, values, where):
     return {key: cast(value, kinds[key], key, where) for key, value in values.items()}
 
 
-def build_config(config_class, values):
-    """config_class(**values). UserError if a field without a default is not among the values."""
+def build_config(config_class, values, where=""):
+    """config_class(**values). UserError if a field without a default is not among the values.
+
+    where: the file that the values are from; by default they may be typed."""
     missing = [field.name for field in dataclasses.fields(config_class)
                if field.name not in values and field.default is dataclasses.MISSING
                and field.default_factory is dataclasses.MISSING]
+    if missing and where:
+        raise UserError(f"{where} lacks {', '.join(missing)}")
     if missing:
         options = ", ".join(f"--{name}" for name in missing)
         raise UserError(f"{options} must be given; see --help")

@@ -234,7 +234,7 @@ def summarise(run, assignment):
          "scan's own grid, Dice in percent. Dropped: cases with the label in neither truth nor "
          "prediction; for distances, also those with it in one."],
         fold_table(folds, assignment, columns),
-        [seen_in_pretraining(cases)],
+        [seen_in_pretraining(cases, bool(run["ckpt"]))],
         group_table(folds, cases, columns, run["sites"]),
         score_table(folds, names),
     ]
@@ -257,10 +257,14 @@ def fold_table(folds, assignment, columns):
     return table(["fold", "trained on", "evaluated", *columns, "dropped"], rows)
 
 
-def seen_in_pretraining(cases):
-    """One sentence: how many of the evaluated scans the pretraining has seen, without labels."""
+def seen_in_pretraining(cases, pretrained):
+    """One sentence: how many of the evaluated scans the pretraining has seen, without labels.
+
+    pretrained: was there one?"""
     if any(case["seen"] is None for case in cases):
         return "The checkpoint does not say which scans were seen in pretraining."
+    if not pretrained:
+        return "There was no pretraining, so no scan was seen in it."
     seen = sum(case["seen"] for case in cases)
     same = sum(case["same_scan"] for case in cases)
     return (f"Of {len(cases)} evaluated scans {seen} were seen, unlabelled, in pretraining: {same} "

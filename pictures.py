@@ -2,6 +2,7 @@
 
 docs/figures.py draws these and others by hand."""
 
+import glob
 import json
 import os
 
@@ -39,7 +40,14 @@ PARTS = (("masked", "visible"), ("rotation", "contrast", "l1"), ("loss", "dice")
 def losses(plt, *folders):
     """log.jsonl of each folder: training (lines) and validation (points) over the steps.
 
-    A folder is of a pretraining, or of a fold of a finetuning."""
+    A folder is of a pretraining, of a finetuning, or of a fold of one."""
+    # A finetuning has a log in each of its folds.
+    logged = []
+    for folder in folders:
+        folds = sorted(glob.glob(f"{glob.escape(str(folder))}/fold_*/log.jsonl"))
+        logged += [os.path.dirname(path) for path in folds] or [folder]
+    folders = logged
+
     size = (5 * len(folders), 3.5)
     figure, axes = plt.subplots(1, len(folders), figsize=size, squeeze=False)
     for axis, folder in zip(axes[0], folders, strict=True):
@@ -47,14 +55,17 @@ def losses(plt, *folders):
         known = set().union(*log)
         parts = next((parts for parts in PARTS if known & set(parts)), ())
         for number, part in enumerate(parts):
-            for key, style in ((part, "-"), (f"val_{part}", "o")):
+            for key, style in ((part, ".-"), (f"val_{part}", "o")):
                 draw_key(axis, log, key, style, f"C{number}")
 
         # What interpolation scores on the patches of the validation.
         draw_key(axis, log, "val_fill", "--", "gray")
 
-        # Losses of pretraining fall by orders of magnitude; that of finetuning ends at -1.
-        if "loss" not in parts:
+        # Losses of pretraining fall by orders of magnitude. That of finetuning is cross-entropy
+        # minus Dice, which ends at -1.
+        if "loss" in parts:
+            axis.set_ylabel("cross-entropy minus Dice; Dice of crops", fontsize=8)
+        else:
             axis.set_yscale("log")
         axis.set_xlabel("step")
         axis.set_title(name_of(folder), fontsize=9)

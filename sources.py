@@ -359,7 +359,10 @@ def read_dataset(root):
         channels = known.get("channel_names") or known["modality"]
         channels = {int(key): str(value) for key, value in channels.items()}
         labels = dict(known["labels"])
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; --input is the folder of one "
+                        "dataset, such as Dataset501_Lesions") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"cannot read {path} (channel_names and labels of nnU-Net): "
                         f"{error!r}") from None
 

@@ -94,10 +94,11 @@ def how_far(folder, log):
         minutes = (steps - last["step"]) * last["seconds"] / 60
         text += f", {last['seconds']:.3g} s a step: {minutes:.1f} minutes left"
 
-    # Finetuning also logs Dice on the crops that it trains on.
-    dice = [record["dice"] for record in log if "dice" in record]
+    # Finetuning also logs Dice on the crops that it trains on, which differs from step to step.
+    dice = [record["dice"] for record in log if "dice" in record][-5:]
     if dice:
-        text += f", Dice of its last training crops {100 * dice[-1]:.0f} %"
+        mean = 100 * sum(dice) / len(dice)
+        text += f", Dice of training crops {mean:.0f} % (mean of the last {len(dice)} logged)"
     if steps == last["step"] and doing != "at work":
-        return text
+        return f"{text}, finished"
     return f"{text}, {doing}"

@@ -46,7 +46,7 @@ def read_task(name):
         raise UserError(f"no task {name!r}: give a path to a task file, or one of {known}")
 
     # The task is named after its file.
-    task = config.build_config(Task, config.read_yaml(Task, path))
+    task = config.build_config(Task, config.read_yaml(Task, path), path)
     check_task(path, task)
     return os.path.splitext(os.path.basename(path))[0], task
 

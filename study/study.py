@@ -1,6 +1,6 @@
 """The paper in miniature: which runs there are, and running those that are left.
 
-    make study                      # all of it: two cores, 4 to 5 hours; the same command goes on
+    make study                      # all of it; the same command goes on
     make study DRY=1                # what would run, with the estimated hours
     python study/study.py --only b   # the runs of one claim
     python study/study.py --size gpu --device cuda

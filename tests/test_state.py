@@ -27,7 +27,7 @@ def out(prepared, tmp_path_factory):
 def test_a_finished_pretraining_says_its_last_error_beside_the_fill(out):
     lines = run("compare", out).splitlines()
     last = log_of(out)[-1]
-    assert lines[0] == f"{out}: pretraining, step 4 of 4"
+    assert lines[0] == f"{out}: pretraining, step 4 of 4, finished"
     assert lines[1] == f"validation at step 4: loss {last['val_loss']:.4g}"
     assert lines[2] == validation.verdict(last) and "of the best Gaussian fill" in lines[2]
 

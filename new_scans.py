@@ -7,7 +7,6 @@ channels: then files are told apart as in nnU-Net, CASE_0000, CASE_0001, in the 
 
 import os
 import re
-from collections import Counter
 from typing import NamedTuple
 
 import manifest
@@ -190,7 +189,10 @@ def choose_channels(sessions, sequences, others=""):
             chosen[name] = channels
 
     if not chosen:
-        known = Counter(scan.sequence for session in sessions for scan in session)
+        known = {}
+        for session in sessions:
+            for scan in session:
+                known.setdefault(scan.sequence, []).append(scan.path)
         raise UserError(f"no session has {' and '.join(sequences)}, which the network reads; "
                         f"found: {counts(known) or 'no scan'}{others}")
     lines = [f"no {what}, skipped: {', '.join(without)}" for what, without in lacking.items()]

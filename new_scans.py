@@ -42,12 +42,15 @@ def bids_word(text, prefix):
     return word or "unnamed"
 
 
-def case_of(path):
+def case_of(path, single):
     """The path of a plain file -> (name of its case, number of its channel or None).
 
-    A case is called after the file, without its ending and nnU-Net's _0000."""
+    A case is called after the file, without its ending and nnU-Net's _0000. single: the network has
+    one channel. Then another number is no channel's, but a part of the name."""
     stem = ENDING.sub("", path)
     channel = re.search(r"_(\d{4})$", stem)
+    if single:
+        return stem.removesuffix("_0000"), 0
     if channel:
         return stem[:channel.start()], int(channel[1])
     return stem, None
@@ -269,9 +272,7 @@ def group_files(folder, paths, sequences, truth, lines):
     cases, strangers = {}, []
     for path in paths:
         # The name is that of the path below the folder, so that P1/flair and P2/flair differ.
-        case, channel = case_of(path if folder else os.path.basename(path))
-        if channel is None and len(sequences) == 1:
-            channel = 0
+        case, channel = case_of(path if folder else os.path.basename(path), len(sequences) == 1)
         if channel is None or channel >= len(sequences):
             strangers.append(path)
         else:

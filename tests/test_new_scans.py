@@ -118,6 +118,19 @@ def test_files_of_several_channels(tmp_path):
         new_scans.find((f"{folder}/c.nii",), None, ("FLAIR", "T1"))
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_numbers_of_one_channel_are_names(tmp_path, named):
+    """nnU-Net's _0000 is none; scans that are counted by hand are scans of their own."""
+    files = ("scan_0000.nii", "scan_0001.nii", "scan_0002.nii", "x_0003.nii.gz")
+    folder = touch(tmp_path, *files)
+    inputs = tuple(f"{folder}/{file}" for file in files) if named else (folder,)
+    found = new_scans.find(inputs, None, ("FLAIR",))
+    assert taken(found, tmp_path) == {
+        "sub-scan_ses-1": "scan_0000.nii", "sub-scan+0001_ses-1": "scan_0001.nii",
+        "sub-scan+0002_ses-1": "scan_0002.nii", "sub-x+0003_ses-1": "x_0003.nii.gz"}
+    assert not found.faults and "skipped" not in "".join(found.lines)
+
+
 def test_names_that_would_be_one(tmp_path):
     folder = touch(tmp_path, "a.nii", "a.nii.gz", "b_1.nii", "b-1.nii", "c.nii")
     found = new_scans.find((folder,), None, ("FLAIR",))

@@ -7,6 +7,7 @@ channels: then files are told apart as in nnU-Net, CASE_0000, CASE_0001, in the 
 
 import os
 import re
+from collections import Counter
 from typing import NamedTuple
 
 import manifest
@@ -269,26 +270,33 @@ def why_not(path, sequences):
 
 def group_files(folder, paths, sequences, truth, lines):
     """Plain files -> Found. folder: the one in which the paths are, or None."""
-    cases, strangers = {}, []
-    for path in paths:
+    single = len(sequences) == 1
+    if folder:
         # The name is that of the path below the folder, so that P1/flair and P2/flair differ.
-        case, channel = case_of(path if folder else os.path.basename(path), len(sequences) == 1)
+        known = [case_of(path, single) for path in paths]
+        by_path = set()
+    else:
+        known, by_path = cases_of_files(paths, single)
+
+    cases, strangers = {}, []
+    for path, (case, channel) in zip(paths, known, strict=True):
         if channel is None or channel >= len(sequences):
             strangers.append(path)
         else:
-            full = os.path.join(folder, path) if folder else path
+            full = os.path.join(folder or "", path)
             cases.setdefault(case, []).append((channel, full))
 
     scans, faults, lacking = [], {}, []
     for case, files in cases.items():
+        name = name_of(case, "1") if case in by_path else name_of_case(case)
         by_channel = dict(reversed(files))
         if len(by_channel) < len(files):
-            faults[name_of_case(case)] = "one name: " + ", ".join(path for _, path in files)
+            faults[name] = "one name: " + ", ".join(path for _, path in files)
         elif len(by_channel) < len(sequences):
             lacking.append(case)
         else:
             channels = tuple(by_channel[number] for number in range(len(sequences)))
-            scans.append((case, NewScan(name_of_case(case), channels, (None,) * len(channels))))
+            scans.append((case, NewScan(name, channels, (None,) * len(channels))))
 
     if strangers:
         lines.append(f"no channel of the network by their numbers, skipped: {', '.join(strangers)}")
@@ -300,6 +308,25 @@ def group_files(folder, paths, sequences, truth, lines):
     labels = labels_of_cases(truth, scans, faults) if truth else {}
     return Found([scan._replace(truth=labels.get(case, "")) for case, scan in scans
                   if scan.name not in faults], lines, faults)
+
+
+def cases_of_files(paths, single):
+    """Files that are named one by one -> (case_of each; the cases that are called after a path).
+
+    A case is called after its file alone. Where files in several folders have one name, it is
+    called after the path below the folder that all files share."""
+    known = [case_of(os.path.basename(path), single) for path in paths]
+    counted = Counter(known)
+    shared = {case for (case, _), count in counted.items() if count > 1}
+
+    full = [os.path.abspath(path) for path in paths]
+    top = os.path.commonpath([os.path.dirname(path) for path in full])
+    by_path = set()
+    for number, (case, _) in enumerate(known):
+        if case in shared:
+            known[number] = case_of(os.path.relpath(full[number], top), single)
+            by_path.add(known[number][0])
+    return known, by_path
 
 
 def labels_of_cases(truth, scans, faults):

@@ -131,6 +131,30 @@ def test_numbers_of_one_channel_are_names(tmp_path, named):
     assert not found.faults and "skipped" not in "".join(found.lines)
 
 
+def test_named_files_of_one_name_are_called_after_their_paths(tmp_path):
+    folder = touch(tmp_path, "P1/flair.nii", "P2/flair.nii", "P3/other.nii",
+                   "P4/sub-7_FLAIR.nii", "P5/sub-7_FLAIR.nii")
+    files = tuple(f"{folder}/{path}" for path in (
+        "P1/flair.nii", "P2/flair.nii", "P3/other.nii", "P4/sub-7_FLAIR.nii", "P5/sub-7_FLAIR.nii"))
+    truth = touch(tmp_path / "true", "P2/flair_seg.nii", "other_seg.nii")
+    found = new_scans.find(files, None, ("FLAIR",), truth)
+    assert not found.faults
+    assert [scan.name for scan in found.scans] == [
+        "sub-P1+flair_ses-1", "sub-P2+flair_ses-1", "sub-other_ses-1",
+        "sub-P4+sub+7+FLAIR_ses-1", "sub-P5+sub+7+FLAIR_ses-1"]
+    assert tuple(scan.paths[0] for scan in found.scans) == files
+    assert [scan.truth[len(truth) + 1:] for scan in found.scans] == [
+        "", "P2/flair_seg.nii", "other_seg.nii", "", ""]
+
+    # Of several channels, all files of a case go by their paths.
+    touch(tmp_path, "P1/x_0000.nii", "P1/x_0001.nii", "P2/x_0000.nii")
+    files = [f"{folder}/{path}" for path in ("P1/x_0000.nii", "P1/x_0001.nii", "P2/x_0000.nii")]
+    found = new_scans.find(tuple(files), None, ("FLAIR", "T1"))
+    assert [(scan.name, scan.paths) for scan in found.scans] == [
+        ("sub-P1+x_ses-1", tuple(files[:2]))]
+    assert any("a channel is missing, skipped: P2/x" in line for line in found.lines)
+
+
 def test_names_that_would_be_one(tmp_path):
     folder = touch(tmp_path, "a.nii", "a.nii.gz", "b_1.nii", "b-1.nii", "c.nii")
     found = new_scans.find((folder,), None, ("FLAIR",))

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 
 import nibabel as nib
 import numpy as np
@@ -23,6 +24,7 @@ import label_maps
 import metrics
 import new_scans
 import tasks
+from config import UserError
 
 # What volumes.csv says of each scan and class.
 COLUMNS = ("scan", "file", "class", "ml", "components", "largest_ml", "share", "mean_probability")
@@ -101,9 +103,42 @@ def is_finished(record, scan, out, task, made_by, probabilities):
 
 
 # --------------------------------------------------------------------------------- the folder
+AUTHOR = "AMAES in plain PyTorch"  # as dataset_description.json names it
+
+# The files of the folder itself. The first of them says whose they are, and is written first.
+OF_FOLDER = ("dataset_description.json", "dseg.tsv", "volumes.csv")
+
+
+def check_folder(out):
+    """UserError if a folder has files of these names that somebody else has written."""
+    found = [name for name in OF_FOLDER if os.path.exists(os.path.join(out, name))]
+    if not found:
+        return
+    try:
+        described = json.loads(checkpoint.read_text(os.path.join(out, OF_FOLDER[0])))
+        is_ours = described["GeneratedBy"][0]["Name"] == AUTHOR
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise UserError(f"out {out} has a {found[0]} that predict.py has not written: name a "
+                        "folder of its own, as INPUT/derivatives/segmented")
+
+
+def clear_parts(out):
+    """Remove what a killed call had not finished, by the names of checkpoint.atomic. The folder is
+    locked."""
+    tops = [out, *glob.glob(f"{glob.escape(out)}/sub-*/ses-*/anat")]
+    ours = r"\.part\d+-(sub-.*_space-orig.*_(dseg|probseg)\.(nii\.gz|json)|" \
+           + "|".join(map(re.escape, OF_FOLDER)) + ")"
+    for top in tops:
+        for name in os.listdir(top):
+            if re.fullmatch(ours, name):
+                os.unlink(os.path.join(top, name))
+
+
 def write_description(out, task):
     """What BIDS wants of a folder of derivatives, and the names of its labels."""
-    made_by = {"Name": "AMAES in plain PyTorch", "Version": checkpoint.versions()["commit"]}
+    made_by = {"Name": AUTHOR, "Version": checkpoint.versions()["commit"]}
     described = {"Name": f"Segmentations of {', '.join(task['classes'][1:])}",
                  "BIDSVersion": "1.9.0", "DatasetType": "derivative", "GeneratedBy": [made_by]}
     checkpoint.write_text(os.path.join(out, "dataset_description.json"),

@@ -162,6 +162,25 @@ def check_settings(cfg):
                             "choose a folder beside it")
 
 
+def check_out(out, inputs, scans):
+    """UserError if the results would lie among the files to read, or in place of them. They have
+    folders sub-* of their own in the folder `out`."""
+    place = os.path.realpath(out)
+    for path in inputs:
+        if os.path.realpath(path) == place:
+            raise UserError(f"out {out} is the input itself: choose another folder, as "
+                            f"{os.path.join(out, 'derivatives', 'segmented')}")
+        if os.path.relpath(place, os.path.realpath(path)).startswith("sub-"):
+            raise UserError(f"out {out} is the folder of a subject to read: choose another, as "
+                            f"{os.path.join(path, 'derivatives', 'segmented')}")
+
+    for scan in scans:
+        for path in filter(None, (*scan.paths, scan.truth)):
+            if os.path.relpath(os.path.realpath(path), place).startswith("sub-"):
+                raise UserError(f"out {out} would hold results beside {path}, which is read: "
+                                "choose another folder")
+
+
 def load(cfg, device):
     """-> (Members, their task, what results are made by), and a line on them."""
     paths = networks.find(cfg.ckpt)
@@ -184,8 +203,9 @@ def open_folder(out, task, made_by, overwrite):
     """Lock the folder of the results -> {name: record} of the scans that are finished there.
 
     UserError if other networks or settings have made them, unless they are to be overwritten."""
+    derivatives.check_folder(out)
     checkpoint.lock(out)
-    clear_parts(out)
+    derivatives.clear_parts(out)
     records = derivatives.read_records(out)
     others = {name: record for name, record in records.items() if record["made_by"] != made_by}
     if others and not overwrite:
@@ -201,14 +221,6 @@ def open_folder(out, task, made_by, overwrite):
     return ours
 
 
-def clear_parts(out):
-    """Remove what a killed call had not finished. The folder is locked."""
-    for top, _, files in os.walk(out):
-        for name in files:
-            if name.startswith(".part"):
-                os.unlink(os.path.join(top, name))
-
-
 def main(cfg):
     """Segment what is left of a cohort -> exit code 1 if a scan could not be, else 0."""
     check_settings(cfg)
@@ -218,6 +230,7 @@ def main(cfg):
     # What there is to segment, and what of it is left.
     found = new_scans.find((cfg.input, *cfg.inputs), cfg.source, task["sequences"], cfg.truth)
     print(*found.lines, sep="\n")
+    check_out(cfg.out, (cfg.input, *cfg.inputs), found.scans)
     records = open_folder(cfg.out, task, made_by, cfg.overwrite)
     left = [scan for scan in found.scans if cfg.overwrite or not derivatives.is_finished(
         records.get(scan.name), scan, cfg.out, task, made_by, cfg.probabilities)]

@@ -1,0 +1,80 @@
+"""predict.py --input: the folder of the results; whose files they are, and what is overwritten."""
+
+import json
+import shutil
+
+import nibabel as nib
+import pytest
+from conftest import mistake
+from test_predict_inputs import AFFINE, head, network
+from test_segment_cohort import segment
+
+
+def bids(folder, *subjects):
+    """A scan of each subject in BIDS, with a description of the dataset."""
+    for subject in subjects:
+        path = folder / f"sub-{subject}" / "anat" / f"sub-{subject}_FLAIR.nii"
+        path.parent.mkdir(parents=True)
+        nib.Nifti1Image(head(), AFFINE).to_filename(path)
+    described = {"Name": "Raw", "BIDSVersion": "1.9.0", "DatasetType": "raw"}
+    (folder / "dataset_description.json").write_text(json.dumps(described))
+    return folder
+
+
+@pytest.fixture
+def one(tmp_path):
+    """The settings of a call on two scans."""
+    return {"ckpt": network(tmp_path / "net.pt"), "input": bids(tmp_path / "raw", "1", "2"),
+            "out": tmp_path / "out", "overlap": 0, "workers": 0}
+
+
+# ------------------------------------------------------------------------------- whose folder it is
+def test_results_do_not_go_among_the_scans(one):
+    raw = one["input"]
+    (raw / ".part-of-notes").write_text("kept")
+    (raw / "sub-1" / ".part7-sub-1_FLAIR.nii").write_text("kept")
+    table = raw / "scans.csv"
+    table.write_text("path,subject,session,sequence\nsub-1/anat/sub-1_FLAIR.nii,1,,FLAIR\n")
+    before = {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()}
+
+    def refused(out, given=raw):
+        return mistake("predict", **(one | {"input": given, "out": out}))
+
+    for described in (True, False):
+        if not described:
+            (raw / "dataset_description.json").unlink()
+            del before[raw / "dataset_description.json"]
+        assert "out" in refused(raw) and "derivatives/segmented" in refused(raw)
+        assert "is the folder of a subject to read" in refused(raw / "sub-1")
+        for given in (table, raw / "sub-1", raw / "sub-2" / "anat" / "sub-2_FLAIR.nii"):
+            assert "which is read: choose another folder" in refused(raw, given)
+    assert {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()} == before
+
+    # Below the derivatives of the dataset is where BIDS wants them.
+    inside = one | {"out": raw / "derivatives" / "segmented"}
+    assert "segmented 2 of 2 scans" in segment(**inside)
+    assert "scans: 2, of which finished before: 2" in segment(**inside)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(one):
+    out = one["out"]
+    for name, content in (("dataset_description.json", json.dumps({"Name": "fmriprep"})),
+                          ("dataset_description.json", "[]"), ("volumes.csv", "mine"),
+                          ("dseg.tsv", "mine")):
+        out.mkdir()
+        (out / name).write_text(content)
+        assert f"has a {name} that predict.py has not written" in mistake("predict", **one)
+        assert [path.name for path in out.iterdir()] == [name]
+        assert (out / name).read_text() == content
+        shutil.rmtree(out)
+
+    # In a folder of ours, files that are called as if they were temporary may be others'.
+    segment(**one)
+    anat = out / "sub-1" / "ses-1" / "anat"
+    kept = [out / ".part", out / ".partners.csv", anat / ".part12-notes.txt", out / ".part-x"]
+    half = [out / ".part12-volumes.csv",
+            anat / ".part9-sub-1_ses-1_space-orig_label-lesion_dseg.nii.gz"]
+    for path in (*kept, *half):
+        path.write_text("half")
+    assert "finished before: 2" in segment(**one)
+    assert all(path.exists() for path in kept) and not any(path.exists() for path in half)

@@ -70,20 +70,23 @@ def files_of(scan):
 
 
 def read_records(out):
-    """{name: record} of all scans that are finished in a folder."""
-    records = {}
+    """The records of all scans that are finished in a folder. A scan has several if networks with
+    other names of labels have worked on it."""
+    records = []
     for path in sorted(glob.glob(f"{glob.escape(out)}/sub-*/ses-*/anat/*_dseg.json")):
         # One that is damaged, or not ours, counts for nothing: its scan is segmented again.
         with contextlib.suppress(ValueError, KeyError, TypeError):
             record = json.loads(checkpoint.read_text(path))
-            records[record["scan"]] = record
+            if os.path.basename(path).startswith(record["scan"] + "_") and record["made_by"]:
+                records.append(record)
     return records
 
 
-def forget(out, name, task):
-    """Remove the record of a scan: from here on it is not finished."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(record_of(out, name, task))
+def forget(out, name):
+    """Remove all that was written of a scan, its records first: from here on it is not finished."""
+    for ending in ("dseg.json", "dseg.nii.gz", "probseg.nii.gz"):
+        for path in glob.glob(glob.escape(path_of(out, name, None, "")) + f"*{ending}"):
+            os.unlink(path)
 
 
 def is_finished(record, scan, out, task, made_by, probabilities):

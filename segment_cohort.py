@@ -200,25 +200,29 @@ def load(cfg, device):
 
 
 def open_folder(out, task, made_by, overwrite):
-    """Lock the folder of the results -> {name: record} of the scans that are finished there.
+    """Lock the folder of the results -> ({name: record} of the scans that are finished there, the
+    names of those that other networks or settings have made).
 
-    UserError if other networks or settings have made them, unless they are to be overwritten."""
+    UserError if there are such, unless they are to be overwritten."""
     derivatives.check_folder(out)
     checkpoint.lock(out)
     derivatives.clear_parts(out)
-    records = derivatives.read_records(out)
-    others = {name: record for name, record in records.items() if record["made_by"] != made_by}
-    if others and not overwrite:
-        theirs = others[min(others)]["made_by"]
-        changed = [key for key in made_by if theirs.get(key) != made_by[key]]
-        raise UserError(f"{out} holds segmentations of other {' and '.join(changed)}: new --out or "
-                        "--overwrite")
+    records, others = {}, {}
+    for record in derivatives.read_records(out):
+        known = records if record["made_by"] == made_by else others
+        known[record["scan"]] = record
 
-    # What others have made is not listed beside what these make.
-    ours = {name: record for name, record in records.items() if name not in others}
+    if others:
+        theirs = others[min(others)]["made_by"]
+        changed = " and ".join(key for key in made_by if theirs.get(key) != made_by[key])
+        if not overwrite:
+            raise UserError(f"{out} holds segmentations of other {changed}: new --out or "
+                            "--overwrite")
+        print(f"overwrite: all results of other {changed} are removed from {out}, those of "
+              f"{len(others)} scans")
+
     derivatives.write_description(out, task)
-    derivatives.write_table(out, ours)
-    return ours
+    return {name: record for name, record in records.items() if name not in others}, sorted(others)
 
 
 def main(cfg):
@@ -231,7 +235,7 @@ def main(cfg):
     found = new_scans.find((cfg.input, *cfg.inputs), cfg.source, task["sequences"], cfg.truth)
     print(*found.lines, sep="\n")
     check_out(cfg.out, (cfg.input, *cfg.inputs), found.scans)
-    records = open_folder(cfg.out, task, made_by, cfg.overwrite)
+    records, others = open_folder(cfg.out, task, made_by, cfg.overwrite)
     left = [scan for scan in found.scans if cfg.overwrite or not derivatives.is_finished(
         records.get(scan.name), scan, cfg.out, task, made_by, cfg.probabilities)]
     without = [scan.name for scan in found.scans if cfg.truth and not scan.truth]
@@ -239,10 +243,11 @@ def main(cfg):
         print(f"no true label map, so no scores: {', '.join(without)}")
     print(f"scans: {len(found.scans)}, of which finished before: {len(found.scans) - len(left)}")
 
-    # A scan that is segmented again has no record meanwhile.
-    for scan in left:
-        records.pop(scan.name, None)
-        derivatives.forget(cfg.out, scan.name, task)
+    # A scan that is segmented again has no record meanwhile, and what others made has none at all.
+    for name in (*others, *(scan.name for scan in left)):
+        records.pop(name, None)
+        derivatives.forget(cfg.out, name)
+    derivatives.write_table(cfg.out, records)
 
     failed = dict(found.faults)
     stopped = segment_all(cfg, members, task, made_by, left, records, failed, device)

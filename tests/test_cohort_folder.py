@@ -7,7 +7,9 @@ import nibabel as nib
 import pytest
 from conftest import mistake
 from test_predict_inputs import AFFINE, head, network
-from test_segment_cohort import segment
+from test_segment_cohort import contents, drawn, rows, segment
+
+import checkpoint
 
 
 def bids(folder, *subjects):
@@ -78,3 +80,36 @@ def test_a_folder_of_somebody_else_is_left_alone(one):
         path.write_text("half")
     assert "finished before: 2" in segment(**one)
     assert all(path.exists() for path in kept) and not any(path.exists() for path in half)
+
+
+# ---------------------------------------------------------------------------- what is overwritten
+def test_probabilities_of_another_network_do_not_stay(one, tmp_path):
+    other = one | {"ckpt": drawn(tmp_path / "other.pt", 1)}
+    segment("--probabilities", **one)
+    first = {name: content for name, content in contents(one["out"]).items() if "probseg" in name}
+    segment("--overwrite", **other)
+    assert len(first) == 2 and not list(one["out"].rglob("*probseg*"))
+    assert "finished before: 0" in segment("--probabilities", **other)
+    second = contents(one["out"])
+    assert all(second[name] != content for name, content in first.items())
+    assert "finished before: 2" in segment("--probabilities", **other)
+
+
+def test_what_others_made_is_removed_at_the_start(one, tmp_path):
+    """Also of scans that this call does not name, and of networks with another name of the label:
+    so the same call without --overwrite goes on."""
+    saved = checkpoint.load_checkpoint(one["ckpt"])
+    saved["task"]["classes"] = ("background", "wmh")
+    checkpoint.save_checkpoint(tmp_path / "wmh.pt", saved)
+    segment("--probabilities", **(one | {"ckpt": tmp_path / "wmh.pt"}))
+
+    scan = one["input"] / "sub-1" / "anat" / "sub-1_FLAIR.nii"
+    line = "all results of other networks are removed"
+    said = segment("--overwrite", **(one | {"input": scan}))
+    assert line in said and "those of 2 scans" in said
+    assert not list(one["out"].rglob("*wmh*"))
+    assert [row["scan"] for row in rows(one["out"])] == ["sub-1_ses-1"]
+    said = segment(**one)
+    assert "scans: 2, of which finished before: 1" in said and line not in said
+    assert [row["class"] for row in rows(one["out"])] == ["lesion", "lesion"]
+    assert line not in segment("--overwrite", **one)

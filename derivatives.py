@@ -152,10 +152,13 @@ def write_description(out, task):
     checkpoint.write_text(os.path.join(out, "dseg.tsv"), "\n".join(["index\tname", *lines, ""]))
 
 
-def columns_of(records):
-    """The header of volumes.csv: with scores, if one of the records has any."""
+def columns_of(records, scans):
+    """The header of volumes.csv in a call: with scores, if one of the records has any, or one of
+    the scans will."""
     scored = any("dice" in row for record in records for row in record["classes"].values())
-    return (*COLUMNS, *SCORES) if scored else COLUMNS
+    if scored or any(scan.truth for scan in scans):
+        return (*COLUMNS, *SCORES)
+    return COLUMNS
 
 
 def rows_of(record, columns):
@@ -170,9 +173,8 @@ def rows_of(record, columns):
     return text.getvalue()
 
 
-def write_table(out, records):
+def write_table(out, records, columns):
     """volumes.csv of all records, in the order of their names: the same bytes however it came."""
-    columns = columns_of(records.values())
     rows = [rows_of(records[name], columns) for name in sorted(records)]
     checkpoint.write_text(os.path.join(out, "volumes.csv"), ",".join(columns) + "\n"
                           + "".join(rows))

@@ -243,24 +243,27 @@ def main(cfg):
         print(f"no true label map, so no scores: {', '.join(without)}")
     print(f"scans: {len(found.scans)}, of which finished before: {len(found.scans) - len(left)}")
 
-    # A scan that is segmented again has no record meanwhile, and what others made has none at all.
-    for name in (*others, *(scan.name for scan in left)):
+    # What is segmented again, or is of others, has no row and then no record. The columns stay.
+    dropped = [*others, *(scan.name for scan in left)]
+    for name in dropped:
         records.pop(name, None)
+    columns = derivatives.columns_of(records.values(), found.scans)
+    derivatives.write_table(cfg.out, records, columns)
+    for name in dropped:
         derivatives.forget(cfg.out, name)
-    derivatives.write_table(cfg.out, records)
 
     failed = dict(found.faults)
-    stopped = segment_all(cfg, members, task, made_by, left, records, failed, device)
-    derivatives.write_table(cfg.out, records)
+    stopped = segment_all(cfg, members, task, made_by, left, records, failed, device, columns)
+    derivatives.write_table(cfg.out, records, columns)
     return report(cfg.out, left, records, failed, stopped)
 
 
-def segment_all(cfg, members, task, made_by, left, records, failed, device):
-    """Segment the scans that are left. Adds to records and to failed, {name: why}.
+def segment_all(cfg, members, task, made_by, left, records, failed, device, columns):
+    """Segment the scans that are left. Adds to records, to failed, {name: why}, and to volumes.csv
+    in these columns.
 
     -> did a signal stop it before all were done?"""
     stop = training.catch_signals()
-    columns = derivatives.columns_of(records.values())
     progress = tqdm(total=len(left), desc="segment", unit="scan", disable=not left)
 
     def done(name, record):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import nibabel as nib
 import pytest
@@ -10,6 +11,7 @@ from test_predict_inputs import AFFINE, head, network
 from test_segment_cohort import contents, drawn, rows, segment
 
 import checkpoint
+import derivatives
 
 
 def bids(folder, *subjects):
@@ -113,3 +115,28 @@ def test_what_others_made_is_removed_at_the_start(one, tmp_path):
     assert "scans: 2, of which finished before: 1" in said and line not in said
     assert [row["class"] for row in rows(one["out"])] == ["lesion", "lesion"]
     assert line not in segment("--overwrite", **one)
+
+
+def test_the_table_of_an_overwriting_call_that_is_killed(one, tmp_path, monkeypatch):
+    """While it lasts, volumes.csv has the rows of what is finished, in columns that stay."""
+    truth = tmp_path / "truth"
+    for subject in ("1", "2"):
+        path = truth / f"sub-{subject}" / "anat" / f"sub-{subject}_lesion.nii"
+        path.parent.mkdir(parents=True)
+        nib.Nifti1Image((head() > 350).astype("uint8"), AFFINE).to_filename(path)
+    append = derivatives.append_rows
+    tables = []
+
+    def watch(out, record, columns):
+        tables.append((out / "volumes.csv").read_text().splitlines())
+        append(out, record, columns)
+        tables.append((out / "volumes.csv").read_text().splitlines())
+
+    monkeypatch.setattr(derivatives, "append_rows", lambda out, *rest: watch(Path(out), *rest))
+    for given in (one | {"truth": truth}, one):
+        tables.clear()
+        segment("--overwrite", **given)
+        assert [len(table) for table in tables] == [1, 2, 2, 3]
+        final = (one["out"] / "volumes.csv").read_text().splitlines()
+        assert tables[-1] == final and ("dice" in final[0]) == ("truth" in given)
+        assert all(table == final[:len(table)] for table in tables)

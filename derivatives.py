@@ -20,6 +20,7 @@ import nibabel as nib
 import numpy as np
 
 import checkpoint
+import config
 import label_maps
 import metrics
 import new_scans
@@ -60,12 +61,15 @@ def probability_of(out, name, label):
 
 # ----------------------------------------------------------------------------------- records
 def files_of(scan):
-    """What is known of a scan's files without reading them: [absolute path, size, time]."""
+    """What is known of a scan's files without reading them: [absolute path, size, time]. UserError
+    for one that is not there."""
     known = []
-    for path in (*scan.paths, scan.truth):
-        if path:
+    for path in filter(None, (*scan.paths, scan.truth)):
+        try:
             state = os.stat(path)
-            known.append([os.path.abspath(path), state.st_size, state.st_mtime_ns])
+        except OSError as error:
+            raise UserError(f"{path}: {config.reason(error)}") from None
+        known.append([os.path.abspath(path), state.st_size, state.st_mtime_ns])
     return known
 
 
@@ -96,7 +100,7 @@ def is_finished(record, scan, out, task, made_by, probabilities):
     wanted = [label_map_of(out, scan.name, task)]
     if probabilities:
         wanted += [probability_of(out, scan.name, label) for label in task["classes"][1:]]
-    if not all(map(os.path.exists, [*wanted, *scan.paths])):
+    if not all(map(os.path.exists, wanted)):
         return False
 
     # The folder of the scans may move. A truth that is not asked for any more may stay.

@@ -92,7 +92,7 @@ def find(inputs, source, sequences, truth=None):
         found = from_folder(first, sequences, truth)
     else:
         found = from_files(inputs, sequences, truth)
-    return without_twins(found)
+    return without_missing(without_twins(found))
 
 
 def has_subjects(folder):
@@ -110,6 +110,20 @@ def without_twins(found):
             faults[scan.paths[0]] = (f"its results would be called {scan.name}, as those of "
                                      f"{first.paths[0]}: rename it")
     return Found(list(scans.values()), found.lines, faults)
+
+
+def without_missing(found):
+    """Found, with a fault for all scans of which a file is not there: a manifest may list such, and
+    a link may lead nowhere."""
+    scans, faults = [], dict(found.faults)
+    for scan in found.scans:
+        missing = [path for path in (*scan.paths, scan.truth) if path and not os.path.exists(path)]
+        if missing:
+            kind = "true label map" if missing[0] == scan.truth else "scan"
+            faults[scan.name] = f"{missing[0]}: no such file, but it is named as a {kind}"
+        else:
+            scans.append(scan)
+    return Found(scans, found.lines, faults)
 
 
 # ------------------------------------------------------------------------- layouts and manifests

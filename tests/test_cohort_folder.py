@@ -12,6 +12,9 @@ from test_segment_cohort import contents, drawn, rows, segment
 
 import checkpoint
 import derivatives
+import segment_cohort
+from config import UserError
+from new_scans import NewScan
 
 
 def bids(folder, *subjects):
@@ -140,3 +143,29 @@ def test_the_table_of_an_overwriting_call_that_is_killed(one, tmp_path, monkeypa
         final = (one["out"] / "volumes.csv").read_text().splitlines()
         assert tables[-1] == final and ("dice" in final[0]) == ("truth" in given)
         assert all(table == final[:len(table)] for table in tables)
+
+
+def test_a_truth_that_has_gone_stops_no_other_scan(one, tmp_path):
+    """And what was found in its scan before stays."""
+    table = tmp_path / "raw" / "scans.csv"
+    table.write_text("path,subject,session,sequence,label\n"
+                     "sub-1/anat/sub-1_FLAIR.nii,1,,FLAIR,true.nii\n"
+                     "sub-2/anat/sub-2_FLAIR.nii,2,,FLAIR,\n")
+    truth = nib.Nifti1Image((head() > 350).astype("uint8"), AFFINE)
+    truth.to_filename(tmp_path / "raw" / "true.nii")
+    given = one | {"input": table, "truth": table}
+    segment(**given)
+    before = contents(one["out"])
+
+    (tmp_path / "raw" / "true.nii").unlink()
+    said = segment(code=1, **given)
+    assert said.count("not segmented: ") == said.count("true.nii: no such file") == 1
+    assert "scans: 1, of which finished before: 1" in said
+    assert contents(one["out"]) == before
+
+
+def test_the_file_that_goes_while_others_are_read_is_named(one, tmp_path):
+    scan = NewScan("s", (str(one["input"] / "sub-1/anat/sub-1_FLAIR.nii"),), (None,),
+                   str(tmp_path / "gone.nii"))
+    with pytest.raises(UserError, match="gone.nii: No such file"):
+        segment_cohort.read(scan, {})

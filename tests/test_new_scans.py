@@ -78,6 +78,7 @@ def test_other_layouts_and_their_labels(tmp_path, layout, sequences, parts):
 
 
 def test_a_manifest(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii", "c.nii", "a_true.nii")
     (tmp_path / "scans.csv").write_text(
         "path,subject,session,sequence,label\na.nii,P 1,,FLAIR,a_true.nii\nb.nii,P2,x,FLAIR,\n"
         "c.nii,P2,y,T1,\n")
@@ -193,3 +194,22 @@ def test_inputs_that_cannot_be_meant(tmp_path):
             ((str(tmp_path / "none"),), None, "no .nii or .nii.gz file under")):
         with pytest.raises(UserError, match=message):
             new_scans.find(inputs, source, ("FLAIR",))
+
+
+def test_files_that_are_not_there_are_faults_of_their_scans(tmp_path):
+    """In a manifest, and as links that lead nowhere."""
+    touch(tmp_path, "a.nii", "a_t1.nii", "b.nii", "b_t1.nii", "c.nii", "c_true.nii")
+    (tmp_path / "d.nii").symlink_to("nowhere.nii")
+    (tmp_path / "scans.csv").write_text(
+        "path,subject,session,sequence,label\na.nii,a,,FLAIR,a_true.nii\na_t1.nii,a,,T1,\n"
+        "b.nii,b,,FLAIR,\nb_t1.nii,b,,T1,\nc.nii,c,,FLAIR,c_true.nii\nc_t1.nii,c,,T1,\n"
+        "d.nii,d,,FLAIR,\nb_t1.nii,d,,T1,\n")
+    table = str(tmp_path / "scans.csv")
+    found = new_scans.find((table,), None, ("FLAIR", "T1"), truth=table)
+    assert [scan.name for scan in found.scans] == ["sub-b_ses-1"]
+    assert found.faults == {
+        "sub-a_ses-1": f"{tmp_path}/a_true.nii: no such file, but it is named as a true label map",
+        "sub-c_ses-1": f"{tmp_path}/c_t1.nii: no such file, but it is named as a scan",
+        "sub-d_ses-1": f"{tmp_path}/d.nii: no such file, but it is named as a scan"}
+    found = new_scans.find((table,), None, ("FLAIR",))
+    assert [scan.name for scan in found.scans] == ["sub-a_ses-1", "sub-b_ses-1", "sub-c_ses-1"]

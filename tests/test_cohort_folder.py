@@ -6,12 +6,15 @@ from pathlib import Path
 
 import nibabel as nib
 import pytest
+import torch
 from conftest import mistake
 from test_predict_inputs import AFFINE, head, network
 from test_segment_cohort import contents, drawn, rows, segment
 
 import checkpoint
 import derivatives
+import networks
+import predict
 import segment_cohort
 from config import UserError
 from new_scans import NewScan
@@ -169,3 +172,41 @@ def test_the_file_that_goes_while_others_are_read_is_named(one, tmp_path):
                    str(tmp_path / "gone.nii"))
     with pytest.raises(UserError, match="gone.nii: No such file"):
         segment_cohort.read(scan, {})
+
+
+# ------------------------------------------------------------------------------------- the networks
+class Moving(torch.nn.Module):
+    """A network that runs out of memory; it knows where it was moved."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.places = []
+
+    def to(self, place):
+        self.places.append(str(place))
+        return self
+
+    def forward(self, x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_member_leaves_the_device_after_an_error():
+    models = [Moving(), Moving()]
+    members = [predict.Member(model, 32, "fp32") for model in models]
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            predict.segment_together(members, torch.rand(1, 32, 32, 32), (32, 32, 32),
+                                     torch.device("cpu", 0))
+    assert models[0].places == ["cpu:0", "cpu"] * 2 and models[1].places == []
+
+
+def test_left_and_right_are_whole_words():
+    def check(*classes):
+        networks.check_mirror(True, {"classes": ("background", *classes), "regions": {}})
+
+    check("bright lesion", "copyright", "cleft", "leftover", "Bright")
+    for name in ("left stroke", "hippocampus_right", "left_hippocampus", "LEFT-1", "Right",
+                 "LeftHippocampus", "hippocampusLeft", "left2"):
+        with pytest.raises(UserError, match=f"{name} is another class in the mirror"):
+            check(name)

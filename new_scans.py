@@ -14,6 +14,7 @@ import manifest
 import names
 import prepare_data
 import sources
+import tasks
 from config import UserError
 from names import ENDING, readable
 
@@ -145,7 +146,7 @@ def from_source(source, folder, sequences, truth):
 
     chosen, more = choose_channels(sessions, sequences, left_out(skipped))
     scans, faults = [], {}
-    for name, channels in chosen.items():
+    for name, channels in chosen:
         paths = labels.get((channels[0].subject, channels[0].session), [])
         (first,), _ = names.pair_labels([channels[0]._replace(label="", fault="")], paths)
         if first.fault:
@@ -166,7 +167,7 @@ def from_manifest(path, sequences, truth):
     chosen, more = choose_channels(sessions, sequences, left_out(skipped))
     root = os.path.dirname(path)
     scans = []
-    for name, channels in chosen.items():
+    for name, channels in chosen:
         label = channels[0].label if truth else ""
         scans.append(new_scan(name, root, channels, root, label))
     return Found(scans, lines + more, {})
@@ -179,32 +180,37 @@ def new_scan(name, root, channels, label_root, label):
                    os.path.join(label_root, label) if label else "")
 
 
-def choose_channels(sessions, sequences, others=""):
-    """The Scans of each session -> ({name: a Scan for each channel}, lines on what was left out).
+class Run(NamedTuple):
+    """A Scan as tasks.choose_channels takes it. No file is read here: a label map is known by its
+    path instead of its checksum."""
+    scan: sources.Scan
+    label_sha256: str
 
-    As in preparation, a session's channels are those of one subject and session, and of several
-    runs the first with a label map is taken, or the first. UserError if no session has all, where
-    `others` says what files were left out."""
-    chosen, lacking, several = {}, {}, []
+
+def choose_channels(sessions, sequences, others=""):
+    """The Scans of each session -> ([(name, a Scan for each channel)], lines on what was left out).
+
+    As in training: a session's channels are those of one subject and session. Of several runs
+    those with a label map are taken, if there are any, and of these the ones that share it.
+    UserError if no session has all, where `others` says what files were left out."""
+    chosen, lacking, several = [], {}, []
     for session in sessions:
         name = name_of(session[0].subject, session[0].session)
-        channels, missing = [], []
-        for sequence in sequences:
-            runs = [scan for scan in session if scan.sequence == sequence]
-            labelled = [scan for scan in runs if scan.label]
-            if not runs:
-                missing.append(sequence)
-                continue
-            channels.append((labelled or runs)[0])
-            if len(runs) > 1:
-                several.append(name)
+        by_sequence = {}
+        for scan in session:
+            by_sequence.setdefault(scan.sequence, []).append(Run(scan, scan.label))
 
-        if missing:
+        runs = [tasks.runs_of(by_sequence, sequence) for sequence in sequences]
+        if not all(runs):
+            pairs = zip(sequences, runs, strict=True)
+            missing = [sequence for sequence, found in pairs if not found]
             lacking.setdefault(" and ".join(missing), []).append(name)
-        elif name in chosen:
-            raise UserError(f"two sessions would be called {name}: rename one of their subjects")
-        else:
-            chosen[name] = channels
+            continue
+
+        if max(map(len, runs)) > 1:
+            several.append(name)
+        labelled = [[run for run in found if run.scan.label] or found for found in runs]
+        chosen.append((name, [run.scan for run in tasks.choose_channels(labelled)]))
 
     if not chosen:
         known = {}
@@ -277,7 +283,7 @@ def why_not(path, sequences):
     known = sources.read_layout("bids").suffixes
     words = re.split("[^a-z0-9]+", ENDING.sub("", parts[-1]).lower())
     named = [known[word] for word in words if word in known]
-    if named and sequences[0] not in named:
+    if named and not tasks.runs_of({word: [path] for word in named}, sequences[0]):
         return f"named {named[-1]}, not {sequences[0]}"
     return ""
 

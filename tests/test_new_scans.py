@@ -213,3 +213,39 @@ def test_files_that_are_not_there_are_faults_of_their_scans(tmp_path):
         "sub-d_ses-1": f"{tmp_path}/d.nii: no such file, but it is named as a scan"}
     found = new_scans.find((table,), None, ("FLAIR",))
     assert [scan.name for scan in found.scans] == ["sub-a_ses-1", "sub-b_ses-1", "sub-c_ses-1"]
+
+
+# ----------------------------------------------------------------------- the same as in training
+def test_a_sequence_by_another_of_its_words(tmp_path):
+    """As in training, a task that says flair finds FLAIR, in a layout and in plain files."""
+    raw = touch(tmp_path / "raw", "sub-1/anat/sub-1_FLAIR.nii", "sub-1/anat/sub-1_T1w.nii")
+    found = new_scans.find((raw,), None, ("flair", "t1w"))
+    assert taken(found, raw) == {
+        "sub-1_ses-1": "sub-1/anat/sub-1_FLAIR.nii sub-1/anat/sub-1_T1w.nii"}
+
+    plain = touch(tmp_path / "plain", "a_FLAIR.nii", "b_flair.nii", "c_T1.nii", "d.nii")
+    for word in ("flair", "Flair", "FLAIR"):
+        found = new_scans.find((plain,), None, (word,))
+        assert list(taken(found, plain).values()) == ["a_FLAIR.nii", "b_flair.nii", "d.nii"]
+        assert f"1 named T1, not {word}" in found.lines[0]
+
+
+def test_runs_that_share_a_label_map_go_together(tmp_path):
+    """As tasks.choose_channels has it: not the first labelled run of each sequence by itself."""
+    (tmp_path / "scans.csv").write_text(
+        "path,subject,session,sequence,label\nf1.nii,a,,FLAIR,l1.nii\nf2.nii,a,,FLAIR,l2.nii\n"
+        "t2.nii,a,,T1,l2.nii\nt0.nii,a,,T1,\nf3.nii,b,,FLAIR,\nf4.nii,b,,FLAIR,\nt3.nii,b,,T1,\n")
+    touch(tmp_path, "f1.nii", "f2.nii", "t2.nii", "t0.nii", "f3.nii", "f4.nii", "t3.nii")
+    found = new_scans.find((f"{tmp_path}/scans.csv",), None, ("FLAIR", "T1"))
+    assert list(taken(found, tmp_path).values()) == ["f2.nii t2.nii", "f3.nii t3.nii"]
+    assert "of which one is taken: sub-a_ses-1, sub-b_ses-1" in found.lines[-1]
+
+
+def test_two_subjects_of_one_name_are_the_fault_of_one(tmp_path):
+    (tmp_path / "scans.csv").write_text("path,subject,session,sequence\na.nii,a_b,,FLAIR\n"
+                                        "b.nii,a-b,,FLAIR\nc.nii,c,,FLAIR\n")
+    folder = touch(tmp_path, "a.nii", "b.nii", "c.nii")
+    found = new_scans.find((f"{folder}/scans.csv",), None, ("FLAIR",))
+    assert taken(found, tmp_path) == {"sub-a+b_ses-1": "b.nii", "sub-c_ses-1": "c.nii"}
+    assert found.faults == {f"{folder}/a.nii": "its results would be called sub-a+b_ses-1, as "
+                                               f"those of {folder}/b.nii: rename it"}

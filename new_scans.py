@@ -359,10 +359,14 @@ def labels_of_cases(truth, scans, faults):
 
     # In the folder of the scans themselves, these are no label maps.
     own = {os.path.realpath(path) for _, scan in scans for path in scan.paths}
+    starts = {}
+    for case, _ in scans:
+        starts.setdefault(start_of(case), case)
+
     candidates = {}
     for path in sources.find_nifti_files(truth):
         full = os.path.join(truth, path)
-        case = case_that_begins(ENDING.sub("", path), [case for case, _ in scans])
+        case = case_that_begins(ENDING.sub("", path), starts)
         if case and os.path.realpath(full) not in own:
             candidates.setdefault(case, []).append(full)
 
@@ -373,17 +377,19 @@ def labels_of_cases(truth, scans, faults):
     return {case: paths[0] for case, paths in candidates.items()}
 
 
-def case_that_begins(stem, cases):
-    """The longest of the cases that a label map's name begins with; "" if there is none."""
-    best = ""
-    for case in cases:
-        # In BIDS, scan and label map share subject and session alone.
-        folder, name = os.path.split(case)
-        known = BIDS_NAME.match(name)
-        start = os.path.join(folder, known[0]) if known else case
+def start_of(case):
+    """How the names of a case's label maps begin."""
+    # In BIDS, scan and label map share subject and session alone.
+    folder, name = os.path.split(case)
+    known = BIDS_NAME.match(name)
+    return os.path.join(folder, known[0]) if known else case
 
-        rest = stem.removeprefix(start)
-        begins = stem.startswith(start) and not re.match("[A-Za-z0-9]", rest)
-        if begins and len(case) > len(best):
-            best = case
-    return best
+
+def case_that_begins(stem, starts):
+    """The case whose start a label map's name begins with, as whole words; the longest of several,
+    "" if there is none. starts: {start_of a case: the case}, so that no case is tried in vain."""
+    for end in range(len(stem), 0, -1):
+        is_whole = not re.match("[A-Za-z0-9]", stem[end:end + 1])
+        if is_whole and stem[:end] in starts:
+            return starts[stem[:end]]
+    return ""

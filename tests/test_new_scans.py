@@ -182,6 +182,24 @@ def test_true_label_maps_of_plain_files(tmp_path):
     assert truths["sub-e_ses-1"] == f"{scans}/e_mask.nii" and not truths["sub-a_ses-1"]
 
 
+def test_label_maps_are_looked_up_and_not_compared_with_every_scan(tmp_path, monkeypatch):
+    names = [f"{kind}{n}" for n in range(40) for kind in ("a", "P/a", "sub-")]
+    scans = touch(tmp_path / "in", *(f"{name}_FLAIR.nii" for name in names))
+    truth = touch(tmp_path / "true", *(f"{name}_FLAIR_seg.nii" for name in names))
+    known, asked = new_scans.BIDS_NAME, []
+
+    class Counting:
+        def match(self, text):
+            asked.append(text)
+            return known.match(text)
+
+    monkeypatch.setattr(new_scans, "BIDS_NAME", Counting())
+    found = new_scans.from_folder(scans, ("FLAIR",), truth)
+    assert len(found.scans) == len(names) and len(asked) <= 4 * len(names)
+    for scan in found.scans:
+        assert scan.truth[len(truth):] == scan.paths[0][len(scans):].replace(".nii", "_seg.nii")
+
+
 def test_inputs_that_cannot_be_meant(tmp_path):
     folder = touch(tmp_path / "in", "wmh.nii", "T1.nii")
     (tmp_path / "none").mkdir()

@@ -103,6 +103,11 @@ def is_finished(record, scan, out, task, made_by, probabilities):
     if not all(map(os.path.exists, wanted)):
         return False
 
+    # Records of earlier versions do not say which volume of a file was read.
+    parts = list(scan.parts)
+    if record.get("parts", parts) != parts:
+        return False
+
     # The folder of the scans may move. A truth that is not asked for any more may stay.
     now = [[os.path.basename(path), *state] for path, *state in files_of(scan)]
     before = [[os.path.basename(path), *state] for path, *state in record["files"]]

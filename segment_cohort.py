@@ -136,7 +136,7 @@ def write(out, scan, task, made_by, reading, result):
 
     measured = derivatives.measure(classes, result.means, task, reading.affine, reading.brain_ml,
                                    reading.truth)
-    record = {"scan": scan.name, "files": reading.files, "made_by": made_by,
+    record = {"scan": scan.name, "files": reading.files, "parts": scan.parts, "made_by": made_by,
               "brain_ml": round(reading.brain_ml, 6), "classes": measured}
     path = derivatives.record_of(out, scan.name, task)
     checkpoint.write_text(path, json.dumps(record, indent=1) + "\n")

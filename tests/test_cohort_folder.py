@@ -1,19 +1,23 @@
 """predict.py --input: the folder of the results; whose files they are, and what is overwritten."""
 
 import json
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 import pytest
 import torch
-from conftest import mistake
+from conftest import ROOT, mistake
 from test_predict_inputs import AFFINE, head, network
 from test_segment_cohort import contents, drawn, rows, segment
 
 import checkpoint
 import derivatives
 import networks
+import phantom
 import predict
 import segment_cohort
 from config import UserError
@@ -210,3 +214,29 @@ def test_left_and_right_are_whole_words():
                  "LeftHippocampus", "hippocampusLeft", "left2"):
         with pytest.raises(UserError, match=f"{name} is another class in the mirror"):
             check(name)
+
+
+# --------------------------------------------------------------------------------------- 4-D files
+def test_the_picture_of_a_cohort_of_4d_files(tmp_path, monkeypatch):
+    """As those of --source msd: the record says which volume of a file was read."""
+    pytest.importorskip("matplotlib")
+    phantom.write("msd", tmp_path / "raw", subjects=0, labelled=2, size=28)
+    ckpt = network(tmp_path / "net.pt", ("T1ce",))
+    out = tmp_path / "out"
+    given = {"ckpt": ckpt, "input": tmp_path / "raw", "source": "msd", "out": out}
+    segment(**given)
+    assert "finished before: 2" in segment(**given)
+    records = [json.loads(path.read_text()) for path in out.rglob("*dseg.json")]
+    assert [record["parts"] for record in records] == [[2], [2]]
+
+    drawn_slices = []
+    monkeypatch.setattr(sys, "argv", ["figures.py", "cohort", str(out), "--out",
+                                      str(tmp_path / "cohort.png")])
+    figures = runpy.run_path(str(ROOT / "docs" / "figures.py"), run_name="figures")
+    figures["main"]()
+    assert (tmp_path / "cohort.png").read_bytes()[1:4] == b"PNG"
+    figures["draw_case"].__globals__["draw_slice"] = lambda *given: drawn_slices.append(given[1])
+    for record in records:
+        figures["draw_case"](None, str(out), record["scan"])
+        image = nib.as_closest_canonical(nib.load(record["files"][0][0])).get_fdata()
+        assert np.array_equal(drawn_slices[-1], image[..., 2])

@@ -5,6 +5,7 @@ Scans are read, and results written, by processes of their own, while the networ
 
 import contextlib
 import json
+import multiprocessing
 import os
 import sys
 from collections import deque
@@ -45,7 +46,10 @@ class Reading(NamedTuple):
 
 def read(scan, task):
     """NewScan -> Reading. Raises UserError, for a label value that the task does not name, too."""
-    torch.set_num_threads(1)
+    # A fork has none of its parent's threads. The parent itself, with --workers 0, keeps its own.
+    if multiprocessing.parent_process():
+        torch.set_num_threads(1)
+
     with scans.naming(scan.paths[0]):
         files = derivatives.files_of(scan)
         volume, geometry, image = preprocess.prepare_scan(scan.paths, scan.parts)

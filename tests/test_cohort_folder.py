@@ -205,6 +205,16 @@ def test_a_member_leaves_the_device_after_an_error():
     assert models[0].places == ["cpu:0", "cpu"] * 2 and models[1].places == []
 
 
+def test_without_workers_the_network_keeps_its_threads(one):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        segment(**one)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_left_and_right_are_whole_words():
     def check(*classes):
         networks.check_mirror(True, {"classes": ("background", *classes), "regions": {}})

@@ -44,18 +44,25 @@ def bids_word(text, prefix):
     return word or "unnamed"
 
 
-def case_of(path, single):
-    """The path of a plain file -> (name of its case, number of its channel or None).
+def cases_of(paths, single):
+    """The paths of plain files -> [(name of its case, number of its channel or None)].
 
     A case is called after the file, without its ending and nnU-Net's _0000. single: the network has
-    one channel. Then another number is no channel's, but a part of the name."""
-    stem = ENDING.sub("", path)
-    channel = re.search(r"_(\d{4})$", stem)
-    if single:
-        return stem.removesuffix("_0000"), 0
-    if channel:
-        return stem[:channel.start()], int(channel[1])
-    return stem, None
+    one channel. Then another number is no channel's, but a part of the name. So is _0000 itself, if
+    there is a file without it."""
+    stems = [ENDING.sub("", path) for path in paths]
+    known = set(stems)
+    cases = []
+    for stem in stems:
+        short = stem.removesuffix("_0000")
+        channel = re.search(r"_(\d{4})$", stem)
+        if single:
+            cases.append((stem if short in known else short, 0))
+        elif channel:
+            cases.append((stem[:channel.start()], int(channel[1])))
+        else:
+            cases.append((stem, None))
+    return cases
 
 
 # How the names of BIDS begin: subject and session, which may be left out.
@@ -293,7 +300,7 @@ def group_files(folder, paths, sequences, truth, lines):
     single = len(sequences) == 1
     if folder:
         # The name is that of the path below the folder, so that P1/flair and P2/flair differ.
-        known = [case_of(path, single) for path in paths]
+        known = cases_of(paths, single)
         by_path = set()
     else:
         known, by_path = cases_of_files(paths, single)
@@ -331,22 +338,26 @@ def group_files(folder, paths, sequences, truth, lines):
 
 
 def cases_of_files(paths, single):
-    """Files that are named one by one -> (case_of each; the cases that are called after a path).
+    """Files that are named one by one -> (their cases_of, the cases that are called after a path).
 
     A case is called after its file alone. Where files in several folders have one name, it is
     called after the path below the folder that all files share."""
-    known = [case_of(os.path.basename(path), single) for path in paths]
+    known = cases_of(list(map(os.path.basename, paths)), single)
     counted = Counter(known)
     shared = {case for (case, _), count in counted.items() if count > 1}
 
     full = [os.path.abspath(path) for path in paths]
     top = os.path.commonpath([os.path.dirname(path) for path in full])
-    by_path = set()
-    for number, (case, _) in enumerate(known):
-        if case in shared:
-            known[number] = case_of(os.path.relpath(full[number], top), single)
-            by_path.add(known[number][0])
-    return known, by_path
+    longer = cases_of([os.path.relpath(path, top) for path in full], single)
+
+    cases, by_path = [], set()
+    for short, long in zip(known, longer, strict=True):
+        if short[0] in shared:
+            by_path.add(long[0])
+            cases.append(long)
+        else:
+            cases.append(short)
+    return cases, by_path
 
 
 def labels_of_cases(truth, scans, faults):

@@ -131,6 +131,13 @@ def test_numbers_of_one_channel_are_names(tmp_path, named):
         "sub-scan+0002_ses-1": "scan_0002.nii", "sub-x+0003_ses-1": "x_0003.nii.gz"}
     assert not found.faults and "skipped" not in "".join(found.lines)
 
+    # Where a file has the name without it, _0000 stays.
+    touch(tmp_path, "scan.nii")
+    found = new_scans.find((*inputs, f"{folder}/scan.nii") if named else inputs, None, ("FLAIR",))
+    assert len(found.scans) == 5 and not found.faults
+    assert taken(found, tmp_path)["sub-scan+0000_ses-1"] == "scan_0000.nii"
+    assert taken(found, tmp_path)["sub-scan_ses-1"] == "scan.nii"
+
 
 def test_named_files_of_one_name_are_called_after_their_paths(tmp_path):
     folder = touch(tmp_path, "P1/flair.nii", "P2/flair.nii", "P3/other.nii",

@@ -14,15 +14,18 @@ import io
 import json
 import math
 import os
+import re
 
 import nibabel as nib
 import numpy as np
 
 import checkpoint
+import config
 import label_maps
 import metrics
 import new_scans
 import tasks
+from config import UserError
 
 # What volumes.csv says of each scan and class.
 COLUMNS = ("scan", "file", "class", "ml", "components", "largest_ml", "share", "mean_probability")
@@ -58,30 +61,36 @@ def probability_of(out, name, label):
 
 # ----------------------------------------------------------------------------------- records
 def files_of(scan):
-    """What is known of a scan's files without reading them: [absolute path, size, time]."""
+    """What is known of a scan's files without reading them: [absolute path, size, time]. UserError
+    for one that is not there."""
     known = []
-    for path in (*scan.paths, scan.truth):
-        if path:
+    for path in filter(None, (*scan.paths, scan.truth)):
+        try:
             state = os.stat(path)
-            known.append([os.path.abspath(path), state.st_size, state.st_mtime_ns])
+        except OSError as error:
+            raise UserError(f"{path}: {config.reason(error)}") from None
+        known.append([os.path.abspath(path), state.st_size, state.st_mtime_ns])
     return known
 
 
 def read_records(out):
-    """{name: record} of all scans that are finished in a folder."""
-    records = {}
+    """The records of all scans that are finished in a folder. A scan has several if networks with
+    other names of labels have worked on it."""
+    records = []
     for path in sorted(glob.glob(f"{glob.escape(out)}/sub-*/ses-*/anat/*_dseg.json")):
         # One that is damaged, or not ours, counts for nothing: its scan is segmented again.
         with contextlib.suppress(ValueError, KeyError, TypeError):
             record = json.loads(checkpoint.read_text(path))
-            records[record["scan"]] = record
+            if os.path.basename(path).startswith(record["scan"] + "_") and record["made_by"]:
+                records.append(record)
     return records
 
 
-def forget(out, name, task):
-    """Remove the record of a scan: from here on it is not finished."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(record_of(out, name, task))
+def forget(out, name):
+    """Remove all that was written of a scan, its records first: from here on it is not finished."""
+    for ending in ("dseg.json", "dseg.nii.gz", "probseg.nii.gz"):
+        for path in glob.glob(glob.escape(path_of(out, name, None, "")) + f"*{ending}"):
+            os.unlink(path)
 
 
 def is_finished(record, scan, out, task, made_by, probabilities):
@@ -91,7 +100,12 @@ def is_finished(record, scan, out, task, made_by, probabilities):
     wanted = [label_map_of(out, scan.name, task)]
     if probabilities:
         wanted += [probability_of(out, scan.name, label) for label in task["classes"][1:]]
-    if not all(map(os.path.exists, [*wanted, *scan.paths])):
+    if not all(map(os.path.exists, wanted)):
+        return False
+
+    # Records of earlier versions do not say which volume of a file was read.
+    parts = list(scan.parts)
+    if record.get("parts", parts) != parts:
         return False
 
     # The folder of the scans may move. A truth that is not asked for any more may stay.
@@ -101,9 +115,42 @@ def is_finished(record, scan, out, task, made_by, probabilities):
 
 
 # --------------------------------------------------------------------------------- the folder
+AUTHOR = "AMAES in plain PyTorch"  # as dataset_description.json names it
+
+# The files of the folder itself. The first of them says whose they are, and is written first.
+OF_FOLDER = ("dataset_description.json", "dseg.tsv", "volumes.csv")
+
+
+def check_folder(out):
+    """UserError if a folder has files of these names that somebody else has written."""
+    found = [name for name in OF_FOLDER if os.path.exists(os.path.join(out, name))]
+    if not found:
+        return
+    try:
+        described = json.loads(checkpoint.read_text(os.path.join(out, OF_FOLDER[0])))
+        is_ours = described["GeneratedBy"][0]["Name"] == AUTHOR
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise UserError(f"out {out} has a {found[0]} that predict.py has not written: name a "
+                        "folder of its own, as INPUT/derivatives/segmented")
+
+
+def clear_parts(out):
+    """Remove what a killed call had not finished, by the names of checkpoint.atomic. The folder is
+    locked."""
+    tops = [out, *glob.glob(f"{glob.escape(out)}/sub-*/ses-*/anat")]
+    ours = r"\.part\d+-(sub-.*_space-orig.*_(dseg|probseg)\.(nii\.gz|json)|" \
+           + "|".join(map(re.escape, OF_FOLDER)) + ")"
+    for top in tops:
+        for name in os.listdir(top):
+            if re.fullmatch(ours, name):
+                os.unlink(os.path.join(top, name))
+
+
 def write_description(out, task):
     """What BIDS wants of a folder of derivatives, and the names of its labels."""
-    made_by = {"Name": "AMAES in plain PyTorch", "Version": checkpoint.versions()["commit"]}
+    made_by = {"Name": AUTHOR, "Version": checkpoint.versions()["commit"]}
     described = {"Name": f"Segmentations of {', '.join(task['classes'][1:])}",
                  "BIDSVersion": "1.9.0", "DatasetType": "derivative", "GeneratedBy": [made_by]}
     checkpoint.write_text(os.path.join(out, "dataset_description.json"),
@@ -114,10 +161,13 @@ def write_description(out, task):
     checkpoint.write_text(os.path.join(out, "dseg.tsv"), "\n".join(["index\tname", *lines, ""]))
 
 
-def columns_of(records):
-    """The header of volumes.csv: with scores, if one of the records has any."""
+def columns_of(records, scans):
+    """The header of volumes.csv in a call: with scores, if one of the records has any, or one of
+    the scans will."""
     scored = any("dice" in row for record in records for row in record["classes"].values())
-    return (*COLUMNS, *SCORES) if scored else COLUMNS
+    if scored or any(scan.truth for scan in scans):
+        return (*COLUMNS, *SCORES)
+    return COLUMNS
 
 
 def rows_of(record, columns):
@@ -132,9 +182,8 @@ def rows_of(record, columns):
     return text.getvalue()
 
 
-def write_table(out, records):
+def write_table(out, records, columns):
     """volumes.csv of all records, in the order of their names: the same bytes however it came."""
-    columns = columns_of(records.values())
     rows = [rows_of(records[name], columns) for name in sorted(records)]
     checkpoint.write_text(os.path.join(out, "volumes.csv"), ",".join(columns) + "\n"
                           + "".join(rows))

@@ -50,7 +50,12 @@ def check_member(path, saved, task):
 
 def check_mirror(mirror, task):
     """UserError if classes would change their names in a mirror."""
-    sided = [name for name in (*task["classes"], *task["regions"])
-             if re.search("left|right", name, re.IGNORECASE)]
+    # Left and right count as whole words. A capital letter begins a word, as in LeftHippocampus,
+    # so that a bright lesion is no right one.
+    sided = []
+    for name in (*task["classes"], *task["regions"]):
+        words = re.findall("[A-Z]?[a-z]+|[A-Z]+", name)
+        if {"left", "right"} & {word.lower() for word in words}:
+            sided.append(name)
     if mirror and sided:
         raise UserError(f"mirror: {sided[0]} is another class in the mirror; leave --mirror out")

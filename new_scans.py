@@ -14,6 +14,7 @@ import manifest
 import names
 import prepare_data
 import sources
+import tasks
 from config import UserError
 from names import ENDING, readable
 
@@ -43,15 +44,25 @@ def bids_word(text, prefix):
     return word or "unnamed"
 
 
-def case_of(path):
-    """The path of a plain file -> (name of its case, number of its channel or None).
+def cases_of(paths, single):
+    """The paths of plain files -> [(name of its case, number of its channel or None)].
 
-    A case is called after the file, without its ending and nnU-Net's _0000."""
-    stem = ENDING.sub("", path)
-    channel = re.search(r"_(\d{4})$", stem)
-    if channel:
-        return stem[:channel.start()], int(channel[1])
-    return stem, None
+    A case is called after the file, without its ending and nnU-Net's _0000. single: the network has
+    one channel. Then another number is no channel's, but a part of the name. So is _0000 itself, if
+    there is a file without it."""
+    stems = [ENDING.sub("", path) for path in paths]
+    known = set(stems)
+    cases = []
+    for stem in stems:
+        short = stem.removesuffix("_0000")
+        channel = re.search(r"_(\d{4})$", stem)
+        if single:
+            cases.append((stem if short in known else short, 0))
+        elif channel:
+            cases.append((stem[:channel.start()], int(channel[1])))
+        else:
+            cases.append((stem, None))
+    return cases
 
 
 # How the names of BIDS begin: subject and session, which may be left out.
@@ -89,7 +100,7 @@ def find(inputs, source, sequences, truth=None):
         found = from_folder(first, sequences, truth)
     else:
         found = from_files(inputs, sequences, truth)
-    return without_twins(found)
+    return without_missing(without_twins(found))
 
 
 def has_subjects(folder):
@@ -107,6 +118,20 @@ def without_twins(found):
             faults[scan.paths[0]] = (f"its results would be called {scan.name}, as those of "
                                      f"{first.paths[0]}: rename it")
     return Found(list(scans.values()), found.lines, faults)
+
+
+def without_missing(found):
+    """Found, with a fault for all scans of which a file is not there: a manifest may list such, and
+    a link may lead nowhere."""
+    scans, faults = [], dict(found.faults)
+    for scan in found.scans:
+        missing = [path for path in (*scan.paths, scan.truth) if path and not os.path.exists(path)]
+        if missing:
+            kind = "true label map" if missing[0] == scan.truth else "scan"
+            faults[scan.name] = f"{missing[0]}: no such file, but it is named as a {kind}"
+        else:
+            scans.append(scan)
+    return Found(scans, found.lines, faults)
 
 
 # ------------------------------------------------------------------------- layouts and manifests
@@ -128,7 +153,7 @@ def from_source(source, folder, sequences, truth):
 
     chosen, more = choose_channels(sessions, sequences, left_out(skipped))
     scans, faults = [], {}
-    for name, channels in chosen.items():
+    for name, channels in chosen:
         paths = labels.get((channels[0].subject, channels[0].session), [])
         (first,), _ = names.pair_labels([channels[0]._replace(label="", fault="")], paths)
         if first.fault:
@@ -149,7 +174,7 @@ def from_manifest(path, sequences, truth):
     chosen, more = choose_channels(sessions, sequences, left_out(skipped))
     root = os.path.dirname(path)
     scans = []
-    for name, channels in chosen.items():
+    for name, channels in chosen:
         label = channels[0].label if truth else ""
         scans.append(new_scan(name, root, channels, root, label))
     return Found(scans, lines + more, {})
@@ -162,35 +187,43 @@ def new_scan(name, root, channels, label_root, label):
                    os.path.join(label_root, label) if label else "")
 
 
-def choose_channels(sessions, sequences, others=""):
-    """The Scans of each session -> ({name: a Scan for each channel}, lines on what was left out).
+class Run(NamedTuple):
+    """A Scan as tasks.choose_channels takes it. No file is read here: a label map is known by its
+    path instead of its checksum."""
+    scan: sources.Scan
+    label_sha256: str
 
-    As in preparation, a session's channels are those of one subject and session, and of several
-    runs the first with a label map is taken, or the first. UserError if no session has all, where
-    `others` says what files were left out."""
-    chosen, lacking, several = {}, {}, []
+
+def choose_channels(sessions, sequences, others=""):
+    """The Scans of each session -> ([(name, a Scan for each channel)], lines on what was left out).
+
+    As in training: a session's channels are those of one subject and session. Of several runs
+    those with a label map are taken, if there are any, and of these the ones that share it.
+    UserError if no session has all, where `others` says what files were left out."""
+    chosen, lacking, several = [], {}, []
     for session in sessions:
         name = name_of(session[0].subject, session[0].session)
-        channels, missing = [], []
-        for sequence in sequences:
-            runs = [scan for scan in session if scan.sequence == sequence]
-            labelled = [scan for scan in runs if scan.label]
-            if not runs:
-                missing.append(sequence)
-                continue
-            channels.append((labelled or runs)[0])
-            if len(runs) > 1:
-                several.append(name)
+        by_sequence = {}
+        for scan in session:
+            by_sequence.setdefault(scan.sequence, []).append(Run(scan, scan.label))
 
-        if missing:
+        runs = [tasks.runs_of(by_sequence, sequence) for sequence in sequences]
+        if not all(runs):
+            pairs = zip(sequences, runs, strict=True)
+            missing = [sequence for sequence, found in pairs if not found]
             lacking.setdefault(" and ".join(missing), []).append(name)
-        elif name in chosen:
-            raise UserError(f"two sessions would be called {name}: rename one of their subjects")
-        else:
-            chosen[name] = channels
+            continue
+
+        if max(map(len, runs)) > 1:
+            several.append(name)
+        labelled = [[run for run in found if run.scan.label] or found for found in runs]
+        chosen.append((name, [run.scan for run in tasks.choose_channels(labelled)]))
 
     if not chosen:
-        known = Counter(scan.sequence for session in sessions for scan in session)
+        known = {}
+        for session in sessions:
+            for scan in session:
+                known.setdefault(scan.sequence, []).append(scan.path)
         raise UserError(f"no session has {' and '.join(sequences)}, which the network reads; "
                         f"found: {counts(known) or 'no scan'}{others}")
     lines = [f"no {what}, skipped: {', '.join(without)}" for what, without in lacking.items()]
@@ -257,35 +290,40 @@ def why_not(path, sequences):
     known = sources.read_layout("bids").suffixes
     words = re.split("[^a-z0-9]+", ENDING.sub("", parts[-1]).lower())
     named = [known[word] for word in words if word in known]
-    if named and sequences[0] not in named:
+    if named and not tasks.runs_of({word: [path] for word in named}, sequences[0]):
         return f"named {named[-1]}, not {sequences[0]}"
     return ""
 
 
 def group_files(folder, paths, sequences, truth, lines):
     """Plain files -> Found. folder: the one in which the paths are, or None."""
-    cases, strangers = {}, []
-    for path in paths:
+    single = len(sequences) == 1
+    if folder:
         # The name is that of the path below the folder, so that P1/flair and P2/flair differ.
-        case, channel = case_of(path if folder else os.path.basename(path))
-        if channel is None and len(sequences) == 1:
-            channel = 0
+        known = cases_of(paths, single)
+        by_path = set()
+    else:
+        known, by_path = cases_of_files(paths, single)
+
+    cases, strangers = {}, []
+    for path, (case, channel) in zip(paths, known, strict=True):
         if channel is None or channel >= len(sequences):
             strangers.append(path)
         else:
-            full = os.path.join(folder, path) if folder else path
+            full = os.path.join(folder or "", path)
             cases.setdefault(case, []).append((channel, full))
 
     scans, faults, lacking = [], {}, []
     for case, files in cases.items():
+        name = name_of(case, "1") if case in by_path else name_of_case(case)
         by_channel = dict(reversed(files))
         if len(by_channel) < len(files):
-            faults[name_of_case(case)] = "one name: " + ", ".join(path for _, path in files)
+            faults[name] = "one name: " + ", ".join(path for _, path in files)
         elif len(by_channel) < len(sequences):
             lacking.append(case)
         else:
             channels = tuple(by_channel[number] for number in range(len(sequences)))
-            scans.append((case, NewScan(name_of_case(case), channels, (None,) * len(channels))))
+            scans.append((case, NewScan(name, channels, (None,) * len(channels))))
 
     if strangers:
         lines.append(f"no channel of the network by their numbers, skipped: {', '.join(strangers)}")
@@ -299,6 +337,29 @@ def group_files(folder, paths, sequences, truth, lines):
                   if scan.name not in faults], lines, faults)
 
 
+def cases_of_files(paths, single):
+    """Files that are named one by one -> (their cases_of, the cases that are called after a path).
+
+    A case is called after its file alone. Where files in several folders have one name, it is
+    called after the path below the folder that all files share."""
+    known = cases_of(list(map(os.path.basename, paths)), single)
+    counted = Counter(known)
+    shared = {case for (case, _), count in counted.items() if count > 1}
+
+    full = [os.path.abspath(path) for path in paths]
+    top = os.path.commonpath([os.path.dirname(path) for path in full])
+    longer = cases_of([os.path.relpath(path, top) for path in full], single)
+
+    cases, by_path = [], set()
+    for short, long in zip(known, longer, strict=True):
+        if short[0] in shared:
+            by_path.add(long[0])
+            cases.append(long)
+        else:
+            cases.append(short)
+    return cases, by_path
+
+
 def labels_of_cases(truth, scans, faults):
     """{case: path of its label map}. truth: the file of the only scan, or a folder, where a label
     map has the name of its case, or begins with it. Adds to faults, if several could be one's."""
@@ -309,10 +370,14 @@ def labels_of_cases(truth, scans, faults):
 
     # In the folder of the scans themselves, these are no label maps.
     own = {os.path.realpath(path) for _, scan in scans for path in scan.paths}
+    starts = {}
+    for case, _ in scans:
+        starts.setdefault(start_of(case), case)
+
     candidates = {}
     for path in sources.find_nifti_files(truth):
         full = os.path.join(truth, path)
-        case = case_that_begins(ENDING.sub("", path), [case for case, _ in scans])
+        case = case_that_begins(ENDING.sub("", path), starts)
         if case and os.path.realpath(full) not in own:
             candidates.setdefault(case, []).append(full)
 
@@ -323,17 +388,19 @@ def labels_of_cases(truth, scans, faults):
     return {case: paths[0] for case, paths in candidates.items()}
 
 
-def case_that_begins(stem, cases):
-    """The longest of the cases that a label map's name begins with; "" if there is none."""
-    best = ""
-    for case in cases:
-        # In BIDS, scan and label map share subject and session alone.
-        folder, name = os.path.split(case)
-        known = BIDS_NAME.match(name)
-        start = os.path.join(folder, known[0]) if known else case
+def start_of(case):
+    """How the names of a case's label maps begin."""
+    # In BIDS, scan and label map share subject and session alone.
+    folder, name = os.path.split(case)
+    known = BIDS_NAME.match(name)
+    return os.path.join(folder, known[0]) if known else case
 
-        rest = stem.removeprefix(start)
-        begins = stem.startswith(start) and not re.match("[A-Za-z0-9]", rest)
-        if begins and len(case) > len(best):
-            best = case
-    return best
+
+def case_that_begins(stem, starts):
+    """The case whose start a label map's name begins with, as whole words; the longest of several,
+    "" if there is none. starts: {start_of a case: the case}, so that no case is tried in vain."""
+    for end in range(len(stem), 0, -1):
+        is_whole = not re.match("[A-Za-z0-9]", stem[end:end + 1])
+        if is_whole and stem[:end] in starts:
+            return starts[stem[:end]]
+    return ""

@@ -256,16 +256,18 @@ def segment_together(members, volume, size, device, mirror=False, overlap=0.5, g
     flips = FLIPS if mirror else FLIPS[:1]
     total = None
     for member in members:
-        # The others stay on the host meanwhile.
-        model = member.model.to(device)
-        for axes in flips:
-            with devices.autocast(member.precision, device):
-                logits = sliding_window(model, volume.flip(axes), member.patch_size, overlap,
-                                        gaussian, batch).flip(axes)
-            probabilities = logits.softmax(0)
-            total = probabilities if total is None else total.add_(probabilities)
-        if len(members) > 1:
-            model.to("cpu")
+        # The others stay on the host meanwhile, where a member returns after an error, too.
+        try:
+            model = member.model.to(device)
+            for axes in flips:
+                with devices.autocast(member.precision, device):
+                    logits = sliding_window(model, volume.flip(axes), member.patch_size, overlap,
+                                            gaussian, batch).flip(axes)
+                probabilities = logits.softmax(0)
+                total = probabilities if total is None else total.add_(probabilities)
+        finally:
+            if len(members) > 1:
+                member.model.to("cpu")
 
     count = len(members) * len(flips)
     if count == 1:

@@ -54,7 +54,9 @@ class Scorers:
 
         self.wait(self.most - 1)
 
-        # A fork: the arrays are not copied. Neither torch nor CUDA is used in the process.
+        # A fork: the arrays are not copied. CUDA is not used in the process, and torch at most on
+        # the CPU (segment_cohort.read), which sets one thread first. So torch starts no threads,
+        # and waits for none of its parent's, which a fork does not have.
         context = multiprocessing.get_context("fork")
         receiver, sender = context.Pipe(duplex=False)
         ends = [receiver, *self.running]

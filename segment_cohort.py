@@ -5,6 +5,7 @@ Scans are read, and results written, by processes of their own, while the networ
 
 import contextlib
 import json
+import multiprocessing
 import os
 import sys
 from collections import deque
@@ -45,7 +46,10 @@ class Reading(NamedTuple):
 
 def read(scan, task):
     """NewScan -> Reading. Raises UserError, for a label value that the task does not name, too."""
-    torch.set_num_threads(1)
+    # A fork has none of its parent's threads. The parent itself, with --workers 0, keeps its own.
+    if multiprocessing.parent_process():
+        torch.set_num_threads(1)
+
     with scans.naming(scan.paths[0]):
         files = derivatives.files_of(scan)
         volume, geometry, image = preprocess.prepare_scan(scan.paths, scan.parts)
@@ -136,7 +140,7 @@ def write(out, scan, task, made_by, reading, result):
 
     measured = derivatives.measure(classes, result.means, task, reading.affine, reading.brain_ml,
                                    reading.truth)
-    record = {"scan": scan.name, "files": reading.files, "made_by": made_by,
+    record = {"scan": scan.name, "files": reading.files, "parts": scan.parts, "made_by": made_by,
               "brain_ml": round(reading.brain_ml, 6), "classes": measured}
     path = derivatives.record_of(out, scan.name, task)
     checkpoint.write_text(path, json.dumps(record, indent=1) + "\n")
@@ -162,6 +166,25 @@ def check_settings(cfg):
                             "choose a folder beside it")
 
 
+def check_out(out, inputs, scans):
+    """UserError if the results would lie among the files to read, or in place of them. They have
+    folders sub-* of their own in the folder `out`."""
+    place = os.path.realpath(out)
+    for path in inputs:
+        if os.path.realpath(path) == place:
+            raise UserError(f"out {out} is the input itself: choose another folder, as "
+                            f"{os.path.join(out, 'derivatives', 'segmented')}")
+        if os.path.relpath(place, os.path.realpath(path)).startswith("sub-"):
+            raise UserError(f"out {out} is the folder of a subject to read: choose another, as "
+                            f"{os.path.join(path, 'derivatives', 'segmented')}")
+
+    for scan in scans:
+        for path in filter(None, (*scan.paths, scan.truth)):
+            if os.path.relpath(os.path.realpath(path), place).startswith("sub-"):
+                raise UserError(f"out {out} would hold results beside {path}, which is read: "
+                                "choose another folder")
+
+
 def load(cfg, device):
     """-> (Members, their task, what results are made by), and a line on them."""
     paths = networks.find(cfg.ckpt)
@@ -181,32 +204,29 @@ def load(cfg, device):
 
 
 def open_folder(out, task, made_by, overwrite):
-    """Lock the folder of the results -> {name: record} of the scans that are finished there.
+    """Lock the folder of the results -> ({name: record} of the scans that are finished there, the
+    names of those that other networks or settings have made).
 
-    UserError if other networks or settings have made them, unless they are to be overwritten."""
+    UserError if there are such, unless they are to be overwritten."""
+    derivatives.check_folder(out)
     checkpoint.lock(out)
-    clear_parts(out)
-    records = derivatives.read_records(out)
-    others = {name: record for name, record in records.items() if record["made_by"] != made_by}
-    if others and not overwrite:
+    derivatives.clear_parts(out)
+    records, others = {}, {}
+    for record in derivatives.read_records(out):
+        known = records if record["made_by"] == made_by else others
+        known[record["scan"]] = record
+
+    if others:
         theirs = others[min(others)]["made_by"]
-        changed = [key for key in made_by if theirs.get(key) != made_by[key]]
-        raise UserError(f"{out} holds segmentations of other {' and '.join(changed)}: new --out or "
-                        "--overwrite")
+        changed = " and ".join(key for key in made_by if theirs.get(key) != made_by[key])
+        if not overwrite:
+            raise UserError(f"{out} holds segmentations of other {changed}: new --out or "
+                            "--overwrite")
+        print(f"overwrite: all results of other {changed} are removed from {out}, those of "
+              f"{len(others)} scans")
 
-    # What others have made is not listed beside what these make.
-    ours = {name: record for name, record in records.items() if name not in others}
     derivatives.write_description(out, task)
-    derivatives.write_table(out, ours)
-    return ours
-
-
-def clear_parts(out):
-    """Remove what a killed call had not finished. The folder is locked."""
-    for top, _, files in os.walk(out):
-        for name in files:
-            if name.startswith(".part"):
-                os.unlink(os.path.join(top, name))
+    return {name: record for name, record in records.items() if name not in others}, sorted(others)
 
 
 def main(cfg):
@@ -218,7 +238,8 @@ def main(cfg):
     # What there is to segment, and what of it is left.
     found = new_scans.find((cfg.input, *cfg.inputs), cfg.source, task["sequences"], cfg.truth)
     print(*found.lines, sep="\n")
-    records = open_folder(cfg.out, task, made_by, cfg.overwrite)
+    check_out(cfg.out, (cfg.input, *cfg.inputs), found.scans)
+    records, others = open_folder(cfg.out, task, made_by, cfg.overwrite)
     left = [scan for scan in found.scans if cfg.overwrite or not derivatives.is_finished(
         records.get(scan.name), scan, cfg.out, task, made_by, cfg.probabilities)]
     without = [scan.name for scan in found.scans if cfg.truth and not scan.truth]
@@ -226,23 +247,27 @@ def main(cfg):
         print(f"no true label map, so no scores: {', '.join(without)}")
     print(f"scans: {len(found.scans)}, of which finished before: {len(found.scans) - len(left)}")
 
-    # A scan that is segmented again has no record meanwhile.
-    for scan in left:
-        records.pop(scan.name, None)
-        derivatives.forget(cfg.out, scan.name, task)
+    # What is segmented again, or is of others, has no row and then no record. The columns stay.
+    dropped = [*others, *(scan.name for scan in left)]
+    for name in dropped:
+        records.pop(name, None)
+    columns = derivatives.columns_of(records.values(), found.scans)
+    derivatives.write_table(cfg.out, records, columns)
+    for name in dropped:
+        derivatives.forget(cfg.out, name)
 
     failed = dict(found.faults)
-    stopped = segment_all(cfg, members, task, made_by, left, records, failed, device)
-    derivatives.write_table(cfg.out, records)
+    stopped = segment_all(cfg, members, task, made_by, left, records, failed, device, columns)
+    derivatives.write_table(cfg.out, records, columns)
     return report(cfg.out, left, records, failed, stopped)
 
 
-def segment_all(cfg, members, task, made_by, left, records, failed, device):
-    """Segment the scans that are left. Adds to records and to failed, {name: why}.
+def segment_all(cfg, members, task, made_by, left, records, failed, device, columns):
+    """Segment the scans that are left. Adds to records, to failed, {name: why}, and to volumes.csv
+    in these columns.
 
     -> did a signal stop it before all were done?"""
     stop = training.catch_signals()
-    columns = derivatives.columns_of(records.values())
     progress = tqdm(total=len(left), desc="segment", unit="scan", disable=not left)
 
     def done(name, record):

@@ -202,6 +202,9 @@ def draw_case(axis, folder, name):
     # The record says where the scan is. Its first channel is drawn; a truth comes last.
     record = pictures.read_json(paths[0].removesuffix(".nii.gz") + ".json")
     volume, sizes = load(record["files"][0][0])
+    part = record.get("parts", [None])[0]
+    if part is not None:
+        volume = volume[..., part]
     found = load(paths[0])[0] > 0
     scored = any("dice" in values for values in record["classes"].values())
     known = load(record["files"][-1][0])[0] > 0 if scored else np.zeros_like(found)

@@ -78,6 +78,7 @@ def test_other_layouts_and_their_labels(tmp_path, layout, sequences, parts):
 
 
 def test_a_manifest(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii", "c.nii", "a_true.nii")
     (tmp_path / "scans.csv").write_text(
         "path,subject,session,sequence,label\na.nii,P 1,,FLAIR,a_true.nii\nb.nii,P2,x,FLAIR,\n"
         "c.nii,P2,y,T1,\n")
@@ -118,6 +119,50 @@ def test_files_of_several_channels(tmp_path):
         new_scans.find((f"{folder}/c.nii",), None, ("FLAIR", "T1"))
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_numbers_of_one_channel_are_names(tmp_path, named):
+    """nnU-Net's _0000 is none; scans that are counted by hand are scans of their own."""
+    files = ("scan_0000.nii", "scan_0001.nii", "scan_0002.nii", "x_0003.nii.gz")
+    folder = touch(tmp_path, *files)
+    inputs = tuple(f"{folder}/{file}" for file in files) if named else (folder,)
+    found = new_scans.find(inputs, None, ("FLAIR",))
+    assert taken(found, tmp_path) == {
+        "sub-scan_ses-1": "scan_0000.nii", "sub-scan+0001_ses-1": "scan_0001.nii",
+        "sub-scan+0002_ses-1": "scan_0002.nii", "sub-x+0003_ses-1": "x_0003.nii.gz"}
+    assert not found.faults and "skipped" not in "".join(found.lines)
+
+    # Where a file has the name without it, _0000 stays.
+    touch(tmp_path, "scan.nii")
+    found = new_scans.find((*inputs, f"{folder}/scan.nii") if named else inputs, None, ("FLAIR",))
+    assert len(found.scans) == 5 and not found.faults
+    assert taken(found, tmp_path)["sub-scan+0000_ses-1"] == "scan_0000.nii"
+    assert taken(found, tmp_path)["sub-scan_ses-1"] == "scan.nii"
+
+
+def test_named_files_of_one_name_are_called_after_their_paths(tmp_path):
+    folder = touch(tmp_path, "P1/flair.nii", "P2/flair.nii", "P3/other.nii",
+                   "P4/sub-7_FLAIR.nii", "P5/sub-7_FLAIR.nii")
+    files = tuple(f"{folder}/{path}" for path in (
+        "P1/flair.nii", "P2/flair.nii", "P3/other.nii", "P4/sub-7_FLAIR.nii", "P5/sub-7_FLAIR.nii"))
+    truth = touch(tmp_path / "true", "P2/flair_seg.nii", "other_seg.nii")
+    found = new_scans.find(files, None, ("FLAIR",), truth)
+    assert not found.faults
+    assert [scan.name for scan in found.scans] == [
+        "sub-P1+flair_ses-1", "sub-P2+flair_ses-1", "sub-other_ses-1",
+        "sub-P4+sub+7+FLAIR_ses-1", "sub-P5+sub+7+FLAIR_ses-1"]
+    assert tuple(scan.paths[0] for scan in found.scans) == files
+    assert [scan.truth[len(truth) + 1:] for scan in found.scans] == [
+        "", "P2/flair_seg.nii", "other_seg.nii", "", ""]
+
+    # Of several channels, all files of a case go by their paths.
+    touch(tmp_path, "P1/x_0000.nii", "P1/x_0001.nii", "P2/x_0000.nii")
+    files = [f"{folder}/{path}" for path in ("P1/x_0000.nii", "P1/x_0001.nii", "P2/x_0000.nii")]
+    found = new_scans.find(tuple(files), None, ("FLAIR", "T1"))
+    assert [(scan.name, scan.paths) for scan in found.scans] == [
+        ("sub-P1+x_ses-1", tuple(files[:2]))]
+    assert any("a channel is missing, skipped: P2/x" in line for line in found.lines)
+
+
 def test_names_that_would_be_one(tmp_path):
     folder = touch(tmp_path, "a.nii", "a.nii.gz", "b_1.nii", "b-1.nii", "c.nii")
     found = new_scans.find((folder,), None, ("FLAIR",))
@@ -144,6 +189,24 @@ def test_true_label_maps_of_plain_files(tmp_path):
     assert truths["sub-e_ses-1"] == f"{scans}/e_mask.nii" and not truths["sub-a_ses-1"]
 
 
+def test_label_maps_are_looked_up_and_not_compared_with_every_scan(tmp_path, monkeypatch):
+    names = [f"{kind}{n}" for n in range(40) for kind in ("a", "P/a", "sub-")]
+    scans = touch(tmp_path / "in", *(f"{name}_FLAIR.nii" for name in names))
+    truth = touch(tmp_path / "true", *(f"{name}_FLAIR_seg.nii" for name in names))
+    known, asked = new_scans.BIDS_NAME, []
+
+    class Counting:
+        def match(self, text):
+            asked.append(text)
+            return known.match(text)
+
+    monkeypatch.setattr(new_scans, "BIDS_NAME", Counting())
+    found = new_scans.from_folder(scans, ("FLAIR",), truth)
+    assert len(found.scans) == len(names) and len(asked) <= 4 * len(names)
+    for scan in found.scans:
+        assert scan.truth[len(truth):] == scan.paths[0][len(scans):].replace(".nii", "_seg.nii")
+
+
 def test_inputs_that_cannot_be_meant(tmp_path):
     folder = touch(tmp_path / "in", "wmh.nii", "T1.nii")
     (tmp_path / "none").mkdir()
@@ -156,3 +219,58 @@ def test_inputs_that_cannot_be_meant(tmp_path):
             ((str(tmp_path / "none"),), None, "no .nii or .nii.gz file under")):
         with pytest.raises(UserError, match=message):
             new_scans.find(inputs, source, ("FLAIR",))
+
+
+def test_files_that_are_not_there_are_faults_of_their_scans(tmp_path):
+    """In a manifest, and as links that lead nowhere."""
+    touch(tmp_path, "a.nii", "a_t1.nii", "b.nii", "b_t1.nii", "c.nii", "c_true.nii")
+    (tmp_path / "d.nii").symlink_to("nowhere.nii")
+    (tmp_path / "scans.csv").write_text(
+        "path,subject,session,sequence,label\na.nii,a,,FLAIR,a_true.nii\na_t1.nii,a,,T1,\n"
+        "b.nii,b,,FLAIR,\nb_t1.nii,b,,T1,\nc.nii,c,,FLAIR,c_true.nii\nc_t1.nii,c,,T1,\n"
+        "d.nii,d,,FLAIR,\nb_t1.nii,d,,T1,\n")
+    table = str(tmp_path / "scans.csv")
+    found = new_scans.find((table,), None, ("FLAIR", "T1"), truth=table)
+    assert [scan.name for scan in found.scans] == ["sub-b_ses-1"]
+    assert found.faults == {
+        "sub-a_ses-1": f"{tmp_path}/a_true.nii: no such file, but it is named as a true label map",
+        "sub-c_ses-1": f"{tmp_path}/c_t1.nii: no such file, but it is named as a scan",
+        "sub-d_ses-1": f"{tmp_path}/d.nii: no such file, but it is named as a scan"}
+    found = new_scans.find((table,), None, ("FLAIR",))
+    assert [scan.name for scan in found.scans] == ["sub-a_ses-1", "sub-b_ses-1", "sub-c_ses-1"]
+
+
+# ----------------------------------------------------------------------- the same as in training
+def test_a_sequence_by_another_of_its_words(tmp_path):
+    """As in training, a task that says flair finds FLAIR, in a layout and in plain files."""
+    raw = touch(tmp_path / "raw", "sub-1/anat/sub-1_FLAIR.nii", "sub-1/anat/sub-1_T1w.nii")
+    found = new_scans.find((raw,), None, ("flair", "t1w"))
+    assert taken(found, raw) == {
+        "sub-1_ses-1": "sub-1/anat/sub-1_FLAIR.nii sub-1/anat/sub-1_T1w.nii"}
+
+    plain = touch(tmp_path / "plain", "a_FLAIR.nii", "b_flair.nii", "c_T1.nii", "d.nii")
+    for word in ("flair", "Flair", "FLAIR"):
+        found = new_scans.find((plain,), None, (word,))
+        assert list(taken(found, plain).values()) == ["a_FLAIR.nii", "b_flair.nii", "d.nii"]
+        assert f"1 named T1, not {word}" in found.lines[0]
+
+
+def test_runs_that_share_a_label_map_go_together(tmp_path):
+    """As tasks.choose_channels has it: not the first labelled run of each sequence by itself."""
+    (tmp_path / "scans.csv").write_text(
+        "path,subject,session,sequence,label\nf1.nii,a,,FLAIR,l1.nii\nf2.nii,a,,FLAIR,l2.nii\n"
+        "t2.nii,a,,T1,l2.nii\nt0.nii,a,,T1,\nf3.nii,b,,FLAIR,\nf4.nii,b,,FLAIR,\nt3.nii,b,,T1,\n")
+    touch(tmp_path, "f1.nii", "f2.nii", "t2.nii", "t0.nii", "f3.nii", "f4.nii", "t3.nii")
+    found = new_scans.find((f"{tmp_path}/scans.csv",), None, ("FLAIR", "T1"))
+    assert list(taken(found, tmp_path).values()) == ["f2.nii t2.nii", "f3.nii t3.nii"]
+    assert "of which one is taken: sub-a_ses-1, sub-b_ses-1" in found.lines[-1]
+
+
+def test_two_subjects_of_one_name_are_the_fault_of_one(tmp_path):
+    (tmp_path / "scans.csv").write_text("path,subject,session,sequence\na.nii,a_b,,FLAIR\n"
+                                        "b.nii,a-b,,FLAIR\nc.nii,c,,FLAIR\n")
+    folder = touch(tmp_path, "a.nii", "b.nii", "c.nii")
+    found = new_scans.find((f"{folder}/scans.csv",), None, ("FLAIR",))
+    assert taken(found, tmp_path) == {"sub-a+b_ses-1": "b.nii", "sub-c_ses-1": "c.nii"}
+    assert found.faults == {f"{folder}/a.nii": "its results would be called sub-a+b_ses-1, as "
+                                               f"those of {folder}/b.nii: rename it"}

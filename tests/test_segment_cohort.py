@@ -109,7 +109,7 @@ def test_a_cohort_that_was_killed_twice_is_the_same_to_the_byte(cohort, tmp_path
             assert nib.load(path).get_fdata().max() <= 1
 
     # A last file that was not finished, and a table that was cut within a row.
-    (tmp_path / "out" / ".part1-x").write_text("half")
+    (tmp_path / "out" / ".part1-dseg.tsv").write_text("half")
     os.truncate(tmp_path / "out" / "volumes.csv", 60)
     printed = Run("predict", tmp_path / "log", **settings).finish()
     assert f"scans: 20, of which finished before: {finished}" in printed

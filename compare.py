@@ -324,7 +324,7 @@ def against_first(runs):
             gains.append(Gain(label, None, pair(before, run)))
 
     header = [f"{first['task']}, Dice %", *(run["path"] for run in runs)]
-    note = "Mean over folds ± one standard deviation."
+    note = f"Mean over folds ± one standard deviation.{state.unequal(runs)}"
     return [Table(header, lines, note), *gain_tables(gains)]
 
 

@@ -7,6 +7,7 @@ channels: then files are told apart as in nnU-Net, CASE_0000, CASE_0001, in the 
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from typing import NamedTuple
 
@@ -40,7 +41,10 @@ def name_of(subject, session):
 
 
 def bids_word(text, prefix):
-    word = re.sub(r"[^A-Za-z0-9+]+", "+", readable(text).removeprefix(prefix)).strip("+")
+    # A letter with an accent stays as the letter: Müller is Muller, and Möller somebody else.
+    letters = unicodedata.normalize("NFKD", readable(text).removeprefix(prefix))
+    letters = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    word = re.sub(r"[^A-Za-z0-9+]+", "+", letters).strip("+")
     return word or "unnamed"
 
 

@@ -208,8 +208,9 @@ def load_network(path, device):
     UserError if it is none."""
     saved = checkpoint.load_checkpoint(path)
     if saved.get("kind") != "finetune":
-        kind = saved.get("kind", "something else")
-        raise UserError(f"{path} is no finetuned network but {kind}: finetune.py makes one")
+        kind = saved.get("kind", "weights without a task")
+        raise UserError(f"{path} is no finetuned network but {kind}: give the last.pt of "
+                        "finetune.py")
     model = rebuild(saved, part="all")
     return devices.quicken(model.to(device), device), saved
 

@@ -303,6 +303,9 @@ def segment_all(cfg, members, task, made_by, left, records, failed, device, colu
 def report(out, left, records, failed, stopped):
     """Print how a call ended -> its exit code."""
     done = sum(scan.name in records for scan in left)
+    if not left and not failed:
+        print(f"nothing is left to segment; {out}/volumes.csv has {len(records)} scans")
+        return 0
     print(f"segmented {done} of {len(left)} scans; {out}/volumes.csv has {len(records)}")
     for name, error in failed.items():
         print(f"not segmented: {name}: {' '.join(error.split())}", file=sys.stderr)

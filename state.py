@@ -67,6 +67,18 @@ def mean_dice(path, classes):
     return f"{100 * mean:.2f} %"
 
 
+def unequal(runs):
+    """A sentence for the table of runs that have not finished the same folds; "" if they have.
+
+    runs: as tasks.read_run gives them."""
+    done = {run["path"]: sorted(run["folds"], key=int) for run in runs}
+    if len(set(map(tuple, done.values()))) == 1:
+        return ""
+    words = "; ".join(f"{path} {', '.join(folds)}" for path, folds in done.items())
+    return (f" The runs have finished different folds ({words}): their means are of these, and the "
+            "gains of those in common.")
+
+
 def read_log(folder):
     """The whole lines of log.jsonl; the last one may be being written."""
     path = os.path.join(folder, "log.jsonl")

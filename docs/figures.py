@@ -2,7 +2,7 @@
 
     python docs/figures.py preview runs/unet_xl                 # `pretrain.py --preview N` wrote it
     python docs/figures.py losses runs/unet_xl runs/swinunetr   # by parts; of [23] as in Figure 3
-    python docs/figures.py cases runs/wmh-unet_xl-amaes         # Dice of each case
+    python docs/figures.py dice runs/wmh-unet_xl-amaes          # Dice of each case
     python docs/figures.py dice runs/wmh-unet_xl-scratch runs/wmh-unet_xl-amaes   # case by case
     python docs/figures.py scan scan.nii.gz seg.nii.gz [truth.nii.gz]             # three planes
     python docs/figures.py cohort segmented                     # what `predict.py --input` wrote
@@ -16,6 +16,7 @@ import csv
 import glob
 import os
 import sys
+import textwrap
 
 import nibabel as nib
 import numpy as np
@@ -78,8 +79,11 @@ def dice_of_cases(run, fold):
     return found
 
 
-def dice(plt, first, second):
-    """Mean Dice of each case in two finetuning runs, a point for each case and fold."""
+def dice(plt, first, second=None):
+    """Of one finetuning run, Dice of each case by class; of two, the mean Dice of each case in one
+    against the other. A point for each case and fold."""
+    if second is None:
+        return pictures.cases(plt, first)
     before, after = (pictures.read_json(f"{folder}/dice.json") for folder in (first, second))
     figure, axis = plt.subplots(figsize=(4.5, 4.5))
     for fold in sorted(set(before["folds"]) & set(after["folds"]), key=int):
@@ -133,7 +137,10 @@ def draw_slice(axis, volume, sizes, plane, place, known, found):
     for mask, colour in ((known, "tab:green"), (found, "tab:red")):
         outline = np.take(mask, place, plane).T
         if outline.any():
-            axis.contour(outline, levels=[0.5], colors=colour, linewidths=1)
+            # The edge of the picture is an edge of the mask, too.
+            padded = np.pad(outline, 1)
+            axis.contour(padded, levels=[0.5], colors=colour, linewidths=1, origin="lower",
+                         extent=(-1.5, outline.shape[1] + 0.5, -1.5, outline.shape[0] + 0.5))
     axis.axis("off")
 
 
@@ -175,7 +182,8 @@ def cohort(plt, folder):
     for number, name in enumerate(shown):
         axis = figure.add_subplot(grid[number // wide, number % wide])
         draw_case(axis, folder, name)
-        axis.set_title(f"{name}\n{volumes[name][classes[0]]:.2f} ml", fontsize=8)
+        who = "\n".join(textwrap.wrap(name.replace("_", " "), 20))
+        axis.set_title(f"{who}\n{volumes[name][classes[0]]:.2f} ml", fontsize=7)
 
     # A point for each scan and class, from the smallest on; a line to those that are shown.
     axis = figure.add_subplot(grid[rows, :])
@@ -184,7 +192,8 @@ def cohort(plt, folder):
         axis.plot(values, "o", color=f"C{number}", markersize=4, label=label)
     for name in shown:
         axis.axvline(names.index(name), color="lightgray", linewidth=0.8, zorder=0)
-    axis.set_xlabel(f"{len(names)} scans, from little {classes[0]} to much; lines: those above")
+    axis.set_xlabel(f"{len(names)} scans, from little {classes[0]} to much; grey lines: the scans "
+                    "above, prediction red, truth green")
     axis.set_xticks([])
     axis.set_ylabel("ml")
     axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
@@ -273,9 +282,22 @@ def study_labels(plt, folder):
     return figure
 
 
-KINDS = {"preview": preview, "losses": pictures.losses, "cases": pictures.cases, "dice": dice,
+KINDS = {"preview": preview, "losses": pictures.losses, "dice": dice,
          "scan": scan, "cohort": cohort, "study_errors": study_errors,
          "study_labels": study_labels}
+
+
+def place_of(kind, files):
+    """Where a picture lies by default: in the last folder named, or beside a segmentation."""
+    last = files[-1]
+    if kind == "dice" and len(files) > 1:
+        return os.path.join(last, "dice_pairs.png")  # a run draws dice.png itself
+    if os.path.isdir(last):
+        return os.path.join(last, f"{kind}.png")
+
+    # A truth may come after the segmentation, in somebody's raw folder.
+    segmentation = files[min(1, len(files) - 1)]
+    return segmentation.removesuffix(".gz").removesuffix(".nii") + ".png"
 
 
 def main():
@@ -292,15 +314,7 @@ def main():
     except ImportError:
         sys.exit("no picture: matplotlib is not installed (pip install matplotlib)")
 
-    # By default the picture lies in the last folder named, or beside the last file.
-    last = arguments.files[-1]
-    if arguments.out:
-        out = arguments.out
-    elif os.path.isdir(last):
-        out = os.path.join(last, f"{arguments.kind}.png")
-    else:
-        out = last.removesuffix(".gz").removesuffix(".nii") + ".png"
-
+    out = arguments.out or place_of(arguments.kind, arguments.files)
     try:
         figure = KINDS[arguments.kind](plt, *arguments.files)
         pictures.save(figure, out)

@@ -23,6 +23,11 @@ def taken(found, folder):
 
 
 # ----------------------------------------------------------------------------------------- layouts
+def test_people_whose_names_differ_in_a_letter_stay_apart():
+    assert new_scans.name_of("Müller, Hans", "") == "sub-Muller+Hans_ses-1"
+    assert new_scans.name_of("Möller", "1") == "sub-Moller_ses-1"
+
+
 def test_a_bids_folder_by_subject_and_session(tmp_path):
     for subject, session, suffixes in (("01", "ses-1/", "FLAIR T1w"), ("01", "ses-2/", "T1w"),
                                        ("02", "", "T1w FLAIR bold"), ("03", "", "FLAIR")):
@@ -98,7 +103,7 @@ def test_a_folder_of_oddly_named_files(tmp_path):
         "derivatives/a.nii", "_old/b.nii", "notes.txt", "sub-4_ses-base_acq-3d_FLAIR.nii.gz")
     found = new_scans.find((folder,), None, ("FLAIR",))
     assert taken(found, tmp_path) == {
-        "sub-M+ller+2_ses-1": "Müller (2).NII", "sub-P7+flair_ses-1": "P7/flair.nii.gz",
+        "sub-Muller+2_ses-1": "Müller (2).NII", "sub-P7+flair_ses-1": "P7/flair.nii.gz",
         "sub-P8+FLAIR_ses-1": "P8/FLAIR.nii.gz", "sub-T2+Flair_ses-1": "T2_Flair.mgz",
         "sub-patient1_ses-1": "patient1.nii.gz", "sub-x_ses-1": "x_0000.nii",
         "sub-4_ses-base": "sub-4_ses-base_acq-3d_FLAIR.nii.gz"}

@@ -10,6 +10,7 @@ import pytest
 from conftest import log_of, mistake, run
 
 import pictures
+import state
 import validation
 
 PRETRAIN = {"model": "unet_demo", "features": 4, "patch_size": 32, "batch_size": 2, "workers": 0,
@@ -132,3 +133,10 @@ def test_without_matplotlib_a_run_ends_as_well(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     pictures.at_end(tmp_path, [tmp_path], scored=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_with_different_folds_are_said_to_be(tmp_path):
+    runs = [{"path": "a", "folds": {"0": [], "1": []}}, {"path": "b", "folds": {"1": [], "0": []}}]
+    assert state.unequal(runs) == ""
+    del runs[1]["folds"]["0"]
+    assert "different folds (a 0, 1; b 1)" in state.unequal(runs)

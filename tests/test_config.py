@@ -53,7 +53,8 @@ def test_forms_of_the_command_line(words, changed):
 
 @pytest.mark.parametrize(("words", "message"), [
     ("--rate", "--rate needs a value: --rate VALUE"),
-    ("--stepz", "unknown key 'stepz' in the command line; did you mean 'steps'?"), ("--rate nan", "expected float, got 'nan'"),
+    ("--stepz", "unknown key 'stepz' in the command line; did you mean 'steps'?"),
+    ("--rate nan", "expected float, got 'nan'"),
     ("--rate true", "expected float"), ("--steps -1", "-1 is out of range, 0 to inf"),
     ("--stepz 3", "unknown key 'stepz' in the command line; did you mean 'steps'?"),
     ("--xyz 3", "known keys: model, rate, steps, folds, fast, quiet"),

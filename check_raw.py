@@ -157,8 +157,8 @@ def describe(volumes):
         return
     subjects = sorted({scan.subject for scan in volumes})
     sessions = {(scan.subject, scan.session) for scan in volumes}
-    sequences = Counter(scan.sequence or "no name" for scan in volumes).most_common()
-    splits = Counter(scan.split for scan in volumes).most_common()
+    sequences = Counter(scan.sequence or "no name" for scan in volumes)
+    splits = Counter(scan.split for scan in volumes)
     say(f"  {len(volumes)} scans of {len(subjects)} subjects in {len(sessions)} sessions: "
         f"{count(sequences)}; split: {count(splits)}")
 
@@ -178,8 +178,9 @@ def describe(volumes):
             "folder above the right one")
 
 
-def count(pairs):
-    """[(name, number)] as in "FLAIR 12, T1 10"."""
+def count(counter):
+    """{name: number} as in "FLAIR 12, T1 10": the most frequent first, of several by name."""
+    pairs = sorted(counter.items(), key=lambda pair: (-pair[1], pair[0]))
     return ", ".join(f"{name} {number}" for name, number in pairs)
 
 

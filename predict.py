@@ -209,8 +209,8 @@ def load_network(path, device):
     saved = checkpoint.load_checkpoint(path)
     if saved.get("kind") != "finetune":
         kind = saved.get("kind", "weights without a task")
-        raise UserError(f"{path} is no finetuned network but {kind}: give the last.pt of "
-                        "finetune.py")
+        raise UserError(f"{path} is no finetuned network but {kind}: "
+                        "finetune.py makes one, a last.pt")
     model = rebuild(saved, part="all")
     return devices.quicken(model.to(device), device), saved
 

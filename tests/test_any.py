@@ -183,7 +183,7 @@ def test_the_check_shows_what_it_understood(mess):
     printed = run("prepare_data", "--check", "--dry-run", source="any", input=folder)
     assert "any: 14 found = 7 to prepare + 5 skipped by rule" in printed
     assert "+ 2 rejected" in printed
-    assert "7 scans of 5 subjects in 5 sessions: other 3, T1 3, FLAIR 1" in printed
+    assert "7 scans of 5 subjects in 5 sessions: T1 3, other 3, FLAIR 1" in printed
     assert "skip one/by hand.nii.gz: fewer than 64 values\n" in printed
     assert "rejected two/series.nii.gz: not 3-D but" in printed
 

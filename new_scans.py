@@ -18,6 +18,7 @@ import sources
 import tasks
 from config import UserError
 from names import ENDING, readable
+from scans import FEW, is_label_map
 
 
 class NewScan(NamedTuple):
@@ -254,6 +255,10 @@ def from_folder(folder, sequences, truth):
     skipped, taken = {}, []
     for path in paths:
         reason = why_not(path, sequences)
+
+        # A label map whose name does not say so; only a file that leaves a doubt is read for it.
+        if not reason and is_label_map(os.path.join(folder, path), is_named=True):
+            reason = f"with fewer than {FEW} values"
         if reason:
             skipped.setdefault(reason, []).append(path)
         else:

@@ -2,6 +2,8 @@
 
 import json
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 import new_scans
@@ -96,6 +98,17 @@ def test_a_manifest(tmp_path):
 
 
 # ------------------------------------------------------------------------------------ plain files
+def test_a_label_map_is_told_by_its_values_too(tmp_path):
+    """A file whose name does not say what it is; a scan of the same type stays."""
+    rng = np.random.default_rng(0)
+    for name, most in (("scan5", 200), ("truth5", 3)):
+        voxels = rng.integers(0, most, (16, 16, 16)).astype(np.uint8)
+        nib.Nifti1Image(voxels, np.eye(4)).to_filename(tmp_path / f"{name}.nii.gz")
+    found = new_scans.find((str(tmp_path),), None, ("FLAIR",))
+    assert taken(found, tmp_path) == {"sub-scan5_ses-1": "scan5.nii.gz"}
+    assert "files left out: 1 with fewer than 64 values" in found.lines[0]
+
+
 def test_a_folder_of_oddly_named_files(tmp_path):
     folder = touch(
         tmp_path, "patient1.nii.gz", "Müller (2).NII", "P7/flair.nii.gz", "P8/FLAIR.nii.gz",

@@ -277,7 +277,8 @@ def study_labels(plt, folder):
         axis.set_xticks((3, 5, 10, 20), (3, 5, 10, 20))
         axis.set_xlabel("labelled scans")
         axis.set_title(f"{preset} augmentation", fontsize=9)
-        axis.legend(fontsize=8)
+        if axis.lines:  # those of a preset may not be run yet
+            axis.legend(fontsize=8)
     axes[0].set_ylabel("Dice of lesions, %")
     return figure
 

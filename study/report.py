@@ -219,7 +219,9 @@ def worth(results):
         for n, score in zip(LABELS, pretrained, strict=True):
             lines.append(f"* {preset} augmentation: pretrained with {n} as from scratch with "
                          f"{labels_for(score, scratch)}.")
-    return "\n".join(lines) or "Not all runs of b are done yet."
+    note = ("Where the curve from scratch is flat, the steps of finetuning limit it, and these "
+            "numbers say little.")
+    return "\n".join([note, "", *lines]) if lines else "Not all runs of b are done yet."
 
 
 def labels_for(score, scratch):

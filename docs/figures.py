@@ -275,6 +275,7 @@ def study_labels(plt, folder):
                 axis.fill_between(n, mean - error, mean + error, alpha=0.2)
         axis.set_xscale("log")
         axis.set_xticks((3, 5, 10, 20), (3, 5, 10, 20))
+        axis.minorticks_off()
         axis.set_xlabel("labelled scans")
         axis.set_title(f"{preset} augmentation", fontsize=9)
         if axis.lines:  # those of a preset may not be run yet

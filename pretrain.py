@@ -25,7 +25,6 @@ import config
 import data
 import devices
 import models
-import pictures
 import swin
 import training
 import validation
@@ -281,9 +280,7 @@ def main(cfg):
             run.say(run.log(record))
         if cfg.preview and run.is_due(cfg.preview):
             held.write_preview(run)
-    run.print_end(validation.verdict(held.last))
-    if run.step == steps and processes.rank == 0 and not cfg.estimate:
-        pictures.at_end(run.folder, [run.folder], scored=False)
+    held.end(run)
 
 
 if __name__ == "__main__":

@@ -314,8 +314,7 @@ class Run:
         return not self.dry and (self.step % every == 0 or self.step == self.steps)
 
     def log(self, record):
-        """The record, with its step and the seconds a step takes, as a line of log.jsonl, which
-        also says how many steps there are."""
+        """A line of log.jsonl: the record, its step of how many, and the seconds a step takes."""
         seconds = (time.perf_counter() - self.began) / (self.step - self.first)
         record = {"step": self.step} | record | {"seconds": seconds}
         with stop_all_on_error():

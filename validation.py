@@ -13,6 +13,7 @@ import torch
 import amaes
 import checkpoint
 import data
+import pictures
 import resample
 import training
 from config import UserError
@@ -70,6 +71,12 @@ class HeldOut:
                 parts = sums_of(batch).to("cpu")
                 total[:len(parts)] += parts
         return training.sum_over_processes(total)
+
+    def end(self, run):
+        """Say how the run ended, and after its last step draw its losses."""
+        run.print_end(verdict(self.last))
+        if run.step == run.steps and run.processes.rank == 0 and not run.dry:
+            pictures.at_end(run.folder, [run.folder], scored=False)
 
     @torch.no_grad()
     def write_preview(self, run):

@@ -264,8 +264,8 @@ def study_labels(plt, folder):
     for axis, preset in zip(axes, presets, strict=True):
         for start, title in (("scratch", "from scratch"), ("base", "pretrained")):
             points = []
-            for n in (3, 5, 10, 20):
-                name = f"lesion-{n}-{preset}-{start}"
+            for n in report.LABELS:
+                name = report.with_start(start, n, preset)
                 if name in results:
                     folds = report.fold_means(results[name])
                     points.append((n, folds.mean(), folds.std(ddof=1) / len(folds) ** 0.5))
@@ -274,7 +274,7 @@ def study_labels(plt, folder):
                 axis.plot(n, mean, "o-", markersize=4, label=title)
                 axis.fill_between(n, mean - error, mean + error, alpha=0.2)
         axis.set_xscale("log")
-        axis.set_xticks((3, 5, 10, 20), (3, 5, 10, 20))
+        axis.set_xticks(report.LABELS, report.LABELS)
         axis.minorticks_off()
         axis.set_xlabel("labelled scans")
         axis.set_title(f"{preset} augmentation", fontsize=9)

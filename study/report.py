@@ -24,7 +24,7 @@ import metrics  # noqa: E402
 import study  # noqa: E402
 
 SEEN, NOT_SEEN, CANNOT = "seen", "not seen", "cannot be seen at this scale"
-LABELS = (3, 5, 10, 20)
+LABELS = study.LABELS
 
 
 def read_results():

@@ -12,7 +12,6 @@ import csv
 import glob
 import io
 import json
-import math
 import os
 import re
 
@@ -216,12 +215,5 @@ def measure(classes, probabilities, task, affine, brain_ml, truth):
         for kind in SCORES:
             for name, value in scores[kind].items():
                 measured[name][kind] = value
-    return {name: {key: rounded(value) for key, value in values.items()}
+    return {name: {key: metrics.rounded(value) for key, value in values.items()}
             for name, values in measured.items()}
-
-
-def rounded(value):
-    """A number as it is written. JSON has no NaN: what is not defined is null."""
-    if value is None or math.isnan(value):
-        return None
-    return round(value, 6)

@@ -4,7 +4,6 @@ on their own grid and scored, and what all folds say together."""
 import dataclasses
 import functools
 import json
-import math
 import os
 
 import torch
@@ -192,10 +191,8 @@ def record_of(case, task, seen, scores):
               "label_sha256": made_of["label_sha256"], "seen": known, "same_scan": same_scan,
               "site": tasks.site(case) if task.sites else None}
 
-    # JSON has no NaN: a score that is not defined is null.
     for kind, values in scores.items():
-        record[kind] = {name: None if math.isnan(value) else round(value, 6)
-                        for name, value in values.items()}
+        record[kind] = {name: metrics.rounded(value) for name, value in values.items()}
     return record
 
 

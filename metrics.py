@@ -205,6 +205,13 @@ def holm(ps):
     return adjusted
 
 
+def rounded(value):
+    """A number as it is written. JSON has no NaN: what is not defined is null."""
+    if value is None or math.isnan(value):
+        return None
+    return round(value, 6)
+
+
 # ------------------------------------------------------------------------------ summary.md of a run
 def summarise(run, assignment):
     """summary.md of a finetuning run, in Markdown.

@@ -280,7 +280,7 @@ def study_labels(plt, folder):
         axis.set_title(f"{preset} augmentation", fontsize=9)
         if axis.lines:  # those of a preset may not be run yet
             axis.legend(fontsize=8)
-    axes[0].set_ylabel("Dice of lesions, %")
+    axes[0].set_ylabel("Dice of white matter, %")
     return figure
 
 

@@ -116,12 +116,13 @@ def write_tasks():
 def all_runs(size):
     """Two pretrainings, with skips and without, then both tasks from scratch and from the first."""
     long = size["steps"] * 5 // 2
-    runs = [study.pretraining("real", "", size, minutes=25, steps=long, data=PREPARED,
-                              val_every=long // 10, preview=long)]
+    pretrained = study.pretraining("real", "", size, minutes=32, steps=long, data=PREPARED,
+                                   val_every=long // 10, preview=long)
+    runs = [pretrained]
     for n in (5, 10, 3):
         for preset in ("spatial", "all"):
             for task in ("tumour", "regions"):
-                for start in ("scratch", "real"):
+                for start in (None, pretrained):
                     run = study.finetuning(start, task, n, preset, "", size, minutes=16)
                     settings = {"task": os.path.join(study.WORK, f"{task}.yaml"), "data": PREPARED,
                                 "patch_size": size["patch"], "precision": "bf16"}

@@ -92,7 +92,7 @@ def table(header, rows):
 
 # ------------------------------------------------------------------------------------------ claims
 class Comparison(NamedTuple):
-    """A claim about Dice of lesions: one run scores more than another."""
+    """A claim about Dice: one run scores more than another."""
     claim: str  # its letter
     text: str
     after: str
@@ -101,7 +101,7 @@ class Comparison(NamedTuple):
 
 def with_start(name, n=5, preset="spatial"):
     """The finetuning that starts from a pretraining, or from scratch."""
-    return f"lesion-{n}-{preset}-{name}"
+    return f"{study.TASK}-{n}-{preset}-{name}"
 
 
 # Pretrainings that vary one thing are half as long as the longest, and compared with `half`.
@@ -111,7 +111,7 @@ COMPARISONS = [
       for preset in ("spatial", "all") for n in LABELS),
     *(Comparison("b", f"pretraining helps with 5 labelled scans: {task}",
                  f"{task}-5-spatial-base", f"{task}-5-spatial-scratch")
-      for task in ("white", "ventricles")),
+      for task in ("lesion", "ventricles")),
     *(Comparison("c", f"the longest pretraining is better than 1/{part} of it",
                  with_start("base"), with_start(name))
       for part, name in ((8, "length8"), (4, "length4"), (2, "half"))),
@@ -246,7 +246,8 @@ def main():
         f"each took {hours:.1f} hours in all, of one core of a busy machine.",
         "## a. Errors of hidden voxels, beside the best Gaussian fill", errors(results),
         "Rows named `real` are of real heads (study/real.py), the others of synthetic ones.",
-        "## b to i. Dice of lesions in synthetic heads", claims(results),
+        "## b to i. Dice of white matter in synthetic heads, where no other task is named",
+        claims(results),
         "## b. What a pretrained start is worth", pooled(results), worth(results),
         "## Real heads: Dice %", "`python study/real.py --oasis FOLDER --gliomas FOLDER`; ten "
         "people and eight patients are tested, of whom no network has seen anything.",

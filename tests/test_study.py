@@ -26,7 +26,7 @@ def test_every_run_is_a_command_that_is_understood(size):
     names = [run.name for run in planned]
     assert len(names) == len(set(names)) > 40
     for run in planned:
-        assert run.needs == "" or run.needs in names[:names.index(run.name)], "in order"
+        assert not run.needs or run.needs.name in names[:names.index(run.name)], "in order"
         assert set(run.claims) <= set("abcdefghi") and (run.claims or run.script == "finetune.py")
         module = importlib.import_module(run.script.removesuffix(".py").replace("study/", ""))
         if hasattr(module, "Config"):
@@ -82,9 +82,9 @@ def made_up(level, rng, folds=6):
 
 def test_the_table_of_claims_says_what_the_results_say():
     rng = np.random.default_rng(1)
-    results = {f"lesion-5-spatial-{start}": made_up(level, rng)
+    results = {f"white-5-spatial-{start}": made_up(level, rng)
                for start, level in (("scratch", 0.5), ("base", 0.6))}
-    results["lesion-5-spatial-base"]["dice"]["0"]["case3"]["lesion"] = None
+    results["white-5-spatial-base"]["dice"]["0"]["case3"]["lesion"] = None
 
     def rows():
         cells = [line.strip("| ").split(" | ") for line in report.claims(results).splitlines()]
@@ -97,7 +97,7 @@ def test_the_table_of_claims_says_what_the_results_say():
 
     # Turned around, it is not seen.
     scratch, base = results.values()
-    results = {"lesion-5-spatial-scratch": base, "lesion-5-spatial-base": scratch}
+    results = {"white-5-spatial-scratch": base, "white-5-spatial-base": scratch}
     assert rows()[0][7] == "not seen"
 
 
@@ -133,7 +133,7 @@ def test_what_a_start_is_worth_is_read_off_the_curve_of_scratch():
     results = {}
     for n, level in zip(report.LABELS, scratch, strict=True):
         for start, more in (("scratch", 0), ("base", 10)):
-            results[f"lesion-{n}-spatial-{start}"] = made_up((level + more) / 100, rng)
+            results[f"white-{n}-spatial-{start}"] = made_up((level + more) / 100, rng)
     assert "spatial augmentation: pretrained with 20 as from scratch with more than 20" in (
         report.worth(results))
     assert "all augmentation" not in report.worth(results)
@@ -151,20 +151,47 @@ def test_a_start_whose_networks_are_gone_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RESULTS", str(tmp_path / "results"))
     (tmp_path / "results").mkdir()
     start = study.Run("start", "a", "pretrain.py", {"steps": 1}, 1)
-    tuned = study.Run("tuned", "a", "finetune.py", {"steps": 2}, 1, needs="start")
-    moved = study.Run("moved", "a", "study/moved.py", {"run": "x"}, 1, needs="tuned")
+    tuned = study.Run("tuned", "a", "finetune.py", {"steps": 2}, 1, needs=start)
+    moved = study.Run("moved", "a", "study/moved.py", {"run": "x"}, 1, needs=tuned)
     for run in (start, tuned):
-        kept = json.dumps({"settings": study.without_folders(run.settings)})
+        kept = json.dumps({"settings": study.identity(run)})
         (tmp_path / "results" / f"{run.name}.json").write_text(kept)
     assert study.runs_left([start, tuned]) == []
     assert study.runs_left([start, tuned, moved]) == [start, tuned, moved]
 
     # What starts from a run with other settings is another run, although its own stayed.
     other = start._replace(settings={"steps": 9})
-    assert study.runs_left([other, tuned]) == [other, tuned]
+    changed = tuned._replace(needs=other)
+    assert study.runs_left([other, changed]) == [other, changed]
+
+    # It stays another one when the start is done.
+    kept = json.dumps({"settings": study.identity(other)})
+    (tmp_path / "results" / "start.json").write_text(kept)
+    assert study.runs_left([other, changed]) == [other, changed], "the networks of start are gone"
+    assert not study.is_done(changed)
+    (tmp_path / "results" / "start.json").write_text(
+        json.dumps({"settings": study.identity(start)}))
 
     # Networks that are there are not made again.
     folder = tmp_path / "work" / "tuned" / "fold_0"
     folder.mkdir(parents=True)
     (folder / "last.pt").touch()
     assert study.runs_left([start, tuned, moved]) == [moved]
+
+
+def test_a_folder_of_another_run_makes_place(tmp_path, monkeypatch):
+    """Settings of the study change, and a run of the same name cannot go on in the old folder."""
+    monkeypatch.setattr(study, "WORK", str(tmp_path))
+    folder = tmp_path / "start"
+    folder.mkdir()
+    (folder / "last.pt").touch()  # of a study that left no note
+    run = study.Run("start", "a", "pretrain.py", {"help": "true"}, 1)
+    study.start(run, 1, "cpu").wait()
+    assert not (folder / "last.pt").exists()
+
+    # The same run goes on in its folder, another one does not.
+    (folder / "last.pt").touch()
+    study.start(run, 1, "cpu").wait()
+    assert (folder / "last.pt").exists()
+    study.start(run._replace(settings={"help": "false"}), 1, "cpu").wait()
+    assert not (folder / "last.pt").exists()

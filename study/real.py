@@ -119,8 +119,8 @@ def all_runs(size):
     pretrained = study.pretraining("real", "", size, minutes=32, steps=long, data=PREPARED,
                                    val_every=long // 10, preview=long)
     runs = [pretrained]
-    for n in (5, 10, 3):
-        for preset in ("spatial", "all"):
+    for preset in ("spatial", "all"):
+        for n in (5, 10, 3):
             for task in ("tumour", "regions"):
                 for start in (None, pretrained):
                     run = study.finetuning(start, task, n, preset, "", size, minutes=16)

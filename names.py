@@ -61,6 +61,14 @@ def is_like_label(path, reason):
     return bool(LIKE_LABEL.search(name))
 
 
+def doubts(paths):
+    """Lines on files that were named as scans one by one, though they sound like label maps."""
+    like_labels = [path for path in paths if is_like_label(path, "")]
+    if not like_labels:
+        return []
+    return [f"named as scans, though they sound like label maps: {', '.join(like_labels)}"]
+
+
 def labels_by_session(labels, sessions):
     """{(subject, session): label maps}, where only one of the two trees may name sessions: a
     subject's label maps then belong to its only session."""

@@ -280,7 +280,8 @@ def from_files(paths, sequences, truth):
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise UserError(f"input {missing[0]}: no such file or folder")
-    return group_files(None, paths, sequences, truth, [f"{len(paths)} files are read as scans"])
+    lines = [f"{len(paths)} files are read as scans", *names.doubts(paths)]
+    return group_files(None, paths, sequences, truth, lines)
 
 
 def why_not(path, sequences):

@@ -21,6 +21,7 @@ import devices
 import label_maps
 import metrics
 import models
+import names
 import networks
 import preprocess
 import resample
@@ -330,6 +331,8 @@ def print_channels(sequences, paths):
     """Which file is taken for which channel: they are told apart by their order alone."""
     for name, path in zip(sequences, paths, strict=True):
         print(f"{name}: {path}")
+    for line in names.doubts(paths):
+        print(line)
 
 
 def print_scores(classes, truth, task, affine):

@@ -125,6 +125,12 @@ def test_a_folder_of_oddly_named_files(tmp_path):
     for words in ("2 label map or mask", "1 named T1, not FLAIR", "1 in derivatives", "1 hidden"):
         assert words in line
 
+    # What is named one by one is segmented, and said.
+    mask = f"{folder}/P8/brain_mask.nii.gz"
+    found = new_scans.find((f"{folder}/patient1.nii.gz", mask), None, ("FLAIR",))
+    assert len(found.scans) == 2
+    assert found.lines[1] == f"named as scans, though they sound like label maps: {mask}"
+
 
 def test_files_of_several_channels(tmp_path):
     folder = touch(tmp_path, "a_0000.nii", "a_0001.nii", "b_0000.nii", "b_0002.nii", "c.nii")

@@ -91,12 +91,14 @@ def test_channels_on_other_axes_are_one_grid(tmp_path, capsys, axes):
 
 def test_features_say_which_file_is_which_channel(tmp_path, capsys):
     network(tmp_path / "net.pt", ("FLAIR", "T1"))
-    paths = [str(tmp_path / f"{name}.nii") for name in "ab"]
+    paths = [str(tmp_path / f"{name}.nii") for name in ("a", "b_seg")]
     for seed, path in enumerate(paths):
         nib.Nifti1Image(head(seed), AFFINE).to_filename(path)
     words = [*paths, "--ckpt", str(tmp_path / "net.pt"), "--features", str(tmp_path / "f.npy")]
     predict.main(config.parse_config(predict.Config, words))
-    assert capsys.readouterr().out.startswith(f"FLAIR: {paths[0]}\nT1: {paths[1]}\n")
+    assert capsys.readouterr().out.startswith(
+        f"FLAIR: {paths[0]}\nT1: {paths[1]}\n"
+        f"named as scans, though they sound like label maps: {paths[1]}\n")
 
 
 def test_channels_on_other_grids_are_refused(tmp_path):

@@ -13,12 +13,14 @@ import torch
 import amaes
 import checkpoint
 import data
+import models
 import pictures
 import resample
 import training
 from config import UserError
 
 SIGMAS = (1.5, 2, 3)  # voxels: the fill is the best of these
+GROWN = 2  # times as large as new ones: such weights are spoken of
 HEAD = 0.05  # what is brighter in the target is head; air is near 0, and 1 is the brightest
 
 
@@ -52,6 +54,7 @@ class HeldOut:
         if self.fill is None:
             self.fill = self.interpolate()
         self.last = {f"val_{name}": value for name, value in (found | self.fill).items()}
+        self.last |= weights_grown(model)
         return self.last
 
     def interpolate(self):
@@ -108,10 +111,30 @@ def write_views(folder, step, output, views):
                 nib.Nifti1Image(volume[0], np.eye(4)).to_filename(temporary)
 
 
+def weights_grown(model):
+    """How large the weights of an encoder have become, {"weights": the largest ratio to new ones}.
+
+    Of the convolutions with an instance norm behind, so of the U-Nets; {} of other networks. There
+    the size of the weights does not change the output, but a step of AdamW has the size of its
+    rate: it turns large weights less. docs/status.md shows what this costs in finetuning."""
+    ratios = []
+    for name, block in model.named_modules():
+        if name.startswith("encoder.") and isinstance(block, models.ConvNormAct):
+            weight = block.conv.weight
+            new = 1 / math.sqrt(3 * weight[0].numel())  # root of the mean square, as torch draws it
+            ratios.append(weight.double().square().mean().sqrt().item() / new)
+    return {"weights": max(ratios)} if ratios else {}
+
+
 def verdict(look):
-    """One line for the end of a run: does the network do better than interpolation?
+    """The end of a run in words: does the network do better than interpolation, and are its
+    weights of a size that finetuning can move?
 
     look: what `validate` said, or a line of log.jsonl that has it; "" without a yardstick."""
+    grown = ""
+    if look.get("weights", 1) > GROWN:
+        grown = (f"\nthe encoder's weights have grown up to {look['weights']:.1f} times: finetuning"
+                 " moves them that much less; a lower --lr keeps them small (docs/status.md)")
     if "val_fill" not in look:
         return ""
     error = look["val_masked"]
@@ -122,7 +145,7 @@ def verdict(look):
         better += (f", but not if the brightness of each output is that of the visible voxels: "
                    f"{scaled:.4g}")
     return (f"hidden voxels of held-out patches: error {error:.4g}, of the best Gaussian fill "
-            f"{fill:.4g}: {better}")
+            f"{fill:.4g}: {better}{grown}")
 
 
 def read(crops, indices):

@@ -178,6 +178,30 @@ def test_the_verdict_tells_brightness_from_the_rest():
     assert validation.verdict({"val_loss": 1.0}) == ""
 
 
+def test_weights_that_have_grown_are_spoken_of():
+    """Behind a convolution stands an instance norm: large weights leave the output as it is, and
+    are turned less by each step of finetuning (docs/status.md)."""
+    torch.manual_seed(0)
+    model = models.build_model("unet_demo", "pretrain", features=8).eval()
+    assert validation.weights_grown(model)["weights"] == pytest.approx(1, abs=0.05)
+    patch = torch.rand(1, 1, 32, 32, 32)
+    with torch.no_grad():
+        before = model(patch)
+        deepest = model.encoder.encoder_conv4.conv2.conv
+        deepest.weight *= 3
+        deepest.bias *= 3
+        assert torch.allclose(model(patch), before, atol=1e-3), "the same function"
+    grown = validation.weights_grown(model)
+    assert grown["weights"] == pytest.approx(3, abs=0.1)
+
+    look = {"val_masked": 0.02, "val_fill": 0.03}
+    assert "weights have grown up to 3.0 times" in validation.verdict(look | grown)
+    assert "grown" not in validation.verdict(look | {"weights": 1.6})
+
+    # Other networks have no such norm behind each convolution.
+    assert validation.weights_grown(models.build_model("mednext_m", "pretrain", features=4)) == {}
+
+
 # -------------------------------------------------------------- without augmentation reversal
 def test_the_ablation_keeps_the_intensity_augmentations_in_the_target():
     crops = [torch.rand(1, 16, 16, 16)]

@@ -143,13 +143,15 @@ def errors(results):
         if name.startswith("pretrain-"):
             end, early = last(results[name]), results[name]["log"][0]
             below = SEEN if end["val_masked"] < end["val_fill"] else NOT_SEEN
+            grown = f"{end['weights']:.1f}" if "weights" in end else "-"  # not in older results
             rows.append([name.removeprefix("pretrain-"), end["step"], f"{early['val_masked']:.4f}",
                          f"{end['val_masked']:.4f}", f"{end['val_masked_scaled']:.4f}",
                          f"{end['val_fill']:.4f}", below,
                          f"{end['val_masked_head']:.4f}", f"{end['val_fill_head']:.4f}",
-                         f"{end['val_mean_r']:.2f}", f"{end['seconds']:.2f}"])
+                         f"{end['val_mean_r']:.2f}", grown, f"{end['seconds']:.2f}"])
     return table(["pretraining", "steps", "first look", "at the end", "scaled", "fill",
-                  "below the fill", "head", "fill, head", "r of means", "s a step"], rows)
+                  "below the fill", "head", "fill, head", "r of means", "weights grown",
+                  "s a step"], rows)
 
 
 def claims(results):

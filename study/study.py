@@ -140,7 +140,7 @@ def result_of(run, seconds):
         with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
         keys = ("step", "val_masked", "val_masked_scaled", "val_masked_head", "val_fill",
-                "val_fill_head", "val_mean_r", "seconds")
+                "val_fill_head", "val_mean_r", "weights", "seconds")
         found["log"] = [{key: record[key] for key in keys if key in record} for record in records
                         if "val_masked" in record]
     else:

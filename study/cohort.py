@@ -7,8 +7,9 @@ as bright as something between cortex and white matter, so that its place and te
 the borders of tissues a voxel is a mixture of both. There are 300 unlabelled and 120 labelled
 heads, all from seeds. Label values: 0 the rest, 1 white matter, 2 ventricles, 3 lesion.
 
-`native` has voxels of 1 mm. In `moved`, for the claim out of domain, the labelled heads that are
-only tested on appear again, in anisotropic voxels, more noise, and other contrasts.
+`native` has voxels of 1 mm. In `same`, the labelled heads appear again in nearly one contrast, as
+in scans of one sequence. In `moved`, for the claim out of domain, they appear again in anisotropic
+voxels, with more noise and other contrasts.
 """
 
 import argparse
@@ -48,6 +49,15 @@ def draw_intensities(rng):
     return np.array([0, scalp, 0.3 * skull, fluid, cortex, white, lesion, fluid], np.float32)
 
 
+def draw_alike(rng):
+    """As draw_intensities, but of one sequence: white matter is the brightest, and each tissue
+    varies by a tenth."""
+    usual = np.array([600, 300, 250, 500, 800])
+    scalp, skull, fluid, cortex, white = usual * rng.uniform(0.9, 1.1, 5)
+    lesion = cortex + rng.uniform(0.3, 0.7) * (white - cortex)
+    return np.array([0, scalp, 0.3 * skull, fluid, cortex, white, lesion, fluid], np.float32)
+
+
 def tissue(head, points):
     """Tissue numbers of points (..., 3) in mm, with the ventricles apart from other fluid."""
     classes, _ = phantom.tissue(head, points, lesions=True)
@@ -57,14 +67,14 @@ def tissue(head, points):
     return classes
 
 
-def scan(head, rng, spacing, noise):
+def scan(head, rng, spacing, noise, intensities_of=draw_intensities):
     """One scan of a head and its label map: two nibabel images on one grid."""
     shape = np.ceil(SIDE * 1.04 / np.array(spacing)).astype(int)
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = -(shape - 1) / 2 * spacing
 
     # Partial volume: each voxel is the mean of 2 x 2 x 2 points in it.
-    intensities = draw_intensities(rng)
+    intensities = intensities_of(rng)
     centres = np.moveaxis(np.indices(shape), 0, -1).astype(np.float32)
     values = np.zeros(shape, np.float32)
     for corner in np.ndindex(2, 2, 2):
@@ -85,10 +95,11 @@ def scan(head, rng, spacing, noise):
             nib.Nifti1Image(VALUES[middle], affine))
 
 
-def write_one(folder, stream, labelled, spacing, noise, number):
+def write_one(folder, stream, labelled, spacing, noise, intensities_of, number):
     """The scan of a head, and its label map if it is labelled -> its name."""
     head = phantom.anatomy(np.random.default_rng([1, number]), SIDE)
-    image, label = scan(head, np.random.default_rng([stream, number]), spacing, noise)
+    rng = np.random.default_rng([stream, number])
+    image, label = scan(head, rng, spacing, noise, intensities_of)
     name = f"head{number:04}"
     image.to_filename(os.path.join(folder, f"{name}.nii"))
     if labelled:
@@ -96,10 +107,10 @@ def write_one(folder, stream, labelled, spacing, noise, number):
     return name
 
 
-def write(folder, numbers, stream, labelled, spacing, noise, split):
+def write(folder, numbers, stream, labelled, spacing, noise, intensities_of, split):
     """Scans of heads and a manifest. stream: of the seeds of scans; a head has one of its own."""
     os.makedirs(folder, exist_ok=True)
-    one = functools.partial(write_one, folder, stream, labelled, spacing, noise)
+    one = functools.partial(write_one, folder, stream, labelled, spacing, noise, intensities_of)
     with multiprocessing.Pool() as pool:
         names = pool.map(one, numbers)
     rows = [[f"{name}.nii", name, "", "MR", f"{name}_label.nii" if labelled else "", split(number)]
@@ -113,7 +124,7 @@ def write(folder, numbers, stream, labelled, spacing, noise, split):
 
 
 def make(out):
-    """Both cohorts, prepared: out/native and out/moved. What is there stays."""
+    """The cohorts, prepared: out/native, out/same and out/moved. What is there stays."""
     first_tested = UNLABELLED + LABELLED - TESTED
     everyone = range(UNLABELLED + LABELLED)
 
@@ -123,17 +134,18 @@ def make(out):
         return "test" if number >= first_tested else "train"
 
     cohorts = {
-        "native": [("a", 2, everyone[:UNLABELLED], False, (1, 1, 1), 12),
-                   ("b", 2, everyone[UNLABELLED:], True, (1, 1, 1), 12)],
-        "moved": [("c", 3, everyone[UNLABELLED:], True, (0.9, 0.9, 2.5), 40)],
+        "native": [("a", 2, everyone[:UNLABELLED], False, (1, 1, 1), 12, draw_intensities),
+                   ("b", 2, everyone[UNLABELLED:], True, (1, 1, 1), 12, draw_intensities)],
+        "same": [("d", 4, everyone[UNLABELLED:], True, (1, 1, 1), 12, draw_alike)],
+        "moved": [("c", 3, everyone[UNLABELLED:], True, (0.9, 0.9, 2.5), 40, draw_intensities)],
     }
     for cohort, parts in cohorts.items():
         prepared = os.path.join(out, cohort)
         if os.path.exists(os.path.join(prepared, "done")):
             continue
-        for name, stream, numbers, labelled, spacing, noise in parts:
+        for name, stream, numbers, labelled, spacing, noise, intensities_of in parts:
             table = write(os.path.join(out, "raw", f"{cohort}_{name}"), numbers, stream, labelled,
-                          spacing, noise, split)
+                          spacing, noise, intensities_of, split)
             subprocess.run([sys.executable, os.path.join(ROOT, "prepare_data.py"), "--source",
                             "manifest", "--input", table, "--out", prepared, "--name",
                             f"phantoms_{name}", "--workers", "2"], check=True)

@@ -68,8 +68,9 @@ def pretraining(name, claims, size, minutes=6, part=2, **changes):
 
 def finetuning(start, task, n_train, preset, claims, size, minutes=8):
     """Six folds. start: a pretraining, or None for scratch."""
+    scans = "same" if task == "same" else "native"
     settings = {
-        "task": os.path.join(HERE, f"{task}.yaml"), "data": os.path.join(DATA, "native"),
+        "task": os.path.join(HERE, f"{task}.yaml"), "data": os.path.join(DATA, scans),
         "n_train": n_train, "augment": preset, "steps": size["tuning"], "patch_size": 32,
         "batch_size": 2, "lr": 2e-3, "overlap": 0, "precision": "fp32", "workers": 1,
         "scorers": 1, "save_every": 50}
@@ -119,7 +120,7 @@ def all_runs(size):
         runs.append(Run(f"moved-{tuned.name}", "g", "study/moved.py", settings, 2, tuned))
 
     # b: two other tasks.
-    for task in ("lesion", "ventricles"):
+    for task in ("same", "lesion", "ventricles"):
         for start in (None, base):
             runs.append(finetuning(start, task, 5, "spatial", "b", size))
 

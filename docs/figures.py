@@ -236,6 +236,7 @@ def study_errors(plt, folder):
     """Error of hidden voxels over the number of patches, for each pretraining of the study on
     synthetic heads, with interpolation as a line."""
     figure, axis = plt.subplots(figsize=(7, 4))
+    fill = None
     for name, result in study_results(folder).items():
         if not name.startswith("pretrain-") or "real" in name:
             continue
@@ -247,6 +248,8 @@ def study_errors(plt, folder):
         error = [record["val_masked"] for record in result["log"]]
         axis.plot(patches, error, "o-", markersize=3, label=name.removeprefix("pretrain-"))
         fill = result["log"][-1]["val_fill"]
+    if fill is None:
+        raise UserError(f"{folder} holds no result of a pretraining on synthetic heads")
     axis.axhline(fill, linestyle="--", color="gray", label="Gaussian fill")
     axis.set_xlabel("patches")
     axis.set_ylabel("error of hidden voxels")
@@ -280,7 +283,7 @@ def study_labels(plt, folder):
         axis.set_title(f"{preset} augmentation", fontsize=9)
         if axis.lines:  # those of a preset may not be run yet
             axis.legend(fontsize=8)
-    axes[0].set_ylabel("Dice of white matter, %")
+    axes[0].set_ylabel("Dice of lesions, %")
     return figure
 
 

@@ -8,11 +8,10 @@
 Each run is one command of pretrain.py, finetune.py or study/moved.py, with everything it makes
 under study/work. What it found is kept as study/results/<name>.json, and report.py makes
 study/RESULTS.md of these. A run whose result is there is done; one that was cut off goes on from
-its last checkpoint.
+its last checkpoint. Another size has folders of its own, as study/work_gpu.
 """
 
 import argparse
-import glob
 import json
 import os
 import shutil
@@ -33,7 +32,7 @@ WORK = os.path.join(HERE, "work")
 RESULTS = os.path.join(HERE, "results")
 DATA = os.path.join(HERE, "data")
 
-# What the size changes: width, steps, and how many minutes of one core a run takes.
+# What the size changes. `tuning`: steps of finetuning.
 SIZES = {
     "cpu": {"features": 16, "patch": 48, "batch": 2, "lr": 1e-3, "steps": 2400, "tuning": 200},
     "gpu": {"features": 32, "patch": 48, "batch": 8, "lr": 1e-3, "steps": 6000, "tuning": 400},
@@ -41,9 +40,8 @@ SIZES = {
 LABELS = (3, 5, 10, 20)  # labelled scans to train on
 FOLDS = 6
 
-# The task of most claims. Scratch scores more with more labelled scans, since the contrast of a
-# scan is never seen twice; lesions are limited by the steps of finetuning.
-TASK = "white"
+# The task of most claims: lesions in scans of nearly one contrast, as those of the paper's tasks.
+TASK = "same"
 
 
 class Run(NamedTuple):
@@ -51,12 +49,12 @@ class Run(NamedTuple):
     claims: str  # the letters of the claims that need it
     script: str
     settings: dict
-    minutes: float  # of one core, on the machine that study/RESULTS.md names
+    minutes: float  # of one core, an estimate, for the size "cpu"
     needs: "Run | None" = None  # the run that must be done before
 
 
 def pretraining(name, claims, size, minutes=6, part=2, **changes):
-    """part: how many times shorter it is than the longest."""
+    """part: the longest pretraining has so many times as many steps."""
     steps = size["steps"] // part
     settings = {
         "data": os.path.join(DATA, "native"), "model": "unet_demo", "features": size["features"],
@@ -119,8 +117,8 @@ def all_runs(size):
         settings = {"run": os.path.join(WORK, tuned.name), "data": os.path.join(DATA, "moved")}
         runs.append(Run(f"moved-{tuned.name}", "g", "study/moved.py", settings, 2, tuned))
 
-    # b: two other tasks.
-    for task in ("same", "lesion", "ventricles"):
+    # b: other tasks, in which no contrast is seen twice.
+    for task in ("white", "lesion", "ventricles"):
         for start in (None, base):
             runs.append(finetuning(start, task, 5, "spatial", "b", size))
 
@@ -134,7 +132,9 @@ def all_runs(size):
 
 # ------------------------------------------------------------------------------------ running them
 def result_of(run, seconds):
-    """What a finished run found, small enough to be kept. seconds: that its last start took."""
+    """What a run found, small enough to be kept, or None if it has not come to its end.
+
+    seconds: that its last start took."""
     out = os.path.join(WORK, run.name)
     found = {"script": run.script, "settings": identity(run), "seconds": seconds}
     if run.script == "pretrain.py":
@@ -144,11 +144,15 @@ def result_of(run, seconds):
                 "val_fill_head", "val_mean_r", "weights", "seconds")
         found["log"] = [{key: record[key] for key in keys if key in record} for record in records
                         if "val_masked" in record]
+        if not records or records[-1]["step"] < run.settings["steps"]:
+            return None
     else:
         with open(os.path.join(out, "dice.json"), encoding="utf-8") as file:
             folds = json.load(file)["folds"]
         found["dice"] = {fold: {record["case"]: record["dice"] for record in records}
                          for fold, records in folds.items()}
+        if len(folds) < FOLDS:
+            return None
     return found
 
 
@@ -162,10 +166,11 @@ def is_done(run):
 
 
 def runs_left(runs):
-    """Those without a result, and those whose networks they start from, if these are gone.
+    """Runs without a result. Also runs whose networks one of these needs, if the networks are gone.
 
     Results are kept with the code, networks under study/work alone."""
-    left, needed = [], set()
+    left = []
+    needed = set()
     for run in reversed(runs):  # what a run starts from stands before it
         gone = run.name in needed and not has_networks(run)
         if gone or not is_done(run):
@@ -174,16 +179,43 @@ def runs_left(runs):
     return left
 
 
+def with_needs(chosen):
+    """The runs, each after those that it needs."""
+    runs = {}
+    for run in chosen:
+        chain = [run]
+        while chain[-1].needs:
+            chain.append(chain[-1].needs)
+        runs |= {run.name: run for run in reversed(chain) if run.name not in runs}
+    return list(runs.values())
+
+
+def note_of(run):
+    """The file in a run's folder that says which run this is, and whether it is finished."""
+    return os.path.join(WORK, run.name, "run_of_the_study.json")
+
+
+def write_note(run, finished):
+    note = {"settings": identity(run), "finished": finished}
+    checkpoint.write_text(note_of(run), json.dumps(note))
+
+
+def read_note(run):
+    if not os.path.exists(note_of(run)):
+        return {"settings": None, "finished": False}
+    return json.loads(checkpoint.read_text(note_of(run)))
+
+
 def has_networks(run):
-    """Are the last checkpoints of a run still there?"""
-    pattern = "last.pt" if run.script == "pretrain.py" else "fold_*/last.pt"
-    return bool(glob.glob(os.path.join(WORK, run.name, pattern)))
+    """Are the networks of this very run there, all of them, and trained to the end?"""
+    return read_note(run) == {"settings": identity(run), "finished": True}
 
 
 def identity(run):
-    """Settings that say what a run is, wherever its files are, and what it starts from is."""
-    settings = {key: value for key, value in run.settings.items()
-                if key not in ("data", "ckpt", "task", "run")}
+    """The settings that make a run this one, and those of the run that it starts from."""
+    settings = dict(run.settings)
+    for key in {"data", "task", "ckpt", "run"} & set(settings):
+        settings[key] = os.path.basename(settings[key])  # the study may lie anywhere
     if run.needs:
         settings["after"] = identity(run.needs)
     return settings
@@ -195,13 +227,12 @@ def start(run, threads, device):
     for key, value in settings.items():
         words += [f"--{key}", str(value)]
 
-    # A folder of this name may hold another run, of other settings: it makes place.
-    folder, kept = os.path.join(WORK, run.name), json.dumps(identity(run))
-    note = os.path.join(folder, "run_of_the_study.json")
-    if os.path.exists(folder) and not (os.path.exists(note) and checkpoint.read_text(note) == kept):
+    # A folder of this name may hold another run, of other settings: it is deleted.
+    folder = os.path.join(WORK, run.name)
+    if os.path.exists(folder) and read_note(run)["settings"] != identity(run):
         shutil.rmtree(folder)
     os.makedirs(folder, exist_ok=True)
-    checkpoint.write_text(note, kept)
+    write_note(run, finished=False)
 
     output = open(os.path.join(folder, "output.txt"), "a")
     return subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT,
@@ -218,7 +249,7 @@ def work_off(runs, jobs, device):
     began = time.time()
     try:
         while left or running:
-            # Whatever has its start can begin.
+            # A run can begin once the run that it needs is done.
             waiting = {run.name for run in left} | set(running)
             for run in list(left):
                 ready = run.needs is None or run.needs.name not in waiting
@@ -232,18 +263,36 @@ def work_off(runs, jobs, device):
                 if process.poll() is None:
                     continue
                 del running[name]
+                output = os.path.join(WORK, name, "output.txt")
                 if process.returncode:
-                    raise SystemExit(f"error: {name} ended with {process.returncode}: see "
-                                     f"{os.path.join(WORK, name, 'output.txt')}")
+                    raise SystemExit(f"error: {name} ended with {process.returncode}: see {output}")
+
+                # A run that got a signal ends well, but early.
                 found = result_of(run, round(time.time() - started))
+                if not found:
+                    raise SystemExit(f"error: {name} was stopped before its end, see {output}; "
+                                     "the same command goes on")
+                write_note(run, finished=True)
                 checkpoint.write_text(os.path.join(RESULTS, f"{name}.json"), json.dumps(found))
                 minutes = sum(other.minutes for other in left) / jobs
                 print(f"done: {name}, {(time.time() - began) / 3600:.2f} hours so far, about "
                       f"{minutes / 60:.1f} left", flush=True)
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would leave runs alone
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for _, process, _ in running.values():
             process.terminate()
+        for _, process, _ in running.values():
             process.wait()
+
+
+def use_size(name):
+    """The folders of a size, for all that follows -> what it changes."""
+    global WORK, RESULTS
+    if name != "cpu":
+        WORK, RESULTS = (os.path.join(HERE, f"{folder}_{name}") for folder in ("work", "results"))
+    os.makedirs(RESULTS, exist_ok=True)
+    return SIZES[name]
 
 
 def main():
@@ -255,9 +304,9 @@ def main():
     parser.add_argument("--dry", action="store_true", help="list the runs that are left")
     options = parser.parse_args()
 
-    runs = all_runs(SIZES[options.size])
+    runs = all_runs(use_size(options.size))
     if options.only:
-        runs = [run for run in runs if set(run.claims) & set(options.only)]
+        runs = with_needs(run for run in runs if set(run.claims) & set(options.only))
     if options.dry:
         left = runs_left(runs)
         for run in left:

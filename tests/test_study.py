@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from runs import words_of
 
+import compare
 import config
 
 sys.path.insert(0, str(ROOT / "study"))
@@ -35,9 +36,14 @@ def test_every_run_is_a_command_that_is_understood(size):
 
 
 def test_dry_lists_what_is_left():
+    """And what that needs: g tests the networks of b."""
     command = [sys.executable, "study/study.py", "--dry", "--only", "g"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "hours of a core" in printed and " runs left" in printed
+    *listed, summary = printed.splitlines()
+    assert all("hours of a core" in line for line in listed)
+    assert summary.startswith(f"{len(listed)} of ")
+    if listed:  # the results of the study may be complete
+        assert "moved-" in printed or "base" in printed
 
 
 def test_a_signal_to_the_study_ends_its_runs(tmp_path):
@@ -82,9 +88,9 @@ def made_up(level, rng, folds=6):
 
 def test_the_table_of_claims_says_what_the_results_say():
     rng = np.random.default_rng(1)
-    results = {f"white-5-spatial-{start}": made_up(level, rng)
+    results = {f"same-5-spatial-{start}": made_up(level, rng)
                for start, level in (("scratch", 0.5), ("base", 0.6))}
-    results["white-5-spatial-base"]["dice"]["0"]["case3"]["lesion"] = None
+    results["same-5-spatial-base"]["dice"]["0"]["case3"]["lesion"] = None
 
     def rows():
         cells = [line.strip("| ").split(" | ") for line in report.claims(results).splitlines()]
@@ -97,7 +103,7 @@ def test_the_table_of_claims_says_what_the_results_say():
 
     # Turned around, it is not seen.
     scratch, base = results.values()
-    results = {"white-5-spatial-scratch": base, "white-5-spatial-base": scratch}
+    results = {"same-5-spatial-scratch": base, "same-5-spatial-base": scratch}
     assert rows()[0][7] == "not seen"
 
 
@@ -111,9 +117,9 @@ def test_a_case_without_a_dice_in_one_run_is_left_out_of_both():
 
 def test_real_heads_have_a_table_of_their_own():
     rng = np.random.default_rng(2)
-    results = {"regions-5-all-scratch": made_up(0.3, rng), "regions-5-all-real": made_up(0.4, rng)}
+    results = {"deep-5-all-scratch": made_up(0.3, rng), "deep-5-all-real": made_up(0.4, rng)}
     row = report.real_heads(results).splitlines()[-1]
-    assert row.startswith("| regions | 5 | all | ") and row.endswith(" | seen |")
+    assert row.startswith("| deep | 5 | all | ") and row.endswith(" | seen |")
     assert report.real_heads({}) == "Not run yet."
 
 
@@ -129,11 +135,12 @@ def test_what_a_start_is_worth_is_read_off_the_curve_of_scratch():
     assert report.labels_for(35, scratch) == f"{50 ** 0.5:.1f}", "half way on a logarithmic axis"
     assert report.labels_for(10, scratch) == "3 or fewer"
     assert report.labels_for(51, scratch) == "more than 20"
+    assert report.labels_for(30, [20, 30, 30, 30]) == "5.0", "the first that reaches it"
     rng = np.random.default_rng(0)
     results = {}
     for n, level in zip(report.LABELS, scratch, strict=True):
         for start, more in (("scratch", 0), ("base", 10)):
-            results[f"white-{n}-spatial-{start}"] = made_up((level + more) / 100, rng)
+            results[f"same-{n}-spatial-{start}"] = made_up((level + more) / 100, rng)
     assert "spatial augmentation: pretrained with 20 as from scratch with more than 20" in (
         report.worth(results))
     assert "all augmentation" not in report.worth(results)
@@ -172,14 +179,86 @@ def test_a_start_whose_networks_are_gone_is_made_again(tmp_path, monkeypatch):
     (tmp_path / "results" / "start.json").write_text(
         json.dumps({"settings": study.identity(start)}))
 
-    # Networks that are there are not made again.
-    folder = tmp_path / "work" / "tuned" / "fold_0"
-    folder.mkdir(parents=True)
-    (folder / "last.pt").touch()
+    # Networks that are there are not made again, if they are of this run and of its end.
+    for run in (start, tuned):
+        (tmp_path / "work" / run.name).mkdir(parents=True)
+    study.write_note(start, finished=True)
+    study.write_note(tuned, finished=False)
+    assert study.runs_left([start, tuned, moved]) == [tuned, moved]
+    study.write_note(tuned, finished=True)
     assert study.runs_left([start, tuned, moved]) == [moved]
+    study.write_note(changed, finished=True)  # in the same folder
+    assert study.runs_left([start, tuned, moved]) == [tuned, moved]
 
 
-def test_a_folder_of_another_run_makes_place(tmp_path, monkeypatch):
+def test_a_choice_of_runs_has_what_these_need():
+    """`--only tumour` begins with the pretraining."""
+    for size in study.SIZES.values():
+        runs = study.all_runs(size)
+        moved = runs[[run.script for run in runs].index("study/moved.py") + 1]
+        assert [run.script for run in study.with_needs([moved])] == [
+            "pretrain.py", "finetune.py", "study/moved.py"]
+        assert study.with_needs(runs) == runs, "each once, and in their order"
+
+
+def test_a_run_that_was_stopped_is_not_done(tmp_path, monkeypatch):
+    """A signal to a run alone: pretrain.py and finetune.py end well, but early."""
+    monkeypatch.setattr(study, "WORK", str(tmp_path))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    pretraining = study.Run("run", "a", "pretrain.py", {"steps": 20}, 1)
+    (folder / "log.jsonl").write_text(json.dumps({"step": 10, "val_masked": 0.1}) + "\n")
+    assert study.result_of(pretraining, 1) is None
+    (folder / "log.jsonl").write_text(json.dumps({"step": 20, "val_masked": 0.1}) + "\n")
+    assert study.result_of(pretraining, 1)["log"] == [{"step": 20, "val_masked": 0.1}]
+
+    finetuning = study.Run("run", "a", "finetune.py", {"steps": 20}, 1)
+    record = {"case": "a", "dice": {"lesion": 0.5}}
+    for folds, is_whole in ((5, False), (6, True)):
+        scores = {"folds": {number: [record] for number in range(folds)}}
+        (folder / "dice.json").write_text(json.dumps(scores))
+        assert (study.result_of(finetuning, 1) is not None) == is_whole
+
+
+def test_a_stopped_run_stops_the_study_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "WORK", str(tmp_path / "work"))
+    monkeypatch.setattr(study, "RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(study, "start",
+                        lambda *_: subprocess.Popen([sys.executable, "-c", ""]))
+    folder = tmp_path / "work" / "run"
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text("")
+    run = study.Run("run", "a", "pretrain.py", {"steps": 20}, 1)
+    with pytest.raises(SystemExit, match="run was stopped before its end"):
+        study.work_off([run], 1, "cpu")
+
+    # At its end it is done, and so are its networks.
+    (folder / "log.jsonl").write_text(json.dumps({"step": 20, "val_masked": 0.1}) + "\n")
+    (tmp_path / "results").mkdir()
+    study.work_off([run], 1, "cpu")
+    assert study.is_done(run) and study.has_networks(run)
+    assert study.runs_left([run]) == []
+
+
+def test_results_of_other_settings_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RESULTS", str(tmp_path))
+    run = study.Run("run", "a", "pretrain.py", {"steps": 20, "data": "/here/native"}, 1)
+    (tmp_path / "run.json").write_text(json.dumps({"settings": study.identity(run)}))
+    assert list(report.read_results([run])) == ["run"]
+    elsewhere = run._replace(settings=run.settings | {"data": "/there/native"})
+    assert list(report.read_results([elsewhere])) == ["run"]
+    for change in ({"steps": 21}, {"data": "/here/moved"}):
+        assert report.read_results([run._replace(settings=run.settings | change)]) == {}
+
+
+@pytest.mark.parametrize("gain, low, high, word", [
+    (6, 1, 11, report.SEEN), (0, -4, 4, report.NOT_SEEN), (-9, -12, -6, report.NOT_SEEN),
+    (3, -0.1, 6.1, report.CANNOT), (-3, -20, 14, report.CANNOT)])
+def test_the_verdict_is_read_off_the_interval(gain, low, high, word):
+    assert report.verdict(compare.Estimate(gain, low, high, 0.5)) == word
+
+
+def test_a_folder_of_another_run_is_deleted(tmp_path, monkeypatch):
     """Settings of the study change, and a run of the same name cannot go on in the old folder."""
     monkeypatch.setattr(study, "WORK", str(tmp_path))
     folder = tmp_path / "start"

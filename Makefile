@@ -70,12 +70,12 @@ bench: .venv/peers
 gpu: .venv/ready
 	$(PY) bench/gpu.py --minutes 8
 
-# The paper in miniature on synthetic heads: 2 to 3 hours of two idle cores by estimate, resumable. DRY=1 lists what is left;
+# The paper in miniature on synthetic heads: 3.5 hours of two idle cores by estimate, resumable. DRY=1 lists what is left;
 # SIZE=gpu DEVICE=cuda for a GPU; JOBS is how many runs go at a time.
 JOBS ?= 2
 study: .venv/ready
 	$(PY) study/study.py --size $(or $(SIZE),cpu) --device $(or $(DEVICE),auto) --jobs $(JOBS) $(if $(DRY),--dry)
-	$(if $(DRY),,$(PY) study/report.py)
+	$(if $(DRY),,$(PY) study/report.py --size $(or $(SIZE),cpu))
 
 clean:
 	rm -rf .venv demo .pytest_cache .ruff_cache

@@ -20,7 +20,7 @@ import training
 from config import UserError
 
 SIGMAS = (1.5, 2, 3)  # voxels: the fill is the best of these
-GROWN = 2  # times as large as new ones: such weights are spoken of
+GROWN = 2  # times as large as new ones: the end of a run warns from here on
 HEAD = 0.05  # what is brighter in the target is head; air is near 0, and 1 is the brightest
 
 
@@ -114,8 +114,8 @@ def write_views(folder, step, output, views):
 def weights_grown(model):
     """How large the weights of an encoder have become, {"weights": the largest ratio to new ones}.
 
-    Of the convolutions with an instance norm behind, so of the U-Nets; {} of other networks. There
-    the size of the weights does not change the output, but a step of AdamW has the size of its
+    Of the convolutions of the paper's U-Nets, which have an instance norm behind each; {} of other
+    networks. There the size of the weights does not change the output, but a step of AdamW has the size of its
     rate: it turns large weights less. docs/status.md shows what this costs in finetuning."""
     ratios = []
     for name, block in model.named_modules():
@@ -131,12 +131,13 @@ def verdict(look):
     weights of a size that finetuning can move?
 
     look: what `validate` said, or a line of log.jsonl that has it; "" without a yardstick."""
+    if "val_fill" not in look:
+        return ""
     grown = ""
     if look.get("weights", 1) > GROWN:
         grown = (f"\nthe encoder's weights have grown up to {look['weights']:.1f} times: finetuning"
                  " moves them that much less; a lower --lr keeps them small (docs/status.md)")
-    if "val_fill" not in look:
-        return ""
+
     error = look["val_masked"]
     fill = look["val_fill"]
     scaled = look.get("val_masked_scaled", error)  # logs of earlier versions have none

@@ -104,6 +104,7 @@ def test_every_validation_says_what_interpolation_scores(whole):
     for record in records:
         assert {key for key in record if key.startswith("val_")} == {f"val_{key}" for key in keys}
         assert record["val_fill"] == records[0]["val_fill"] > 0
+        assert record["weights"] == pytest.approx(1, abs=0.2), "of a U-Net that has moved a little"
     assert len({record["val_masked"] for record in records}) == 3
 
     # It is said in plain words, once, and it is true.
@@ -198,7 +199,7 @@ def test_weights_that_have_grown_are_spoken_of():
     assert "weights have grown up to 3.0 times" in validation.verdict(look | grown)
     assert "grown" not in validation.verdict(look | {"weights": 1.6})
 
-    # Other networks have no such norm behind each convolution.
+    # MedNeXt has no such norm behind each convolution.
     assert validation.weights_grown(models.build_model("mednext_m", "pretrain", features=4)) == {}
 
 

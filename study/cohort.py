@@ -124,7 +124,9 @@ def write(folder, numbers, stream, labelled, spacing, noise, intensities_of, spl
 
 
 def make(out):
-    """The cohorts, prepared: out/native, out/same and out/moved. What is there stays."""
+    """The cohorts, prepared: out/native, out/same and out/moved. What is there stays.
+
+    Results know their cohort by its name alone: one whose scans change needs another name."""
     first_tested = UNLABELLED + LABELLED - TESTED
     everyone = range(UNLABELLED + LABELLED)
 

@@ -274,7 +274,8 @@ def main():
         "twice. Those of pretraining are with 5 labelled scans.", claims(results),
         "## b. What a pretrained start is worth", pooled(results), worth(results),
         "## Real heads: Dice %", "`python study/real.py --oasis FOLDER --gliomas FOLDER`; ten "
-        "people and eight patients are tested, of whom no network has seen anything.",
+        "people, two of them in two scans, and eight patients are tested. No network has seen "
+        "anything of them.",
         real_heads(results)]
     text = "\n\n".join(parts) + "\n"
     checkpoint.write_text(f"{study.RESULTS.replace('results', 'RESULTS')}.md", text)

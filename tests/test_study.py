@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "study"))
 import cohort  # noqa: E402
 import report  # noqa: E402
 
+import phantom  # noqa: E402
 import study  # noqa: E402
 
 
@@ -78,6 +79,27 @@ def test_no_threshold_solves_the_lesions():
     share = (lesion - cortex) / (white - cortex)
     assert (share > 0.29).all() and (share < 0.71).all()
     assert 0.3 < (cortex < white).mean() < 0.7, "white matter is the brighter one in half of them"
+
+
+@pytest.mark.parametrize("stream, intensities_of, mean", [
+    (2, cohort.draw_intensities, 82.885), (4, cohort.draw_alike, 130.645)])
+def test_the_scans_of_a_cohort_stay_what_the_results_are_of(stream, intensities_of, mean):
+    """Results know a cohort by its name. If its scans change, give it another name, and this test
+    its new numbers."""
+    head = phantom.anatomy(np.random.default_rng([1, 300]), cohort.SIDE)
+    rng = np.random.default_rng([stream, 300])
+    image, label = cohort.scan(head, rng, (1, 1, 1), 12, intensities_of)
+    assert np.asarray(image.dataobj).mean() == pytest.approx(mean, rel=1e-3)
+    counts = np.bincount(np.asarray(label.dataobj).ravel())
+    assert counts == pytest.approx([189882, 11392, 74, 4031], rel=0.01)
+
+
+def test_scans_of_one_sequence_have_nearly_one_contrast():
+    rng = np.random.default_rng(0)
+    drawn = np.array([cohort.draw_alike(rng) for _ in range(200)])
+    fluid, cortex, white = drawn[:, 3], drawn[:, 4], drawn[:, 5]
+    assert (fluid < cortex).all() and (cortex < white).all()
+    assert (drawn.std(0)[1:6] < 0.08 * drawn.mean(0)[1:6]).all()
 
 
 def made_up(level, rng, folds=6):

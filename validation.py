@@ -115,8 +115,8 @@ def weights_grown(model):
     """How large the weights of an encoder have become, {"weights": the largest ratio to new ones}.
 
     Of the convolutions of the paper's U-Nets, which have an instance norm behind each; {} of other
-    networks. There the size of the weights does not change the output, but a step of AdamW has the size of its
-    rate: it turns large weights less. docs/status.md shows what this costs in finetuning."""
+    networks. There the size of the weights does not change the output, but a step of AdamW has the
+    size of its rate: it turns large weights less. docs/status.md has what this costs."""
     ratios = []
     for name, block in model.named_modules():
         if name.startswith("encoder.") and isinstance(block, models.ConvNormAct):

@@ -27,6 +27,7 @@ sys.path[:0] = [ROOT, HERE]
 import cohort  # noqa: E402
 
 import checkpoint  # noqa: E402
+import state  # noqa: E402
 
 WORK = os.path.join(HERE, "work")
 RESULTS = os.path.join(HERE, "results")
@@ -138,8 +139,7 @@ def result_of(run, seconds):
     out = os.path.join(WORK, run.name)
     found = {"script": run.script, "settings": identity(run), "seconds": seconds}
     if run.script == "pretrain.py":
-        with open(os.path.join(out, "log.jsonl"), encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
+        records = state.read_log(out)
         keys = ("step", "val_masked", "val_masked_scaled", "val_masked_head", "val_fill",
                 "val_fill_head", "val_mean_r", "weights", "seconds")
         found["log"] = [{key: record[key] for key in keys if key in record} for record in records

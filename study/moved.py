@@ -1,6 +1,6 @@
-"""Out of domain: the networks of a finished run on the tested heads of the cohort `moved`.
+"""Out of domain: the networks of a finished run on the tested heads of the cohort `elsewhere`.
 
-    python study/moved.py --run study/work/white-5-spatial-base --data study/data/moved --out ...
+    python study/moved.py --run study/work/lesion-5-spatial-base --data study/data/elsewhere --out ...
 
 Writes dice.json, as finetune.py does, with Dice alone.
 """

@@ -35,6 +35,7 @@ import validation  # noqa: E402
 
 SPLIT = os.path.join(HERE, "real_split.json")
 PREPARED = os.path.join(HERE, "data", "real")
+PATCH = 48  # voxels: a part of a head
 
 # Second scans of a person: they stay on its side of the split.
 SAME_PERSON = {"1023": "1003", "1024": "1004", "1025": "1005", "1038": "1018", "1039": "1019"}
@@ -117,9 +118,10 @@ def write_tasks():
 def all_runs(size):
     """A pretraining, both tasks from scratch and from it, and a pretraining of the paper's form:
     without skips, and twice as wide in half as many steps."""
-    long = size["steps"] * 5 // 2
-    pretrained = study.pretraining("real", "", size, minutes=32, steps=long, data=PREPARED,
-                                   val_every=long // 10, preview=long)
+    long = size["real"]
+    shared = {"data": PREPARED, "patch_size": PATCH, "precision": "bf16", "log_every": long // 200}
+    pretrained = study.pretraining("real", "", size, minutes=32, steps=long, val_every=long // 10,
+                                   preview=long, **shared)
     runs = [pretrained]
     for preset in ("spatial", "all"):
         for n in (5, 10, 3):
@@ -127,11 +129,11 @@ def all_runs(size):
                 for start in (None, pretrained):
                     run = study.finetuning(start, task, n, preset, "", size, minutes=16)
                     settings = {"task": os.path.join(study.WORK, f"{task}.yaml"), "data": PREPARED,
-                                "patch_size": size["patch"], "precision": "bf16"}
+                                "patch_size": PATCH, "precision": "bf16"}
                     runs.append(run._replace(settings=run.settings | settings))
     runs.append(study.pretraining("real-noskips", "", size, minutes=60, steps=long // 2,
-                                  data=PREPARED, val_every=long // 20,
-                                  features=2 * size["features"], skips="false"))
+                                  val_every=long // 20, features=2 * size["features"],
+                                  skips="false", **shared))
     return runs
 
 

@@ -125,7 +125,7 @@ COMPARISONS = [
       for preset in ("spatial", "all") for n in LABELS),
     *(Comparison("b", f"pretraining helps with 5 labelled scans: {task}",
                  f"{task}-5-spatial-base", f"{task}-5-spatial-scratch")
-      for task in ("white", "lesion", "ventricles")),
+      for task in ("unlike", "white", "cortex")),
     *(Comparison("c", f"the longest pretraining is better than 1/{part} of it",
                  with_start("base"), with_start(name))
       for part, name in ((8, "length8"), (4, "length4"), (2, "half"))),

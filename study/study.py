@@ -33,16 +33,19 @@ WORK = os.path.join(HERE, "work")
 RESULTS = os.path.join(HERE, "results")
 DATA = os.path.join(HERE, "data")
 
-# What the size changes. `tuning`: steps of finetuning.
+# What the size changes. `tuning`: steps of finetuning. `real`: of pretraining on real heads.
 SIZES = {
-    "cpu": {"features": 16, "patch": 48, "batch": 2, "lr": 1e-3, "steps": 2400, "tuning": 200},
-    "gpu": {"features": 32, "patch": 48, "batch": 8, "lr": 1e-3, "steps": 6000, "tuning": 400},
+    "cpu": {"features": 16, "batch": 2, "lr": 1e-3, "precision": "fp32", "steps": 1600,
+            "tuning": 200, "real": 6000},
+    "gpu": {"features": 32, "batch": 8, "lr": 1e-3, "precision": "bf16", "steps": 6000,
+            "tuning": 400, "real": 15000},
 }
 LABELS = (3, 5, 10, 20)  # labelled scans to train on
 FOLDS = 6
+PATCH = 32  # voxels: a whole head
 
 # The task of most claims: lesions in scans of nearly one contrast, as those of the paper's tasks.
-TASK = "same"
+TASK = "lesion"
 
 
 class Run(NamedTuple):
@@ -58,8 +61,9 @@ def pretraining(name, claims, size, minutes=6, part=2, **changes):
     """part: the longest pretraining has so many times as many steps."""
     steps = size["steps"] // part
     settings = {
-        "data": os.path.join(DATA, "native"), "model": "unet_demo", "features": size["features"],
-        "skips": "true", "patch_size": size["patch"], "batch_size": size["batch"],
+        "data": os.path.join(DATA, "unlike"), "model": "unet_demo", "features": size["features"],
+        "skips": "true", "patch_size": PATCH, "precision": size["precision"],
+        "batch_size": size["batch"],
         "steps": steps, "warmup_epochs": 0.25, "lr": size["lr"], "val_fraction": 0.1,
         "val_every": steps // 8, "log_every": steps // 40, "save_every": 100, "workers": 1}
     return Run(f"pretrain-{name}", claims, "pretrain.py", settings | changes, minutes)
@@ -67,11 +71,12 @@ def pretraining(name, claims, size, minutes=6, part=2, **changes):
 
 def finetuning(start, task, n_train, preset, claims, size, minutes=8):
     """Six folds. start: a pretraining, or None for scratch."""
-    scans = "same" if task == "same" else "native"
+    scans = "alike" if task == TASK else "unlike"
     settings = {
         "task": os.path.join(HERE, f"{task}.yaml"), "data": os.path.join(DATA, scans),
-        "n_train": n_train, "augment": preset, "steps": size["tuning"], "patch_size": 32,
-        "batch_size": 2, "lr": 2e-3, "overlap": 0, "precision": "fp32", "workers": 1,
+        "n_train": n_train, "augment": preset, "steps": size["tuning"], "patch_size": PATCH,
+        "batch_size": 2, "lr": 2e-3, "overlap": 0, "precision": size["precision"],
+        "workers": 1,
         "scorers": 1, "save_every": 50}
     if start is None:
         word = "scratch"
@@ -115,11 +120,11 @@ def all_runs(size):
     # g: what the networks of b do on other scans.
     for start in (None, base):
         tuned = finetuning(start, TASK, 5, "spatial", "bcg", size)
-        settings = {"run": os.path.join(WORK, tuned.name), "data": os.path.join(DATA, "moved")}
+        settings = {"run": os.path.join(WORK, tuned.name), "data": os.path.join(DATA, "elsewhere")}
         runs.append(Run(f"moved-{tuned.name}", "g", "study/moved.py", settings, 2, tuned))
 
     # b: other tasks, in which no contrast is seen twice.
-    for task in ("white", "lesion", "ventricles"):
+    for task in ("unlike", "white", "cortex"):
         for start in (None, base):
             runs.append(finetuning(start, task, 5, "spatial", "b", size))
 

@@ -1,6 +1,7 @@
 """Out of domain: the networks of a finished run on the tested heads of the cohort `elsewhere`.
 
-    python study/moved.py --run study/work/lesion-5-spatial-base --data study/data/elsewhere --out ...
+    python study/moved.py --run study/work/lesion-5-spatial-base \\
+        --data study/data/elsewhere --out OUT
 
 Writes dice.json, as finetune.py does, with Dice alone.
 """
@@ -10,12 +11,14 @@ import json
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(HERE), HERE]
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import devices  # noqa: E402
 import metrics  # noqa: E402
 import predict  # noqa: E402
+import study  # noqa: E402
 import tasks  # noqa: E402
 
 
@@ -29,7 +32,7 @@ def main():
     device = devices.pick_device(options.device)
 
     folds = {}
-    for fold in range(6):
+    for fold in range(study.FOLDS):
         path = os.path.join(options.run, f"fold_{fold}", "last.pt")
         model, saved = predict.load_network(path, device)
         task, settings = saved["task"], saved["config"]

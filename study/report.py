@@ -118,7 +118,7 @@ def with_start(name, n=5, preset="spatial"):
     return f"{study.TASK}-{n}-{preset}-{name}"
 
 
-# Pretrainings that vary one thing are half as long as the longest, and compared with `half`.
+# Pretrainings that vary one thing are a quarter as long as the longest, as `quarter` is.
 COMPARISONS = [
     *(Comparison("b", f"pretraining helps with {n} labelled scans, {preset} augmentation",
                  with_start("base", n, preset), with_start("scratch", n, preset))
@@ -128,24 +128,24 @@ COMPARISONS = [
       for task in ("unlike", "white", "cortex")),
     *(Comparison("c", f"the longest pretraining is better than 1/{part} of it",
                  with_start("base"), with_start(name))
-      for part, name in ((8, "length8"), (4, "length4"), (2, "half"))),
-    Comparison("d", "the light decoder is better than the standard one", with_start("half"),
+      for part, name in ((8, "length8"), (4, "quarter"), (2, "half"))),
+    Comparison("d", "the light decoder is better than the standard one", with_start("quarter"),
                with_start("standard")),
     Comparison("e", "pretraining without skips is better", with_start("noskips"),
-               with_start("half")),
-    Comparison("f", "all augmentations in pretraining are better than none", with_start("half"),
+               with_start("quarter")),
+    Comparison("f", "all augmentations in pretraining are better than none", with_start("quarter"),
                with_start("augment-none")),
-    Comparison("f", "all augmentations are better than the spatial ones", with_start("half"),
+    Comparison("f", "all augmentations are better than the spatial ones", with_start("quarter"),
                with_start("augment-spatial")),
-    Comparison("f", "the clean target is better than the augmented one", with_start("half"),
+    Comparison("f", "the clean target is better than the augmented one", with_start("quarter"),
                with_start("augmented-target")),
     Comparison("g", "pretraining helps on another grid and other contrasts",
                f"moved-{with_start('base')}", f"moved-{with_start('scratch')}"),
-    *(Comparison("h", f"60 % in tokens of 4 are better than {words}", with_start("half"),
+    *(Comparison("h", f"60 % in tokens of 4 are better than {words}", with_start("quarter"),
                  with_start(name))
       for words, name in (("30 %", "mask30"), ("80 %", "mask80"), ("tokens of 2", "token2"),
                           ("tokens of 8", "token8"))),
-    Comparison("i", "a third of the rate of pretraining is better", with_start("half"),
+    Comparison("i", "a third of the rate of pretraining is better", with_start("quarter"),
                with_start("rate3")),
 ]
 

@@ -35,7 +35,7 @@ DATA = os.path.join(HERE, "data")
 
 # What the size changes. `tuning`: steps of finetuning. `real`: of pretraining on real heads.
 SIZES = {
-    "cpu": {"features": 16, "batch": 2, "lr": 1e-3, "precision": "fp32", "steps": 1600,
+    "cpu": {"features": 16, "batch": 2, "lr": 1e-3, "precision": "fp32", "steps": 3200,
             "tuning": 200, "real": 6000},
     "gpu": {"features": 32, "batch": 8, "lr": 1e-3, "precision": "bf16", "steps": 6000,
             "tuning": 400, "real": 15000},
@@ -57,27 +57,26 @@ class Run(NamedTuple):
     needs: "Run | None" = None  # the run that must be done before
 
 
-def pretraining(name, claims, size, minutes=6, part=2, **changes):
+def pretraining(name, claims, size, minutes=3.5, part=4, **changes):
     """part: the longest pretraining has so many times as many steps."""
     steps = size["steps"] // part
     settings = {
         "data": os.path.join(DATA, "unlike"), "model": "unet_demo", "features": size["features"],
         "skips": "true", "patch_size": PATCH, "precision": size["precision"],
-        "batch_size": size["batch"],
-        "steps": steps, "warmup_epochs": 0.25, "lr": size["lr"], "val_fraction": 0.1,
-        "val_every": steps // 8, "log_every": steps // 40, "save_every": 100, "workers": 1}
+        "batch_size": size["batch"], "steps": steps, "warmup_epochs": 0.25, "lr": size["lr"],
+        "val_fraction": 0.1, "val_every": steps // 8, "log_every": steps // 40,
+        "save_every": 100, "workers": 1}
     return Run(f"pretrain-{name}", claims, "pretrain.py", settings | changes, minutes)
 
 
-def finetuning(start, task, n_train, preset, claims, size, minutes=8):
+def finetuning(start, task, n_train, preset, claims, size, minutes=6.5):
     """Six folds. start: a pretraining, or None for scratch."""
     scans = "alike" if task == TASK else "unlike"
     settings = {
         "task": os.path.join(HERE, f"{task}.yaml"), "data": os.path.join(DATA, scans),
         "n_train": n_train, "augment": preset, "steps": size["tuning"], "patch_size": PATCH,
         "batch_size": 2, "lr": 2e-3, "overlap": 0, "precision": size["precision"],
-        "workers": 1,
-        "scorers": 1, "save_every": 50}
+        "workers": 1, "scorers": 1, "save_every": 50}
     if start is None:
         word = "scratch"
         settings |= {"model": "unet_demo", "features": size["features"]}
@@ -90,30 +89,31 @@ def finetuning(start, task, n_train, preset, claims, size, minutes=8):
 
 def all_runs(size):
     """The runs of all claims, those that say most first."""
-    base = pretraining("base", "abcg", size, minutes=12, part=1)
+    base = pretraining("base", "abcg", size, minutes=13, part=1)
     runs = [base]
 
-    # b: label efficiency, with the augmentation of the paper's finetuning and with all.
-    for preset in ("spatial", "all"):
-        for n in (5, 20, 3, 10):
-            for start in (None, base):
-                runs.append(finetuning(start, TASK, n, preset, "bcg", size))
+    # b: label efficiency, with the augmentation of the paper's finetuning.
+    def efficiency(preset):
+        return [finetuning(start, TASK, n, preset, "bcg", size) for n in (5, 20, 3, 10)
+                for start in (None, base)]
 
-    # What pretraining varies, in half of its length. c: the length. d, e, f, h: decoder, skips,
-    # augmentation, mask. i: the rate.
-    variants = [pretraining("half", "acdefhi", size),
-                pretraining("rate3", "i", size, lr=3 * size["lr"]),
+    runs += efficiency("spatial")
+
+    # What pretraining varies, in a quarter of its length. c: the length. d, e, f, h: decoder,
+    # skips, augmentation, mask. i: the rate.
+    variants = [pretraining("quarter", "acdefhi", size),
                 pretraining("noskips", "ae", size, skips="false"),
                 pretraining("augment-none", "f", size, augment="none"),
                 pretraining("augmented-target", "f", size, augmented_target="true"),
-                pretraining("standard", "ad", size, minutes=8, decoder="standard"),
+                pretraining("standard", "ad", size, minutes=4.5, decoder="standard"),
                 pretraining("length8", "c", size, minutes=2, part=8),
                 pretraining("augment-spatial", "f", size, augment="spatial"),
                 pretraining("mask30", "h", size, mask_ratio=0.3),
                 pretraining("mask80", "h", size, mask_ratio=0.8),
                 pretraining("token2", "h", size, token_size=2),
                 pretraining("token8", "h", size, token_size=8),
-                pretraining("length4", "c", size, minutes=3, part=4)]
+                pretraining("half", "c", size, minutes=6.5, part=2),
+                pretraining("rate3", "i", size, lr=3 * size["lr"])]
     for run in variants:
         runs += [run, finetuning(run, TASK, 5, "spatial", run.claims.strip("a"), size)]
 
@@ -121,18 +121,19 @@ def all_runs(size):
     for start in (None, base):
         tuned = finetuning(start, TASK, 5, "spatial", "bcg", size)
         settings = {"run": os.path.join(WORK, tuned.name), "data": os.path.join(DATA, "elsewhere")}
-        runs.append(Run(f"moved-{tuned.name}", "g", "study/moved.py", settings, 2, tuned))
+        runs.append(Run(f"moved-{tuned.name}", "g", "study/moved.py", settings, 1, tuned))
 
-    # b: other tasks, in which no contrast is seen twice.
+    # b: other tasks, in which no contrast is seen twice, and all augmentations in finetuning.
     for task in ("unlike", "white", "cortex"):
         for start in (None, base):
             runs.append(finetuning(start, task, 5, "spatial", "b", size))
+    runs += efficiency("all")
 
-    # a: other widths. The widest takes as long as many others together.
+    # a: other widths.
     for skips in ("true", "false"):
         name = "" if skips == "true" else "-noskips"
-        runs += [pretraining(f"width8{name}", "a", size, minutes=3, features=8, skips=skips),
-                 pretraining(f"width32{name}", "a", size, minutes=18, features=32, skips=skips)]
+        runs += [pretraining(f"width8{name}", "a", size, minutes=2, features=8, skips=skips),
+                 pretraining(f"width32{name}", "a", size, minutes=10, features=32, skips=skips)]
     return runs
 
 

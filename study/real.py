@@ -119,7 +119,8 @@ def all_runs(size):
     """A pretraining, both tasks from scratch and from it, and a pretraining of the paper's form:
     without skips, and twice as wide in half as many steps."""
     long = size["real"]
-    shared = {"data": PREPARED, "patch_size": PATCH, "precision": "bf16", "log_every": long // 200}
+    shared = {"data": PREPARED, "patch_size": PATCH, "precision": "bf16", "log_every": long // 200,
+              "save_every": 100}
     pretrained = study.pretraining("real", "", size, minutes=32, steps=long, val_every=long // 10,
                                    preview=long, **shared)
     runs = [pretrained]
@@ -129,7 +130,8 @@ def all_runs(size):
                 for start in (None, pretrained):
                     run = study.finetuning(start, task, n, preset, "", size, minutes=16)
                     settings = {"task": os.path.join(study.WORK, f"{task}.yaml"), "data": PREPARED,
-                                "patch_size": PATCH, "precision": "bf16"}
+                                "patch_size": PATCH, "precision": "bf16",
+                                "scorers": 1, "save_every": 50}
                     runs.append(run._replace(settings=run.settings | settings))
     runs.append(study.pretraining("real-noskips", "", size, minutes=60, steps=long // 2,
                                   val_every=long // 20, features=2 * size["features"],

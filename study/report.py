@@ -145,6 +145,9 @@ COMPARISONS = [
                  with_start(name))
       for words, name in (("30 %", "mask30"), ("80 %", "mask80"), ("tokens of 2", "token2"),
                           ("tokens of 8", "token8"))),
+    *(Comparison("i", f"an encoder that stays as it is helps more if pretrained, {n} labelled "
+                 "scans", f"frozen-{with_start('base', n)}", f"frozen-{with_start('scratch', n)}")
+      for n in (5, 20)),
 ]
 
 
@@ -167,7 +170,7 @@ def errors(results):
 
 
 def claims(results):
-    """b to h: what each says, with its verdict and the command that runs it."""
+    """b to i: what each says, with its verdict and the command that runs it."""
     rows = []
     for claim, text, after, before in COMPARISONS:
         found = gain(results, after, before)
@@ -267,7 +270,7 @@ def main():
         "## a. Errors of hidden voxels, beside the best Gaussian fill", errors(results),
         "Rows named `real` are of real heads (study/real.py), the others of synthetic ones. "
         "`real-noskips` is twice as wide.",
-        "## b to h. Dice of lesions in synthetic heads", "Labelled scans have nearly one contrast, "
+        "## b to i. Dice of lesions in synthetic heads", "Labelled scans have nearly one contrast, "
         "as those of the paper's tasks. Where a claim names another task, no contrast is seen "
         "twice. Those of pretraining are with 5 labelled scans.", claims(results),
         "## b. What a pretrained start is worth", pooled(results), worth(results),

@@ -5,10 +5,10 @@
     python study/study.py --only b   # the runs of one claim
     python study/study.py --size gpu --device cuda
 
-Each run is one command of pretrain.py, finetune.py or study/moved.py, with everything it makes
-under study/work. What it found is kept as study/results/<name>.json, and report.py makes
-study/RESULTS.md of these. A run whose result is there is done; one that was cut off goes on from
-its last checkpoint. Another size has folders of its own, as study/work_gpu.
+Each run is one command of pretrain.py, finetune.py, study/frozen.py or study/moved.py, with
+everything it makes under study/work. What it found is kept as study/results/<name>.json, and
+report.py makes study/RESULTS.md of these. A run whose result is there is done; one that was cut off
+goes on from its last checkpoint. Another size has folders of its own, as study/work_gpu.
 """
 
 import argparse
@@ -69,8 +69,8 @@ def pretraining(name, claims, size, minutes=3.5, part=4, **changes):
     return Run(f"pretrain-{name}", claims, "pretrain.py", settings | changes, minutes)
 
 
-def finetuning(start, task, n_train, preset, claims, size, minutes=6.5):
-    """Six folds. start: a pretraining, or None for scratch."""
+def finetuning(start, task, n_train, preset, claims, size, minutes=6.5, frozen=False):
+    """Six folds. start: a pretraining, or None for scratch. frozen: the encoder does not learn."""
     scans = "alike" if task == TASK else "unlike"
     settings = {
         "task": os.path.join(HERE, f"{task}.yaml"), "data": os.path.join(DATA, scans),
@@ -84,12 +84,14 @@ def finetuning(start, task, n_train, preset, claims, size, minutes=6.5):
         word = start.name.removeprefix("pretrain-")
         settings |= {"ckpt": os.path.join(WORK, start.name, "last.pt")}
     name = f"{task}-{n_train}-{preset}-{word}"
+    if frozen:
+        return Run(f"frozen-{name}", claims, "study/frozen.py", settings, minutes, start)
     return Run(name, claims, "finetune.py", settings, minutes, start)
 
 
 def all_runs(size):
     """The runs of all claims, those that say most first."""
-    base = pretraining("base", "abcg", size, minutes=13, part=1)
+    base = pretraining("base", "abcgi", size, minutes=13, part=1)
     runs = [base]
 
     # b: label efficiency, with the augmentation of the paper's finetuning.
@@ -98,6 +100,10 @@ def all_runs(size):
                 for start in (None, base)]
 
     runs += efficiency("spatial")
+
+    # i: what the encoder knows before it sees a label.
+    runs += [finetuning(start, TASK, n, "spatial", "i", size, frozen=True) for n in (5, 20)
+             for start in (None, base)]
 
     # What pretraining varies, in a quarter of its length. c: the length. d, e, f, h: decoder,
     # skips, augmentation, mask.

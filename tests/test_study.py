@@ -13,9 +13,12 @@ from runs import words_of
 
 import compare
 import config
+import models
+import training
 
 sys.path.insert(0, str(ROOT / "study"))
 import cohort  # noqa: E402
+import frozen  # noqa: E402
 import report  # noqa: E402
 
 import phantom  # noqa: E402
@@ -29,11 +32,20 @@ def test_every_run_is_a_command_that_is_understood(size):
     assert len(names) == len(set(names)) > 40
     for run in planned:
         assert not run.needs or run.needs.name in names[:names.index(run.name)], "in order"
-        assert set(run.claims) <= set("abcdefgh") and (run.claims or run.script == "finetune.py")
-        module = importlib.import_module(run.script.removesuffix(".py").replace("study/", ""))
+        assert set(run.claims) <= set("abcdefghi") and (run.claims or run.script == "finetune.py")
+        script = run.script.replace("study/frozen", "finetune")  # it takes the same options
+        module = importlib.import_module(script.removesuffix(".py").replace("study/", ""))
         if hasattr(module, "Config"):
             config.parse_config(module.Config, words_of(run.settings))
-    assert set("".join(run.claims for run in planned)) == set("abcdefgh")
+    assert set("".join(run.claims for run in planned)) == set("abcdefghi")
+
+
+def test_a_frozen_encoder_is_not_in_the_optimizer():
+    model = models.build_model("unet_demo", "segment", features=2)
+    optimizer = frozen.of_the_decoder(training.adamw)(model, 1e-3, 0.1, 1e-8, False)
+    learns = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    assert learns == {id(weight) for weight in model.pred_head.parameters()}
+    assert not learns & {id(weight) for weight in model.encoder.parameters()}
 
 
 def test_dry_lists_what_is_left():

@@ -33,12 +33,12 @@ WORK = os.path.join(HERE, "work")
 RESULTS = os.path.join(HERE, "results")
 DATA = os.path.join(HERE, "data")
 
-# What the size changes. `tuning`: steps of finetuning. `real`: of pretraining on real heads.
+# What the size changes. `tuning`: steps of finetuning.
 SIZES = {
     "cpu": {"features": 16, "batch": 2, "lr": 1e-3, "precision": "fp32", "steps": 3200,
-            "tuning": 200, "real": 6000},
+            "tuning": 200},
     "gpu": {"features": 32, "batch": 8, "lr": 1e-3, "precision": "bf16", "steps": 6000,
-            "tuning": 400, "real": 15000},
+            "tuning": 400},
 }
 LABELS = (3, 5, 10, 20)  # labelled scans to train on
 FOLDS = 6

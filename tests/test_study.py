@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import nibabel as nib
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -19,6 +20,7 @@ import training
 sys.path.insert(0, str(ROOT / "study"))
 import cohort  # noqa: E402
 import frozen  # noqa: E402
+import real  # noqa: E402
 import report  # noqa: E402
 
 import phantom  # noqa: E402
@@ -156,6 +158,23 @@ def test_real_heads_have_a_table_of_their_own():
     row = report.real_heads(results).splitlines()[-1]
     assert row.startswith("| deep | 5 | all | ") and row.endswith(" | seen |")
     assert report.real_heads({}) == "Not run yet."
+
+
+def test_a_coarse_scan_has_the_means_of_blocks(tmp_path, monkeypatch):
+    """A label map has the task's values where they fill half of a block."""
+    monkeypatch.setattr(real, "RAW", str(tmp_path / "coarse"))
+    (tmp_path / "coarse").mkdir()
+    values = np.zeros((9, 4, 4), np.int16)
+    values[:4] = 100
+    values[4:6], values[6:] = 2, 7
+    affine = np.diag([-1, 1, 1, 1])
+    for name in ("scan", "label"):
+        nib.Nifti1Image(values, affine).to_filename(tmp_path / f"{name}.nii.gz")
+    scan = nib.load(real.coarse(str(tmp_path / "scan.nii.gz")))
+    assert np.asarray(scan.dataobj).ravel().tolist() == [100, 4.5], "the ninth voxel is left out"
+    assert (scan.affine == affine).all()
+    label = nib.load(real.coarse(str(tmp_path / "label.nii.gz"), (2, 3)))
+    assert np.asarray(label.dataobj).ravel().tolist() == [0, 1]
 
 
 def test_every_comparison_is_of_planned_runs():

@@ -262,9 +262,14 @@ def study_labels(plt, folder):
     """Dice over the number of labelled scans, from scratch and pretrained: means over six folds,
     in bands of one standard error of the folds."""
     results = study_results(folder)
-    presets = ("spatial", "all")
-    figure, axes = plt.subplots(1, len(presets), figsize=(9, 3.6), sharey=True)
-    for axis, preset in zip(axes, presets, strict=True):
+    presets = [preset for preset in ("spatial", "all")
+               if any(name.startswith(report.with_start("", n, preset)) for name in results
+                      for n in report.LABELS)]
+    if not presets:
+        raise UserError(f"{folder} holds no result of claim b")
+    figure, axes = plt.subplots(1, len(presets), figsize=(1 + 4 * len(presets), 3.6), sharey=True,
+                                squeeze=False)
+    for axis, preset in zip(axes[0], presets, strict=True):
         for start, title in (("scratch", "from scratch"), ("base", "pretrained")):
             points = []
             for n in report.LABELS:
@@ -281,9 +286,8 @@ def study_labels(plt, folder):
         axis.minorticks_off()
         axis.set_xlabel("labelled scans")
         axis.set_title(f"{preset} augmentation", fontsize=9)
-        if axis.lines:  # those of a preset may not be run yet
-            axis.legend(fontsize=8)
-    axes[0].set_ylabel("Dice of lesions, %")
+        axis.legend(fontsize=8)
+    axes[0, 0].set_ylabel("Dice of lesions, %")
     return figure
 
 

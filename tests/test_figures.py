@@ -107,3 +107,23 @@ def test_invariance_of_random_and_of_pretrained_weights(run, prepared, monkeypat
     values = np.array([trained[1:], untrained[1:]], float)
     assert (np.abs(values) <= 1).all()
     assert (values[:, header[1:].index("noise")] > values[:, 0]).all()
+
+
+def test_the_curve_over_labels_has_a_part_for_each_augmentation_that_was_run(tmp_path, monkeypatch):
+    """A study that is not complete has no empty picture."""
+    image = pytest.importorskip("matplotlib.image")
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "pretrain-base.json").write_text("{}")
+    with pytest.raises(SystemExit, match="holds no result of claim b"):
+        draw(monkeypatch, "study_labels", folder)
+
+    widths = []
+    for preset in ("spatial", "all"):
+        for n in (3, 5):
+            dice = {str(fold): {"case": {"lesion": 0.5 + fold / 10}} for fold in range(3)}
+            result = {"dice": dice}
+            (folder / f"lesion-{n}-{preset}-scratch.json").write_text(json.dumps(result))
+        draw(monkeypatch, "study_labels", folder)
+        widths.append(image.imread(folder / "study_labels.png").shape[1])
+    assert widths[1] > 1.5 * widths[0]

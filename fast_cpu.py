@@ -46,7 +46,11 @@ def quick_format(x):
 
 def convolve(conv, x):
     """conv(x), by oneDNN also if x is one small volume in float32. With one thread, torch itself
-    takes a slow path there (ConvParams::use_mkldnn), up to 19 times as long."""
+    takes a slow path there (ConvParams::use_mkldnn), up to 19 times as long.
+
+    torch.compile cannot trace oneDNN's function, so compiled networks convolve as torch chooses."""
+    if torch.compiler.is_compiling():
+        return conv(x)
     one = len(x) == 1 and x.dtype == conv.weight.dtype == torch.float32
     if not one or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
         return conv(x)

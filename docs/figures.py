@@ -263,8 +263,8 @@ def study_labels(plt, folder):
     in bands of one standard error of the folds."""
     results = study_results(folder)
     presets = [preset for preset in ("spatial", "all")
-               if any(name.startswith(report.with_start("", n, preset)) for name in results
-                      for n in report.LABELS)]
+               if any(report.with_start(start, n, preset) in results
+                      for start in ("scratch", "base") for n in report.LABELS)]
     if not presets:
         raise UserError(f"{folder} holds no result of claim b")
     figure, axes = plt.subplots(1, len(presets), figsize=(1 + 4 * len(presets), 3.6), sharey=True,

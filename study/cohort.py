@@ -5,7 +5,7 @@
 The intensities of the tissues are drawn anew for each scan: no contrast is seen twice. A lesion is
 as bright as something between cortex and white matter, so that its place and texture decide. At
 the borders of tissues a voxel is a mixture of both. There are 300 unlabelled and 120 labelled
-heads, all from seeds. Label values: 0 the rest, 1 white matter, 2 ventricles, 3 lesion.
+heads, all from seeds. Label values: 0 the rest, 1 white matter, 2 cortex, 3 lesion.
 
 A head is 30 mm long, so that all of it fits into a patch of 32 voxels of 1 mm: a step sees whole
 heads, and evaluating one takes one window. So few steps are enough for networks that small.

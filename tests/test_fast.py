@@ -240,9 +240,7 @@ def test_quicken_takes_the_file_of_the_device(monkeypatch):
 
 def test_one_small_volume_takes_no_slow_path():
     """One thread of torch convolves one volume of few voxels by slow_conv3d, which takes 19 times
-    as long as oneDNN."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as torchrun sets it
+    as long as oneDNN. All tests have one thread, as torchrun sets it."""
     model = models.build_model("unet_demo", "segment", features=4)
     x = torch.rand(1, 1, 32, 32, 32)
 
@@ -254,7 +252,6 @@ def test_one_small_volume_takes_no_slow_path():
 
     assert [3, 3, 3] in slow_kernels(model), "torch has mended it: fast_cpu.convolve can go"
     assert [3, 3, 3] not in slow_kernels(devices.quicken(model, "cpu"))
-    torch.set_num_threads(threads)
 
 
 def test_who_convolves_contiguous_volumes_on_cuda(monkeypatch):

@@ -270,7 +270,8 @@ def study_labels(plt, folder):
     figure, axes = plt.subplots(1, len(presets), figsize=(1 + 4 * len(presets), 3.6), sharey=True,
                                 squeeze=False)
     for axis, preset in zip(axes[0], presets, strict=True):
-        for start, title in (("scratch", "from scratch"), ("base", "pretrained")):
+        for start, title in (("scratch", "from scratch"), ("base", "pretrained with skips"),
+                             ("base-noskips", "pretrained without skips")):
             points = []
             for n in report.LABELS:
                 name = report.with_start(start, n, preset)

@@ -21,6 +21,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -47,15 +48,20 @@ PATCH = 48  # coarse voxels: a whole brain
 # Second scans of a person: they stay on its side of the split.
 SAME_PERSON = {"1023": "1003", "1024": "1004", "1025": "1005", "1038": "1018", "1039": "1019"}
 
-# Label values of each task: the manual regions, right and left, as one class; and all of a tumour.
-FOREGROUND = {"deep": (59, 60,  # thalamus
-                       36, 37,  # caudate
-                       57, 58,  # putamen
-                       47, 48,  # hippocampus
-                       31, 32),  # amygdala
-              "tumour": (1, 2, 4)}
-COHORTS = {"deep": "oasis", "tumour": "gliomas"}
-SEQUENCES = {"deep": "T1", "tumour": "FLAIR"}
+
+class Task(NamedTuple):
+    """A task on real heads: one class, beside the background."""
+    cohort: str
+    sequence: str
+    foreground: tuple  # its label values
+
+
+TASKS = {"deep": Task("oasis", "T1", (59, 60,  # thalamus, right and left
+                                      36, 37,  # caudate
+                                      57, 58,  # putamen
+                                      47, 48,  # hippocampus
+                                      31, 32)),  # amygdala
+         "tumour": Task("gliomas", "FLAIR", (1, 2, 4))}  # all of a tumour
 
 
 # ------------------------------------------------------------------------------------- the cohorts
@@ -119,8 +125,8 @@ def coarse(path, foreground=None):
 
 def prepare(task, cases, test):
     """Coarse copies of a cohort, its manifest, and prepare it."""
-    name = COHORTS[task]
-    path = os.path.join(study.WORK, f"{name}.csv")
+    cohort, _, foreground = TASKS[task]
+    path = os.path.join(study.WORK, f"{cohort}.csv")
     os.makedirs(study.WORK, exist_ok=True)
     os.makedirs(RAW, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -130,38 +136,47 @@ def prepare(task, cases, test):
             split = "test" if person in test else "train"
             for session, sequence, scan, label in scans:
                 writer.writerow([coarse(scan), person, session, sequence,
-                                 coarse(label, FOREGROUND[task]), split])
+                                 coarse(label, foreground), split])
     subprocess.run([sys.executable, os.path.join(ROOT, "prepare_data.py"), "--source", "manifest",
-                    "--input", path, "--out", PREPARED, "--name", name, "--workers", "2"],
+                    "--input", path, "--out", PREPARED, "--name", cohort, "--workers", "2"],
                    check=True)
 
 
 def write_tasks():
     """deep.yaml and tumour.yaml, in study/work."""
-    for name, sequence in SEQUENCES.items():
-        task = {"data": PREPARED, "source": COHORTS[name], "sequences": [sequence],
-                "classes": ["background", name], "labels": {0: 0, 1: 1},
-                "n_train": 5, "folds": study.FOLDS, "evaluate": "test"}
-        checkpoint.write_text(os.path.join(study.WORK, f"{name}.yaml"), yaml.safe_dump(task))
+    for name, task in TASKS.items():
+        written = {"data": PREPARED, "source": task.cohort, "sequences": [task.sequence],
+                   "classes": ["background", name], "labels": {0: 0, 1: 1},
+                   "n_train": 5, "folds": study.FOLDS, "evaluate": "test"}
+        checkpoint.write_text(os.path.join(study.WORK, f"{name}.yaml"), yaml.safe_dump(written))
 
 
 # ---------------------------------------------------------------------------------------- the runs
 def all_runs(size):
-    """A pretraining, both tasks from scratch and from it, and a pretraining of the paper's form:
-    without skips, and twice as wide in half as many steps."""
+    """Two pretrainings, and both tasks from scratch and from these; at last a pretraining of the
+    paper's form, without skips, twice as wide in half as many steps."""
     shared = {"data": PREPARED, "patch_size": PATCH, "precision": "bf16"}
     pretrained = study.pretraining("real", "", size, minutes=22, part=1, preview=size["steps"],
                                    **shared)
-    runs = [pretrained]
-    for preset in ("spatial", "all"):
-        for n in (5, 10, 3):
-            for task in ("tumour", "deep"):
-                for start in (None, pretrained):
-                    run = study.finetuning(start, task, n, preset, "", size, minutes=13)
-                    settings = shared | {"task": os.path.join(study.WORK, f"{task}.yaml")}
-                    runs.append(run._replace(settings=run.settings | settings))
-    runs.append(study.pretraining("real-noskips", "", size, minutes=25, part=2,
+    without = study.pretraining("real-noskips", "", size, minutes=18, part=1, skips="false",
+                                preview=size["steps"], **shared)
+
+    def finetunings(n, preset, starts):
+        runs = []
+        for task in TASKS:
+            for start in starts:
+                run = study.finetuning(start, task, n, preset, "", size, minutes=13)
+                settings = shared | {"task": os.path.join(study.WORK, f"{task}.yaml")}
+                runs.append(run._replace(settings=run.settings | settings))
+        return runs
+
+    runs = [pretrained, without, *finetunings(5, "spatial", (None, pretrained, without))]
+    for n in (10, 3):
+        runs += finetunings(n, "spatial", (None, pretrained))
+    runs.append(study.pretraining("real-wide-noskips", "", size, minutes=25, part=2,
                                   features=2 * size["features"], skips="false", **shared))
+    for n in (5, 10, 3):
+        runs += finetunings(n, "all", (None, pretrained))
     return runs
 
 
@@ -204,7 +219,7 @@ def main():
     write_tasks()
     chosen = [run for run in runs if run.name.startswith(options.only)]
     study.work_off(study.with_needs(chosen), options.jobs, options.device)
-    for name in ("pretrain-real", "pretrain-real-noskips"):
+    for name in ("pretrain-real", "pretrain-real-noskips", "pretrain-real-wide-noskips"):
         if os.path.exists(os.path.join(study.WORK, name, "last.pt")):
             picture(name)
 

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -123,6 +124,9 @@ COMPARISONS = [
     *(Comparison("b", f"pretraining helps with {n} labelled scans, {preset} augmentation",
                  with_start("base", n, preset), with_start("scratch", n, preset))
       for preset in ("spatial", "all") for n in LABELS),
+    *(Comparison("b", f"pretraining without skips helps with {n} labelled scans, spatial "
+                 "augmentation", with_start("base-noskips", n), with_start("scratch", n))
+      for n in LABELS),
     *(Comparison("b", f"pretraining helps with 5 labelled scans: {task}",
                  f"{task}-5-spatial-base", f"{task}-5-spatial-scratch")
       for task in ("white", "cortex")),
@@ -133,21 +137,25 @@ COMPARISONS = [
                with_start("standard")),
     Comparison("e", "pretraining without skips is better", with_start("noskips"),
                with_start("quarter")),
+    Comparison("e", "the longest pretraining without skips is better than with them",
+               with_start("base-noskips"), with_start("base")),
     Comparison("f", "all augmentations in pretraining are better than none", with_start("quarter"),
                with_start("augment-none")),
     Comparison("f", "all augmentations are better than the spatial ones", with_start("quarter"),
                with_start("augment-spatial")),
     Comparison("f", "the clean target is better than the augmented one", with_start("quarter"),
                with_start("augmented-target")),
-    Comparison("g", "pretraining helps on another grid and other contrasts",
-               f"moved-{with_start('base')}", f"moved-{with_start('scratch')}"),
+    *(Comparison("g", f"pretraining {words}helps on another grid and other contrasts",
+                 f"moved-{with_start(start)}", f"moved-{with_start('scratch')}")
+      for words, start in (("", "base"), ("without skips ", "base-noskips"))),
     *(Comparison("h", f"60 % in tokens of 4 are better than {words}", with_start("quarter"),
                  with_start(name))
       for words, name in (("30 %", "mask30"), ("80 %", "mask80"), ("tokens of 2", "token2"),
                           ("tokens of 8", "token8"))),
-    *(Comparison("i", f"an encoder that stays as it is helps more if pretrained, {n} labelled "
-                 "scans", f"frozen-{with_start('base', n)}", f"frozen-{with_start('scratch', n)}")
-      for n in (5, 20)),
+    *(Comparison("i", f"an encoder that stays as it is helps more if pretrained{words}, {n} "
+                 "labelled scans", f"frozen-{with_start(start, n)}",
+                 f"frozen-{with_start('scratch', n)}")
+      for words, start in (("", "base"), (" without skips", "base-noskips")) for n in (5, 20)),
 ]
 
 
@@ -185,48 +193,74 @@ def claims(results):
 def real_heads(results):
     """Gains on real heads (study/real.py): deep regions in T1, whole tumours in FLAIR."""
     rows = []
-    for task in ("tumour", "deep"):
-        for preset in ("spatial", "all"):
-            for n in LABELS:
-                before, after = (f"{task}-{n}-{preset}-{start}" for start in ("scratch", "real"))
-                found = gain(results, after, before)
-                if found:
-                    means = [f"{fold_means(results[name]).mean():.2f}" for name in (before, after)]
-                    rows.append([task, n, preset, *means, *cells(found)])
+    for task, preset, n, start in itertools.product(("tumour", "deep"), ("spatial", "all"), LABELS,
+                                                    ("real", "real-noskips")):
+        before, after = (f"{task}-{n}-{preset}-{word}" for word in ("scratch", start))
+        found = gain(results, after, before)
+        if found:
+            skips = "no" if "noskips" in start else "yes"
+            means = [f"{fold_means(results[name]).mean():.2f}" for name in (before, after)]
+            rows.append([task, n, preset, skips, *means, *cells(found)])
     if not rows:
         return "Not run yet."
-    return table(["task", "labelled", "augmentation", "from scratch", "pretrained", "gain",
+    return table(["task", "labelled", "augmentation", "skips", "from scratch", "pretrained", "gain",
                   "95 % interval", "could find", "pretraining helps"], rows)
+
+
+# Claim b has a curve over the labelled scans for each of these: its words, start and augmentation.
+CURVES = (("spatial augmentation", "base", "spatial"),
+          ("spatial augmentation, pretrained without skips", "base-noskips", "spatial"),
+          ("all augmentation", "base", "all"))
 
 
 def pooled(results):
     """b: the gain of pretraining, the mean over the numbers of labelled scans, in one line each."""
     lines = []
-    for preset in ("spatial", "all"):
-        differences = []
-        for n in LABELS:
-            found = differences_of(results, *(with_start(start, n, preset)
-                                              for start in ("base", "scratch")))
-            if found is not None:
-                differences.append(found)
-        if len(differences) < 2:
-            continue
-        # The training sets of a fold are nested: the folds alone are drawn independently.
-        means = np.mean(differences, 0)
-        found = compare.over_folds(means, np.arange(len(means)))
-        size, interval, smallest, word = cells(found)
-        lines.append(f"* {preset} augmentation, mean over {len(differences)} numbers of labelled "
-                     f"scans: {size} ({interval}; could find {smallest}): {word}.")
+    for words, start, preset in CURVES:
+        differences = gains_that_are_there(
+            results, ((with_start(start, n, preset), with_start("scratch", n, preset))
+                      for n in LABELS))
+        if len(differences) > 1:
+            lines.append(f"* {words}, mean over {len(differences)} numbers of labelled scans: "
+                         f"{mean_of(differences)}")
     return "\n".join(lines) or "Not all runs of b are done yet."
+
+
+def over_pretrainings(results):
+    """b: the gain of any pretraining with 5 labelled scans. No single one is picked."""
+    starts = [name.removeprefix("pretrain-") for name in results if name.startswith("pretrain-")]
+    differences = gains_that_are_there(
+        results, ((with_start(start), with_start("scratch")) for start in starts))
+    if len(differences) < 2:
+        return "Not all pretrainings are done yet."
+    better = sum(found.mean() > 0 for found in differences)
+    return (f"* 5 labelled scans, spatial augmentation, mean over {len(differences)} pretrainings, "
+            f"of which {better} point up: {mean_of(differences)}")
+
+
+def gains_that_are_there(results, pairs):
+    """The gains in each fold of those pairs of runs, (after, before), of which both are done."""
+    found = [differences_of(results, after, before) for after, before in pairs]
+    return [differences for differences in found if differences is not None]
+
+
+def mean_of(differences):
+    """The mean over several comparisons, with its interval and verdict, in words.
+
+    They share their folds: the training sets are the same, or nested. So the folds alone are drawn
+    independently."""
+    means = np.mean(differences, 0)
+    size, interval, smallest, word = cells(compare.over_folds(means, np.arange(len(means))))
+    return f"{size} ({interval}; could find {smallest}): {word}."
 
 
 def worth(results):
     """b: how many labelled scans from scratch score what a pretrained start has with n of them."""
     lines = []
-    for preset in ("spatial", "all"):
+    for words, start, preset in CURVES:
         curves = []
-        for start in ("scratch", "base"):
-            names = [with_start(start, n, preset) for n in LABELS]
+        for word in ("scratch", start):
+            names = [with_start(word, n, preset) for n in LABELS]
             if not set(names) <= set(results):
                 break
             curves.append([fold_means(results[name]).mean() for name in names])
@@ -234,7 +268,7 @@ def worth(results):
             continue
         scratch, pretrained = curves
         for n, score in zip(LABELS, pretrained, strict=True):
-            lines.append(f"* {preset} augmentation: pretrained with {n} as from scratch with "
+            lines.append(f"* {words}: {n} labelled scans, as from scratch with "
                          f"{labels_for(score, scratch)}.")
     note = ("Where the curve from scratch is flat, the steps of finetuning limit it, and these "
             "numbers say little.")
@@ -269,11 +303,12 @@ def main():
         f"took {hours:.1f} hours together.",
         "## a. Errors of hidden voxels, beside the best Gaussian fill", errors(results),
         "Rows named `real` are of real heads (study/real.py), the others of synthetic ones. "
-        "`real-noskips` is twice as wide.",
+        "`wide` is twice as wide.",
         "## b to i. Dice of lesions in synthetic heads", "Labelled scans have nearly one contrast, "
         "as those of the paper's tasks. Where a claim names another task, no contrast is seen "
         "twice. Those of pretraining are with 5 labelled scans.", claims(results),
-        "## b. What a pretrained start is worth", pooled(results), worth(results),
+        "## b. What a pretrained start is worth", pooled(results), over_pretrainings(results),
+        worth(results),
         "## Real heads in voxels of 4 mm: Dice %",
         "`python study/real.py --oasis FOLDER --gliomas FOLDER`; ten "
         "people, two of them in two scans, and eight patients are tested. No network has seen "

@@ -91,19 +91,20 @@ def finetuning(start, task, n_train, preset, claims, size, minutes=6.5, frozen=F
 
 def all_runs(size):
     """The runs of all claims, those that say most first."""
-    base = pretraining("base", "abcgi", size, minutes=13, part=1)
-    runs = [base]
+    base = pretraining("base", "abcegi", size, minutes=13, part=1)
+    without = pretraining("base-noskips", "abegi", size, minutes=9, part=1, skips="false")
+    runs = [base, without]
 
     # b: label efficiency, with the augmentation of the paper's finetuning.
-    def efficiency(preset):
-        return [finetuning(start, TASK, n, preset, "bcg", size) for n in (5, 20, 3, 10)
-                for start in (None, base)]
+    def efficiency(preset, starts):
+        return [finetuning(start, TASK, n, preset, "bceg", size) for n in (5, 20, 3, 10)
+                for start in starts]
 
-    runs += efficiency("spatial")
+    runs += efficiency("spatial", (None, base, without))
 
     # i: what the encoder knows before it sees a label.
     runs += [finetuning(start, TASK, n, "spatial", "i", size, frozen=True) for n in (5, 20)
-             for start in (None, base)]
+             for start in (None, base, without)]
 
     # What pretraining varies, in a quarter of its length. c: the length. d, e, f, h: decoder,
     # skips, augmentation, mask.
@@ -123,8 +124,8 @@ def all_runs(size):
         runs += [run, finetuning(run, TASK, 5, "spatial", run.claims.strip("a"), size)]
 
     # g: what the networks of b do on other scans.
-    for start in (None, base):
-        tuned = finetuning(start, TASK, 5, "spatial", "bcg", size)
+    for start in (None, base, without):
+        tuned = finetuning(start, TASK, 5, "spatial", "bceg", size)
         settings = {"run": os.path.join(WORK, tuned.name), "data": os.path.join(DATA, "elsewhere")}
         runs.append(Run(f"moved-{tuned.name}", "g", "study/moved.py", settings, 1, tuned))
 
@@ -132,7 +133,7 @@ def all_runs(size):
     for task in ("white", "cortex"):
         for start in (None, base):
             runs.append(finetuning(start, task, 5, "spatial", "b", size))
-    runs += efficiency("all")
+    runs += efficiency("all", (None, base))
 
     # a: other widths.
     for skips in ("true", "false"):

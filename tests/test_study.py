@@ -131,7 +131,8 @@ def test_the_table_of_claims_says_what_the_results_say():
 
     def rows():
         cells = [line.strip("| ").split(" | ") for line in report.claims(results).splitlines()]
-        return [row for row in cells if "helps with 5 labelled scans, spatial" in row[1]]
+        return [row for row in cells if row[1].startswith("pretraining helps with 5 labelled "
+                                                          "scans, spatial")]
 
     row, = rows()
     assert float(row[2]) == pytest.approx(50, abs=0.5) and float(row[4]) == pytest.approx(10, abs=1)
@@ -156,7 +157,7 @@ def test_real_heads_have_a_table_of_their_own():
     rng = np.random.default_rng(2)
     results = {"deep-5-all-scratch": made_up(0.3, rng), "deep-5-all-real": made_up(0.4, rng)}
     row = report.real_heads(results).splitlines()[-1]
-    assert row.startswith("| deep | 5 | all | ") and row.endswith(" | seen |")
+    assert row.startswith("| deep | 5 | all | yes | ") and row.endswith(" | seen |")
     assert report.real_heads({}) == "Not run yet."
 
 
@@ -195,7 +196,7 @@ def test_what_a_start_is_worth_is_read_off_the_curve_of_scratch():
     for n, level in zip(report.LABELS, scratch, strict=True):
         for start, more in (("scratch", 0), ("base", 10)):
             results[f"lesion-{n}-spatial-{start}"] = made_up((level + more) / 100, rng)
-    assert "spatial augmentation: pretrained with 20 as from scratch with more than 20" in (
+    assert "spatial augmentation: 20 labelled scans, as from scratch with more than 20" in (
         report.worth(results))
     assert "all augmentation" not in report.worth(results)
 
@@ -204,6 +205,19 @@ def test_what_a_start_is_worth_is_read_off_the_curve_of_scratch():
     found = float(line.split("labelled scans: ")[1].split(" ")[0])
     assert found == pytest.approx(10, abs=0.5) and line.endswith(": seen.")
     assert "mean over 4 numbers" in line
+
+
+def test_no_single_pretraining_is_picked():
+    """The gain over all of them, in a line that says how many point up."""
+    rng = np.random.default_rng(3)
+    levels = {"scratch": 0.5, "base": 0.6, "noskips": 0.62, "mask30": 0.46}
+    results = {f"lesion-5-spatial-{start}": made_up(level, rng) for start, level in levels.items()}
+    results |= {f"pretrain-{start}": {} for start in (*levels, "width8") if start != "scratch"}
+    line = report.over_pretrainings(results)
+    assert "mean over 3 pretrainings, of which 2 point up" in line, "width8 was not finetuned"
+    found = float(line.split("point up: ")[1].split(" ")[0])
+    assert found == pytest.approx(6, abs=0.5) and line.endswith(": seen.")
+    assert report.over_pretrainings({}) == "Not all pretrainings are done yet."
 
 
 def test_a_start_whose_networks_are_gone_is_made_again(tmp_path, monkeypatch):

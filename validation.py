@@ -120,10 +120,14 @@ def weights_grown(model):
     ratios = []
     for name, block in model.named_modules():
         if name.startswith("encoder.") and isinstance(block, models.ConvNormAct):
-            weight = block.conv.weight
-            new = 1 / math.sqrt(3 * weight[0].numel())  # root of the mean square, as torch draws it
-            ratios.append(weight.double().square().mean().sqrt().item() / new)
+            ratios.append(growth_of(block.conv.weight))
     return {"weights": max(ratios)} if ratios else {}
+
+
+def growth_of(weight):
+    """How many times as large as new ones the weights (out, in, k, k, k) of a convolution are."""
+    new = 1 / math.sqrt(3 * weight[0].numel())  # root of the mean square, as torch draws it
+    return weight.double().square().mean().sqrt().item() / new
 
 
 def verdict(look):

@@ -156,6 +156,12 @@ COMPARISONS = [
                  "labelled scans", f"frozen-{with_start(start, n)}",
                  f"frozen-{with_start('scratch', n)}")
       for words, start in (("", "base"), (" without skips", "base-noskips")) for n in (5, 20)),
+    *(Comparison("j", f"a pretrained encoder{words} is better if scaled to the size of a new one, "
+                 f"{n} labelled scans", f"scaled-{with_start(start, n)}", with_start(start, n))
+      for words, start in (("", "base"), (" without skips", "base-noskips")) for n in (5, 20)),
+    *(Comparison("j", f"pretraining{words} helps if the encoder is scaled, {n} labelled scans",
+                 f"scaled-{with_start(start, n)}", with_start("scratch", n))
+      for words, start in (("", "base"), (" without skips", "base-noskips")) for n in (5, 20)),
 ]
 
 
@@ -178,7 +184,7 @@ def errors(results):
 
 
 def claims(results):
-    """b to i: what each says, with its verdict and the command that runs it."""
+    """b to j: what each says, with its verdict and the command that runs it."""
     rows = []
     for claim, text, after, before in COMPARISONS:
         found = gain(results, after, before)
@@ -304,7 +310,7 @@ def main():
         "## a. Errors of hidden voxels, beside the best Gaussian fill", errors(results),
         "Rows named `real` are of real heads (study/real.py), the others of synthetic ones. "
         "`wide` is twice as wide.",
-        "## b to i. Dice of lesions in synthetic heads", "Labelled scans have nearly one contrast, "
+        "## b to j. Dice of lesions in synthetic heads", "Labelled scans have nearly one contrast, "
         "as those of the paper's tasks. Where a claim names another task, no contrast is seen "
         "twice. Those of pretraining are with 5 labelled scans.", claims(results),
         "## b. What a pretrained start is worth", pooled(results), over_pretrainings(results),

@@ -5,8 +5,8 @@
     python study/study.py --only b   # the runs of one claim
     python study/study.py --size gpu --device cuda
 
-Each run is one command of pretrain.py, finetune.py, study/frozen.py or study/moved.py, with
-everything it makes under study/work. What it found is kept as study/results/<name>.json, and
+Each run is one command: pretrain.py, finetune.py, or in this folder frozen.py, scaled.py, moved.py.
+Everything it makes lies under study/work. What it found is kept as study/results/<name>.json, and
 report.py makes study/RESULTS.md of these. A run whose result is there is done; one that was cut off
 goes on from its last checkpoint. Another size has folders of its own, as study/work_gpu.
 """
@@ -69,8 +69,9 @@ def pretraining(name, claims, size, minutes=3.5, part=4, **changes):
     return Run(f"pretrain-{name}", claims, "pretrain.py", settings | changes, minutes)
 
 
-def finetuning(start, task, n_train, preset, claims, size, minutes=6.5, frozen=False):
-    """Six folds. start: a pretraining, or None for scratch. frozen: the encoder does not learn."""
+def finetuning(start, task, n_train, preset, claims, size, minutes=6.5, form=""):
+    """Six folds. start: a pretraining, or None for scratch. form: "", or how the encoder is
+    treated: frozen (study/frozen.py) or scaled (study/scaled.py)."""
     scans = "alike" if task == TASK else "unlike"
     settings = {
         "task": os.path.join(HERE, f"{task}.yaml"), "data": os.path.join(DATA, scans),
@@ -84,27 +85,31 @@ def finetuning(start, task, n_train, preset, claims, size, minutes=6.5, frozen=F
         word = start.name.removeprefix("pretrain-")
         settings |= {"ckpt": os.path.join(WORK, start.name, "last.pt")}
     name = f"{task}-{n_train}-{preset}-{word}"
-    if frozen:
-        return Run(f"frozen-{name}", claims, "study/frozen.py", settings, minutes, start)
+    if form:
+        return Run(f"{form}-{name}", claims, f"study/{form}.py", settings, minutes, start)
     return Run(name, claims, "finetune.py", settings, minutes, start)
 
 
 def all_runs(size):
     """The runs of all claims, those that say most first."""
-    base = pretraining("base", "abcegi", size, minutes=13, part=1)
-    without = pretraining("base-noskips", "abegi", size, minutes=9, part=1, skips="false")
+    base = pretraining("base", "abcegij", size, minutes=13, part=1)
+    without = pretraining("base-noskips", "abegij", size, minutes=9, part=1, skips="false")
     runs = [base, without]
 
     # b: label efficiency, with the augmentation of the paper's finetuning.
     def efficiency(preset, starts):
-        return [finetuning(start, TASK, n, preset, "bceg", size) for n in (5, 20, 3, 10)
+        return [finetuning(start, TASK, n, preset, "bcegj", size) for n in (5, 20, 3, 10)
                 for start in starts]
 
     runs += efficiency("spatial", (None, base, without))
 
     # i: what the encoder knows before it sees a label.
-    runs += [finetuning(start, TASK, n, "spatial", "i", size, frozen=True) for n in (5, 20)
+    runs += [finetuning(start, TASK, n, "spatial", "i", size, form="frozen") for n in (5, 20)
              for start in (None, base, without)]
+
+    # j: what it costs that weights grow in pretraining.
+    runs += [finetuning(start, TASK, n, "spatial", "j", size, form="scaled") for n in (5, 20)
+             for start in (without, base)]
 
     # What pretraining varies, in a quarter of its length. c: the length. d, e, f, h: decoder,
     # skips, augmentation, mask.
@@ -125,7 +130,7 @@ def all_runs(size):
 
     # g: what the networks of b do on other scans.
     for start in (None, base, without):
-        tuned = finetuning(start, TASK, 5, "spatial", "bceg", size)
+        tuned = finetuning(start, TASK, 5, "spatial", "bcegj", size)
         settings = {"run": os.path.join(WORK, tuned.name), "data": os.path.join(DATA, "elsewhere")}
         runs.append(Run(f"moved-{tuned.name}", "g", "study/moved.py", settings, 1, tuned))
 

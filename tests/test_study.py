@@ -9,6 +9,7 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from runs import words_of
 
@@ -16,12 +17,14 @@ import compare
 import config
 import models
 import training
+import validation
 
 sys.path.insert(0, str(ROOT / "study"))
 import cohort  # noqa: E402
 import frozen  # noqa: E402
 import real  # noqa: E402
 import report  # noqa: E402
+import scaled  # noqa: E402
 
 import phantom  # noqa: E402
 import study  # noqa: E402
@@ -34,12 +37,14 @@ def test_every_run_is_a_command_that_is_understood(size):
     assert len(names) == len(set(names)) > 40
     for run in planned:
         assert not run.needs or run.needs.name in names[:names.index(run.name)], "in order"
-        assert set(run.claims) <= set("abcdefghi") and (run.claims or run.script == "finetune.py")
-        script = run.script.replace("study/frozen", "finetune")  # it takes the same options
+        assert set(run.claims) <= set("abcdefghij") and (run.claims or run.script == "finetune.py")
+        script = run.script
+        if script in ("study/frozen.py", "study/scaled.py"):
+            script = "finetune.py"  # they take the same options
         module = importlib.import_module(script.removesuffix(".py").replace("study/", ""))
         if hasattr(module, "Config"):
             config.parse_config(module.Config, words_of(run.settings))
-    assert set("".join(run.claims for run in planned)) == set("abcdefghi")
+    assert set("".join(run.claims for run in planned)) == set("abcdefghij")
 
 
 def test_a_frozen_encoder_is_not_in_the_optimizer():
@@ -48,6 +53,22 @@ def test_a_frozen_encoder_is_not_in_the_optimizer():
     learns = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
     assert learns == {id(weight) for weight in model.pred_head.parameters()}
     assert not learns & {id(weight) for weight in model.encoder.parameters()}
+
+
+def test_a_scaled_encoder_is_the_same_function():
+    """Its weights have the size of new ones, and its output stays."""
+    torch.manual_seed(0)
+    model = models.build_model("unet_demo", "segment", features=4).eval()
+    image = torch.rand(1, 1, 32, 32, 32)
+    with torch.no_grad():
+        for number, block in enumerate(model.encoder.modules()):
+            if isinstance(block, models.ConvNormAct):
+                block.conv.weight *= 1 + number
+                block.conv.bias *= 1 + number
+        before = model(image)
+        scaled.scale(model.encoder)
+        assert validation.weights_grown(model)["weights"] == pytest.approx(1)
+        assert model(image) == pytest.approx(before, abs=2e-3)
 
 
 def test_dry_lists_what_is_left():

@@ -23,6 +23,7 @@ import metrics  # noqa: E402
 import study  # noqa: E402
 
 SEEN, NOT_SEEN, CANNOT = "seen", "not seen", "cannot be seen at this scale"
+OPPOSITE = "not seen: the opposite is"
 WORTH = 5  # Dice %: a gain that would be worth finding
 LABELS = study.LABELS
 
@@ -34,11 +35,14 @@ HOW = [
     "overlap. All folds share the unlabelled data and the tested scans. So it does not cover "
     "another pretraining, nor other scans.",
     f"A claim is **{SEEN}** if the interval is above 0. It is **{NOT_SEEN}** if the interval ends "
-    f"below {WORTH} % of Dice: then no gain worth finding is left. Else it **{CANNOT}**. \"Could "
+    f"below {WORTH} % of Dice: then no gain worth finding is left. If the interval is below 0, the "
+    f"opposite is seen. Else it **{CANNOT}**. \"Could "
     "find\" is the gain that would be found in four of five tries. The verdicts are not corrected "
     f"for their number: one in forty claims without any truth in it is \"{SEEN}\".",
     "Heads, tasks, steps and rates were chosen by pilots with 5 and 20 labelled scans in folds 0 "
-    "and 1 of these cohorts, from scratch and pretrained. These folds count here as well."]
+    "and 1 of these cohorts, from scratch and pretrained. These folds count here as well. The "
+    "longest pretraining without skips (`base-noskips`) and claim j were added when results "
+    "of claims c to f were known."]
 
 
 def read_results(runs):
@@ -89,6 +93,8 @@ def verdict(estimate):
     """Of a claim that says: better."""
     if estimate.low > 0:
         return SEEN
+    if estimate.high < 0:
+        return OPPOSITE
     return NOT_SEEN if estimate.high < WORTH else CANNOT
 
 

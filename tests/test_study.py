@@ -163,7 +163,7 @@ def test_the_table_of_claims_says_what_the_results_say():
     # Turned around, it is not seen.
     scratch, base = results.values()
     results = {"lesion-5-spatial-scratch": base, "lesion-5-spatial-base": scratch}
-    assert rows()[0][7] == "not seen"
+    assert rows()[0][7] == "not seen: the opposite is"
 
 
 def test_a_case_without_a_dice_in_one_run_is_left_out_of_both():
@@ -341,7 +341,7 @@ def test_results_of_other_settings_are_not_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("gain, low, high, word", [
-    (6, 1, 11, report.SEEN), (0, -4, 4, report.NOT_SEEN), (-9, -12, -6, report.NOT_SEEN),
+    (6, 1, 11, report.SEEN), (0, -4, 4, report.NOT_SEEN), (-9, -12, -6, report.OPPOSITE),
     (3, -0.1, 6.1, report.CANNOT), (-3, -20, 14, report.CANNOT)])
 def test_the_verdict_is_read_off_the_interval(gain, low, high, word):
     assert report.verdict(compare.Estimate(gain, low, high, 0.5)) == word

@@ -235,7 +235,8 @@ def study_results(folder):
 def study_errors(plt, folder):
     """Error of hidden voxels over the number of patches, for each pretraining of the study on
     synthetic heads, with interpolation as a line."""
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     fill = None
     for name, result in study_results(folder).items():
         if not name.startswith("pretrain-") or "real" in name:
@@ -246,15 +247,20 @@ def study_errors(plt, folder):
             continue
         patches = [record["step"] * settings["batch_size"] for record in result["log"]]
         error = [record["val_masked"] for record in result["log"]]
-        axis.plot(patches, error, "o-", markersize=3, label=name.removeprefix("pretrain-"))
+        style = "o:" if settings["skips"] == "false" else "o-"
+        axis.plot(patches, error, style, markersize=3, label=name.removeprefix("pretrain-"))
         fill = result["log"][-1]["val_fill"]
     if fill is None:
         raise UserError(f"{folder} holds no result of a pretraining on synthetic heads")
-    axis.axhline(fill, linestyle="--", color="gray", label="Gaussian fill")
-    axis.set_xlabel("patches")
+    axis.axhline(fill, linestyle="--", color="black", linewidth=1, label="Gaussian fill")
+    axis.set_xlabel("patches; dotted: without skips")
     axis.set_ylabel("error of hidden voxels")
+    axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.legend(fontsize=8)
+    ticks = [number * fill for number in (0.5, 1, 2, 4)]
+    axis.set_yticks(ticks, [f"{tick:.4f}" for tick in ticks])
+    axis.minorticks_off()
+    axis.legend(fontsize=8, ncols=2)
     return figure
 
 

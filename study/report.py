@@ -125,6 +125,9 @@ def with_start(name, n=5, preset="spatial"):
     return f"{study.TASK}-{n}-{preset}-{name}"
 
 
+# The longest pretrainings, as a claim names them.
+LONGEST = (("", "base"), (" without skips", "base-noskips"))
+
 # Pretrainings that vary one thing are a quarter as long as the longest, as `quarter` is.
 COMPARISONS = [
     *(Comparison("b", f"pretraining helps with {n} labelled scans, {preset} augmentation",
@@ -151,9 +154,9 @@ COMPARISONS = [
                with_start("augment-spatial")),
     Comparison("f", "the clean target is better than the augmented one", with_start("quarter"),
                with_start("augmented-target")),
-    *(Comparison("g", f"pretraining {words}helps on another grid and other contrasts",
+    *(Comparison("g", f"pretraining{words} helps on another grid and other contrasts",
                  f"moved-{with_start(start)}", f"moved-{with_start('scratch')}")
-      for words, start in (("", "base"), ("without skips ", "base-noskips"))),
+      for words, start in LONGEST),
     *(Comparison("h", f"60 % in tokens of 4 are better than {words}", with_start("quarter"),
                  with_start(name))
       for words, name in (("30 %", "mask30"), ("80 %", "mask80"), ("tokens of 2", "token2"),
@@ -161,13 +164,13 @@ COMPARISONS = [
     *(Comparison("i", f"an encoder that stays as it is helps more if pretrained{words}, {n} "
                  "labelled scans", f"frozen-{with_start(start, n)}",
                  f"frozen-{with_start('scratch', n)}")
-      for words, start in (("", "base"), (" without skips", "base-noskips")) for n in (5, 20)),
+      for words, start in LONGEST for n in (5, 20)),
     *(Comparison("j", f"a pretrained encoder{words} is better if scaled to the size of a new one, "
                  f"{n} labelled scans", f"scaled-{with_start(start, n)}", with_start(start, n))
-      for words, start in (("", "base"), (" without skips", "base-noskips")) for n in (5, 20)),
+      for words, start in LONGEST for n in (5, 20)),
     *(Comparison("j", f"pretraining{words} helps if the encoder is scaled, {n} labelled scans",
                  f"scaled-{with_start(start, n)}", with_start("scratch", n))
-      for words, start in (("", "base"), (" without skips", "base-noskips")) for n in (5, 20)),
+      for words, start in LONGEST for n in (5, 20)),
 ]
 
 

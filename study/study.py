@@ -5,7 +5,8 @@
     python study/study.py --only b   # the runs of one claim
     python study/study.py --size gpu --device cuda
 
-Each run is one command: pretrain.py, finetune.py, or in this folder frozen.py, scaled.py, moved.py.
+Each run is one command: pretrain.py, finetune.py, or in this folder frozen.py, scaled.py,
+renewed.py, moved.py.
 Everything it makes lies under study/work. What it found is kept as study/results/<name>.json, and
 report.py makes study/RESULTS.md of these. A run whose result is there is done; one that was cut off
 goes on from its last checkpoint. Another size has folders of its own, as study/work_gpu.
@@ -71,7 +72,7 @@ def pretraining(name, claims, size, minutes=3.5, part=4, **changes):
 
 def finetuning(start, task, n_train, preset, claims, size, minutes=6.5, form=""):
     """Six folds. start: a pretraining, or None for scratch. form: "", or how the encoder is
-    treated: frozen (study/frozen.py) or scaled (study/scaled.py)."""
+    treated: frozen, scaled or renewed (study/<form>.py)."""
     scans = "alike" if task == TASK else "unlike"
     settings = {
         "task": os.path.join(HERE, f"{task}.yaml"), "data": os.path.join(DATA, scans),
@@ -92,13 +93,13 @@ def finetuning(start, task, n_train, preset, claims, size, minutes=6.5, form="")
 
 def all_runs(size):
     """The runs of all claims, those that say most first."""
-    base = pretraining("base", "abcegij", size, minutes=13, part=1)
-    without = pretraining("base-noskips", "abegij", size, minutes=9, part=1, skips="false")
+    base = pretraining("base", "abcegijkl", size, minutes=13, part=1)
+    without = pretraining("base-noskips", "abcegijkl", size, minutes=9, part=1, skips="false")
     runs = [base, without]
 
     # b: label efficiency, with the augmentation of the paper's finetuning.
     def efficiency(preset, starts):
-        return [finetuning(start, TASK, n, preset, "bcegj", size) for n in (5, 20, 3, 10)
+        return [finetuning(start, TASK, n, preset, "bcegjkl", size) for n in (5, 20, 3, 10)
                 for start in starts]
 
     runs += efficiency("spatial", (None, base, without))
@@ -110,6 +111,23 @@ def all_runs(size):
     # j: what it costs that weights grow in pretraining.
     runs += [finetuning(start, TASK, n, "spatial", "j", size, form="scaled") for n in (5, 20)
              for start in (without, base)]
+
+    # k: what the first level costs.
+    runs += [finetuning(start, TASK, n, "spatial", "k", size, form="renewed")
+             for start, numbers in ((without, (5, 20, 3, 10)), (base, (5, 20))) for n in numbers]
+
+    # l: the same first weights without pretraining, and other first weights with it and without.
+    # A step of warmup changes a weight by a thousandth.
+    for seed in (0, 1, 2):
+        name = f"-seed{seed}" if seed else ""
+        begun = pretraining(f"untrained{name}", "l", size, minutes=0.1, part=size["steps"],
+                            seed=seed, val_every=1, log_every=1)
+        runs += [begun, finetuning(begun, TASK, 5, "spatial", "l", size)]
+        if seed:
+            other = pretraining(f"base{name}", "l", size, minutes=13, part=1, seed=seed)
+            runs += [other, finetuning(other, TASK, 5, "spatial", "l", size)]
+        else:
+            runs.append(finetuning(begun, TASK, 20, "spatial", "l", size))
 
     # What pretraining varies, in a quarter of its length. c: the length. d, e, f, h: decoder,
     # skips, augmentation, mask.
@@ -130,7 +148,7 @@ def all_runs(size):
 
     # g: what the networks of b do on other scans.
     for start in (None, base, without):
-        tuned = finetuning(start, TASK, 5, "spatial", "bcegj", size)
+        tuned = finetuning(start, TASK, 5, "spatial", "bcegjkl", size)
         settings = {"run": os.path.join(WORK, tuned.name), "data": os.path.join(DATA, "elsewhere")}
         runs.append(Run(f"moved-{tuned.name}", "g", "study/moved.py", settings, 1, tuned))
 

@@ -37,14 +37,14 @@ def test_every_run_is_a_command_that_is_understood(size):
     assert len(names) == len(set(names)) > 40
     for run in planned:
         assert not run.needs or run.needs.name in names[:names.index(run.name)], "in order"
-        assert set(run.claims) <= set("abcdefghij") and (run.claims or run.script == "finetune.py")
+        assert set(run.claims) <= set("abcdefghijkl") and (run.claims or run.script == "finetune.py")
         script = run.script
-        if script in ("study/frozen.py", "study/scaled.py"):
+        if script in ("study/frozen.py", "study/scaled.py", "study/renewed.py"):
             script = "finetune.py"  # they take the same options
         module = importlib.import_module(script.removesuffix(".py").replace("study/", ""))
         if hasattr(module, "Config"):
             config.parse_config(module.Config, words_of(run.settings))
-    assert set("".join(run.claims for run in planned)) == set("abcdefghij")
+    assert set("".join(run.claims for run in planned)) == set("abcdefghijkl")
 
 
 def test_a_frozen_encoder_is_not_in_the_optimizer():

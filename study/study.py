@@ -114,7 +114,7 @@ def all_runs(size):
 
     # k: what the first level costs.
     runs += [finetuning(start, TASK, n, "spatial", "k", size, form="renewed")
-             for start, numbers in ((without, (5, 20, 3, 10)), (base, (5, 20))) for n in numbers]
+             for start, numbers in ((without, (5, 20, 3, 10)), (base, (5,))) for n in numbers]
 
     # l: the same first weights without pretraining, and other first weights with it and without.
     # A step of warmup changes a weight by a thousandth.

@@ -37,7 +37,8 @@ def test_every_run_is_a_command_that_is_understood(size):
     assert len(names) == len(set(names)) > 40
     for run in planned:
         assert not run.needs or run.needs.name in names[:names.index(run.name)], "in order"
-        assert set(run.claims) <= set("abcdefghijkl") and (run.claims or run.script == "finetune.py")
+        assert set(run.claims) <= set("abcdefghijkl")
+        assert run.claims or run.script == "finetune.py"
         script = run.script
         if script in ("study/frozen.py", "study/scaled.py", "study/renewed.py"):
             script = "finetune.py"  # they take the same options

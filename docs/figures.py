@@ -239,7 +239,7 @@ def study_errors(plt, folder):
     axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     fill = None
     for name, result in study_results(folder).items():
-        if not name.startswith("pretrain-") or "real" in name:
+        if not report.is_pretraining(name) or "real" in name:
             continue
         # Other masks make another problem, with another yardstick.
         settings = result["settings"]
@@ -276,11 +276,13 @@ def study_labels(plt, folder):
     figure, axes = plt.subplots(1, len(presets), figsize=(1 + 4 * len(presets), 3.6), sharey=True,
                                 squeeze=False)
     for axis, preset in zip(axes[0], presets, strict=True):
-        for start, title in (("scratch", "from scratch"), ("base", "pretrained with skips"),
-                             ("base-noskips", "pretrained without skips")):
+        for start, form, title in (("scratch", "", "from scratch"),
+                                   ("base", "", "pretrained with skips"),
+                                   ("base-noskips", "", "pretrained without skips"),
+                                   ("base-noskips", "renewed", "the same, first level new")):
             points = []
             for n in report.LABELS:
-                name = report.with_start(start, n, preset)
+                name = report.with_start(start, n, preset, form)
                 if name in results:
                     folds = report.fold_means(results[name])
                     points.append((n, folds.mean(), folds.std(ddof=1) / len(folds) ** 0.5))

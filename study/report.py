@@ -32,8 +32,9 @@ HOW = [
     "A gain is the mean over six folds, paired, with its 95 % interval (t, over folds), as the "
     "first one of compare.py. It is of other training sets from one pool of labelled scans: folds "
     "draw 3 to 20 of 60 synthetic heads, 3 to 10 of 20 people or 12 patients, so their sets "
-    "overlap. All folds share the unlabelled data and the tested scans. So it does not cover "
-    "another pretraining, nor other scans.",
+    "overlap. All folds share the unlabelled data, the tested scans, and the weights that a "
+    "pretraining begins with. So it does not cover another pretraining, nor other scans. Claim l "
+    "has other first weights.",
     f"A claim is **{SEEN}** if the interval is above 0. It is **{NOT_SEEN}** if the interval ends "
     f"below {WORTH} % of Dice: then no gain worth finding is left. If the interval is below 0, the "
     f"opposite is seen. Else it **{CANNOT}**. \"Could "
@@ -42,7 +43,7 @@ HOW = [
     "Heads, tasks, steps and rates were chosen by pilots with 5 and 20 labelled scans in folds 0 "
     "and 1 of these cohorts, from scratch and pretrained. These folds count here as well. The "
     "longest pretraining without skips (`base-noskips`) and claim j were added when results "
-    "of claims c to f were known."]
+    "of claims c to f were known, and claims k and l when all of those were."]
 
 
 def read_results(runs):
@@ -120,13 +121,17 @@ class Comparison(NamedTuple):
     before: str
 
 
-def with_start(name, n=5, preset="spatial"):
-    """The finetuning that starts from a pretraining, or from scratch."""
-    return f"{study.TASK}-{n}-{preset}-{name}"
+def with_start(name, n=5, preset="spatial", form=""):
+    """The finetuning that starts from a pretraining, or from scratch. form: as in study.py."""
+    name = f"{study.TASK}-{n}-{preset}-{name}"
+    return f"{form}-{name}" if form else name
 
 
 # The longest pretrainings, as a claim names them.
 LONGEST = (("", "base"), (" without skips", "base-noskips"))
+
+# Pretrainings that begin with other weights than the rest, and these weights without pretraining.
+SEEDS = ("", "-seed1", "-seed2")
 
 # Pretrainings that vary one thing are a quarter as long as the longest, as `quarter` is.
 COMPARISONS = [
@@ -155,30 +160,49 @@ COMPARISONS = [
     Comparison("f", "the clean target is better than the augmented one", with_start("quarter"),
                with_start("augmented-target")),
     *(Comparison("g", f"pretraining{words} helps on another grid and other contrasts",
-                 f"moved-{with_start(start)}", f"moved-{with_start('scratch')}")
+                 with_start(start, form="moved"), with_start("scratch", form="moved"))
       for words, start in LONGEST),
     *(Comparison("h", f"60 % in tokens of 4 are better than {words}", with_start("quarter"),
                  with_start(name))
       for words, name in (("30 %", "mask30"), ("80 %", "mask80"), ("tokens of 2", "token2"),
                           ("tokens of 8", "token8"))),
     *(Comparison("i", f"an encoder that stays as it is helps more if pretrained{words}, {n} "
-                 "labelled scans", f"frozen-{with_start(start, n)}",
-                 f"frozen-{with_start('scratch', n)}")
+                 "labelled scans", with_start(start, n, form="frozen"),
+                 with_start("scratch", n, form="frozen"))
       for words, start in LONGEST for n in (5, 20)),
     *(Comparison("j", f"a pretrained encoder{words} is better if scaled to the size of a new one, "
-                 f"{n} labelled scans", f"scaled-{with_start(start, n)}", with_start(start, n))
+                 f"{n} labelled scans", with_start(start, n, form="scaled"), with_start(start, n))
       for words, start in LONGEST for n in (5, 20)),
     *(Comparison("j", f"pretraining{words} helps if the encoder is scaled, {n} labelled scans",
-                 f"scaled-{with_start(start, n)}", with_start("scratch", n))
+                 with_start(start, n, form="scaled"), with_start("scratch", n))
       for words, start in LONGEST for n in (5, 20)),
+    *(Comparison("k", "a pretrained encoder without skips is better if its first level is new, "
+                 f"{n} labelled scans", with_start("base-noskips", n, form="renewed"),
+                 with_start("base-noskips", n)) for n in LABELS),
+    Comparison("k", "a pretrained encoder is better if its first level is new, 5 labelled scans",
+               with_start("base", form="renewed"), with_start("base")),
+    *(Comparison("k", f"pretraining without skips helps if the first level is new, {n} labelled "
+                 "scans", with_start("base-noskips", n, form="renewed"), with_start("scratch", n))
+      for n in LABELS),
+    *(Comparison("l", f"pretraining helps over the same first weights{seed.replace('-', ', ')}",
+                 with_start(f"base{seed}"), with_start(f"untrained{seed}")) for seed in SEEDS),
+    *(Comparison("l", f"pretraining{words} helps over the same first weights, {n} labelled scans",
+                 with_start(start, n), with_start("untrained", n))
+      for words, start, n in (("", "base", 20), (" without skips", "base-noskips", 5),
+                              (" without skips", "base-noskips", 20))),
 ]
+
+
+def is_pretraining(name):
+    """Is this the name of a pretraining, and not of first weights alone?"""
+    return name.startswith("pretrain-") and "untrained" not in name
 
 
 def errors(results):
     """a: errors of hidden voxels of all pretrainings."""
     rows = []
     for name in sorted(results):
-        if name.startswith("pretrain-"):
+        if is_pretraining(name):
             end, early = last(results[name]), results[name]["log"][0]
             below = SEEN if end["val_masked"] < end["val_fill"] else NOT_SEEN
             grown = f"{end['weights']:.1f}" if "weights" in end else "-"  # not in older results
@@ -193,7 +217,7 @@ def errors(results):
 
 
 def claims(results):
-    """b to j: what each says, with its verdict and the command that runs it."""
+    """b to l: what each says, with its verdict and the command that runs it."""
     rows = []
     for claim, text, after, before in COMPARISONS:
         found = gain(results, after, before)
@@ -228,22 +252,35 @@ CURVES = (("spatial augmentation", "base", "spatial"),
           ("all augmentation", "base", "all"))
 
 
+# Several comparisons that have one mean: what they vary, in words, and the names (after, before).
+POOLED = [
+    *((f"b, {words}, mean over {{}} numbers of labelled scans",
+       [(with_start(start, n, preset), with_start("scratch", n, preset)) for n in LABELS])
+      for words, start, preset in CURVES),
+    *((f"k, pretrained without skips, the first level new, against {words}, mean over {{}} numbers "
+       "of labelled scans",
+       [(with_start("base-noskips", n, form="renewed"), with_start(before, n)) for n in LABELS])
+      for words, before in (("pretrained, too", "base-noskips"), ("scratch", "scratch"))),
+    ("l, pretrained against the same first weights as they were, mean over {} first weights",
+     [(with_start(f"base{seed}"), with_start(f"untrained{seed}")) for seed in SEEDS]),
+    ("l, first weights that all folds share against own ones of each, mean over {} first weights",
+     [(with_start(f"untrained{seed}"), with_start("scratch")) for seed in SEEDS]),
+]
+
+
 def pooled(results):
-    """b: the gain of pretraining, the mean over the numbers of labelled scans, in one line each."""
+    """Means over several comparisons, in one line each."""
     lines = []
-    for words, start, preset in CURVES:
-        differences = gains_that_are_there(
-            results, ((with_start(start, n, preset), with_start("scratch", n, preset))
-                      for n in LABELS))
+    for words, pairs in POOLED:
+        differences = gains_that_are_there(results, pairs)
         if len(differences) > 1:
-            lines.append(f"* {words}, mean over {len(differences)} numbers of labelled scans: "
-                         f"{mean_of(differences)}")
-    return "\n".join(lines) or "Not all runs of b are done yet."
+            lines.append(f"* {words.format(len(differences))}: {mean_of(differences)}")
+    return "\n".join(lines) or "Too few runs are done yet."
 
 
 def over_pretrainings(results):
     """b: the gain of any pretraining with 5 labelled scans. No single one is picked."""
-    starts = [name.removeprefix("pretrain-") for name in results if name.startswith("pretrain-")]
+    starts = [name.removeprefix("pretrain-") for name in filter(is_pretraining, results)]
     differences = gains_that_are_there(
         results, ((with_start(start), with_start("scratch")) for start in starts))
     if len(differences) < 2:
@@ -319,11 +356,11 @@ def main():
         "## a. Errors of hidden voxels, beside the best Gaussian fill", errors(results),
         "Rows named `real` are of real heads (study/real.py), the others of synthetic ones. "
         "`wide` is twice as wide.",
-        "## b to j. Dice of lesions in synthetic heads", "Labelled scans have nearly one contrast, "
+        "## b to l. Dice of lesions in synthetic heads", "Labelled scans have nearly one contrast, "
         "as those of the paper's tasks. Where a claim names another task, no contrast is seen "
         "twice. Those of pretraining are with 5 labelled scans.", claims(results),
-        "## b. What a pretrained start is worth", pooled(results), over_pretrainings(results),
-        worth(results),
+        "## Means over several of these", pooled(results), over_pretrainings(results),
+        "## b. What a pretrained start is worth", worth(results),
         "## Real heads in voxels of 4 mm: Dice %",
         "`python study/real.py --oasis FOLDER --gliomas FOLDER`; ten "
         "people, two of them in two scans, and eight patients are tested. No network has seen "

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "study"))
 import cohort  # noqa: E402
 import frozen  # noqa: E402
 import real  # noqa: E402
+import renewed  # noqa: E402
 import report  # noqa: E402
 import scaled  # noqa: E402
 
@@ -70,6 +71,27 @@ def test_a_scaled_encoder_is_the_same_function():
         scaled.scale(model.encoder)
         assert validation.weights_grown(model)["weights"] == pytest.approx(1)
         assert model(image) == pytest.approx(before, abs=2e-3)
+
+
+def test_a_renewed_encoder_has_the_first_level_of_scratch():
+    """And all other levels of the checkpoint."""
+    def build():
+        return models.build_model("unet_demo", "segment", features=2)
+
+    def new_network(make, pretrained, seed):
+        model = make()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.fill_(7)
+        return model, "taken"
+
+    model, words = renewed.then_renewed(new_network)(build, {}, 3)
+    torch.manual_seed(3)
+    scratch = build().encoder.state_dict()
+    for name, weight in model.encoder.state_dict().items():
+        expected = scratch[name] if name.startswith("in_conv") else torch.full_like(weight, 7)
+        assert torch.equal(weight, expected), name
+    assert words.startswith("taken") and "in_conv" in words
 
 
 def test_dry_lists_what_is_left():
@@ -224,6 +246,7 @@ def test_what_a_start_is_worth_is_read_off_the_curve_of_scratch():
 
     # Of all four numbers together.
     line, = report.pooled(results).splitlines()
+    assert report.pooled({}) == "Too few runs are done yet."
     found = float(line.split("labelled scans: ")[1].split(" ")[0])
     assert found == pytest.approx(10, abs=0.5) and line.endswith(": seen.")
     assert "mean over 4 numbers" in line
@@ -235,6 +258,10 @@ def test_no_single_pretraining_is_picked():
     levels = {"scratch": 0.5, "base": 0.6, "noskips": 0.62, "mask30": 0.46}
     results = {f"lesion-5-spatial-{start}": made_up(level, rng) for start, level in levels.items()}
     results |= {f"pretrain-{start}": {} for start in (*levels, "width8") if start != "scratch"}
+
+    # First weights are none.
+    results["pretrain-untrained"] = {}
+    results["lesion-5-spatial-untrained"] = made_up(0.9, rng)
     line = report.over_pretrainings(results)
     assert "mean over 3 pretrainings, of which 2 point up" in line, "width8 was not finetuned"
     found = float(line.split("point up: ")[1].split(" ")[0])

@@ -21,6 +21,7 @@ import validation
 
 sys.path.insert(0, str(ROOT / "study"))
 import cohort  # noqa: E402
+import detail  # noqa: E402
 import frozen  # noqa: E402
 import real  # noqa: E402
 import renewed  # noqa: E402
@@ -92,6 +93,19 @@ def test_a_renewed_encoder_has_the_first_level_of_scratch():
         expected = scratch[name] if name.startswith("in_conv") else torch.full_like(weight, 7)
         assert torch.equal(weight, expected), name
     assert words.startswith("taken") and "in_conv" in words
+
+
+def test_fine_detail_is_found_where_it_is():
+    """A level that passes its input on carries all of it if it passes the neighbours, too."""
+    heads = list(torch.rand(4, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0)) + 0.1)
+
+    def blurred(scan):
+        return torch.nn.functional.avg_pool3d(scan, 3, 1, 1)
+
+    carried, channels = detail.measure(lambda scan: torch.cat([scan, blurred(scan)], 1), heads)
+    assert carried > 0.99 and 1.5 < channels <= 2
+    carried, _ = detail.measure(blurred, heads)
+    assert carried < 0.3, "a mean of 27 voxels says little of one"
 
 
 def test_dry_lists_what_is_left():

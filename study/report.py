@@ -278,16 +278,27 @@ def pooled(results):
     return "\n".join(lines) or "Too few runs are done yet."
 
 
+def first_weights(start):
+    """What a pretraining begins with, as a run of its own."""
+    seed = next((seed for seed in SEEDS[1:] if start.endswith(seed)), "")
+    return f"untrained{seed}"
+
+
 def over_pretrainings(results):
-    """b: the gain of any pretraining with 5 labelled scans. No single one is picked."""
+    """b, l: the gain of any pretraining with 5 labelled scans. No single one is picked."""
     starts = [name.removeprefix("pretrain-") for name in filter(is_pretraining, results)]
-    differences = gains_that_are_there(
-        results, ((with_start(start), with_start("scratch")) for start in starts))
-    if len(differences) < 2:
-        return "Not all pretrainings are done yet."
-    better = sum(found.mean() > 0 for found in differences)
-    return (f"* 5 labelled scans, spatial augmentation, mean over {len(differences)} pretrainings, "
-            f"of which {better} point up: {mean_of(differences)}")
+    against = {"scratch": ["scratch"] * len(starts),
+               "the same first weights as they were": [first_weights(start) for start in starts]}
+    lines = []
+    for words, before in against.items():
+        pairs = zip(map(with_start, starts), map(with_start, before), strict=True)
+        differences = gains_that_are_there(results, pairs)
+        if len(differences) > 1:
+            better = sum(found.mean() > 0 for found in differences)
+            lines.append(f"* 5 labelled scans, spatial augmentation, against {words}, mean over "
+                         f"{len(differences)} pretrainings, of which {better} point up: "
+                         f"{mean_of(differences)}")
+    return "\n".join(lines) or "Not all pretrainings are done yet."
 
 
 def gains_that_are_there(results, pairs):

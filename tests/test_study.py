@@ -276,10 +276,15 @@ def test_no_single_pretraining_is_picked():
     # First weights are none.
     results["pretrain-untrained"] = {}
     results["lesion-5-spatial-untrained"] = made_up(0.9, rng)
-    line = report.over_pretrainings(results)
+    line, same_weights = report.over_pretrainings(results).splitlines()
     assert "mean over 3 pretrainings, of which 2 point up" in line, "width8 was not finetuned"
     found = float(line.split("point up: ")[1].split(" ")[0])
     assert found == pytest.approx(6, abs=0.5) and line.endswith(": seen.")
+
+    # Those that begin with other weights are compared with these.
+    assert "mean over 3 pretrainings, of which 0 point up" in same_weights
+    assert report.first_weights("base-seed2") == "untrained-seed2"
+    assert report.first_weights("half") == "untrained"
     assert report.over_pretrainings({}) == "Not all pretrainings are done yet."
 
 

@@ -265,6 +265,9 @@ POOLED = [
      [(with_start(f"base{seed}"), with_start(f"untrained{seed}")) for seed in SEEDS]),
     ("l, first weights that all folds share against own ones of each, mean over {} first weights",
      [(with_start(f"untrained{seed}"), with_start("scratch")) for seed in SEEDS]),
+    *((f"{words}, pretrained with skips, mean over {{}} numbers of labelled people",
+       [(f"{task}-{n}-spatial-real", f"{task}-{n}-spatial-scratch") for n in LABELS])
+      for task, words in (("tumour", "real heads, tumours"), ("deep", "real heads, deep regions"))),
 ]
 
 

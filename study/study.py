@@ -127,7 +127,9 @@ def all_runs(size):
             other = pretraining(f"base{name}", "l", size, minutes=13, part=1, seed=seed)
             runs += [other, finetuning(other, TASK, 5, "spatial", "l", size)]
         else:
-            runs.append(finetuning(begun, TASK, 20, "spatial", "l", size))
+            runs += [finetuning(begun, TASK, 20, "spatial", "l", size),
+                     finetuning(begun, TASK, 5, "spatial", "l", size, form="frozen"),
+                     finetuning(begun, TASK, 20, "spatial", "l", size, form="frozen")]
 
     # What pretraining varies, in a quarter of its length. c: the length. d, e, f, h: decoder,
     # skips, augmentation, mask.

@@ -91,7 +91,8 @@ def find(oasis, gliomas):
 
 
 def split_of(people, patients):
-    """Who is for testing only: every third, written down before anything is trained."""
+    """Who is for testing only, written down before anything is trained: every third person of
+    OASIS, and every second patient until there are eight."""
     if os.path.exists(SPLIT):
         return set(json.loads(checkpoint.read_text(SPLIT))["test"])
     test = sorted(people)[::3][:10] + sorted(patients)[1::2][:8]

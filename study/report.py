@@ -153,6 +153,8 @@ COMPARISONS = [
                with_start("quarter")),
     Comparison("e", "the longest pretraining without skips is better than with them",
                with_start("base-noskips"), with_start("base")),
+    Comparison("e", "the longest pretraining without skips is better than 1/4 of it",
+               with_start("base-noskips"), with_start("noskips")),
     Comparison("f", "all augmentations in pretraining are better than none", with_start("quarter"),
                with_start("augment-none")),
     Comparison("f", "all augmentations are better than the spatial ones", with_start("quarter"),
@@ -190,6 +192,10 @@ COMPARISONS = [
                  with_start(start, n), with_start("untrained", n))
       for words, start, n in (("", "base", 20), (" without skips", "base-noskips", 5),
                               (" without skips", "base-noskips", 20))),
+    *(Comparison("l", f"an encoder that stays as it is helps more than its first weights if "
+                 f"pretrained{words}, {n} labelled scans", with_start(start, n, form="frozen"),
+                 with_start("untrained", n, form="frozen"))
+      for words, start in LONGEST for n in (5, 20)),
 ]
 
 
@@ -204,7 +210,7 @@ def errors(results):
     for name in sorted(results):
         if is_pretraining(name):
             end, early = last(results[name]), results[name]["log"][0]
-            below = SEEN if end["val_masked"] < end["val_fill"] else NOT_SEEN
+            below = "yes" if end["val_masked"] < end["val_fill"] else "no"
             grown = f"{end['weights']:.1f}" if "weights" in end else "-"  # not in older results
             rows.append([name.removeprefix("pretrain-"), end["step"], f"{early['val_masked']:.4f}",
                          f"{end['val_masked']:.4f}", f"{end['val_masked_scaled']:.4f}",
@@ -261,13 +267,17 @@ POOLED = [
        "of labelled scans",
        [(with_start("base-noskips", n, form="renewed"), with_start(before, n)) for n in LABELS])
       for words, before in (("pretrained, too", "base-noskips"), ("scratch", "scratch"))),
+    *((f"{words}, pretrained with skips, mean over {{}} numbers of labelled people",
+       [(f"{task}-{n}-spatial-real", f"{task}-{n}-spatial-scratch") for n in LABELS])
+      for task, words in (("tumour", "real heads, tumours"), ("deep", "real heads, deep regions"))),
+]
+
+# Comparisons of which each has first weights of its own.
+OVER_SEEDS = [
     ("l, pretrained against the same first weights as they were, mean over {} first weights",
      [(with_start(f"base{seed}"), with_start(f"untrained{seed}")) for seed in SEEDS]),
     ("l, first weights that all folds share against own ones of each, mean over {} first weights",
      [(with_start(f"untrained{seed}"), with_start("scratch")) for seed in SEEDS]),
-    *((f"{words}, pretrained with skips, mean over {{}} numbers of labelled people",
-       [(f"{task}-{n}-spatial-real", f"{task}-{n}-spatial-scratch") for n in LABELS])
-      for task, words in (("tumour", "real heads, tumours"), ("deep", "real heads, deep regions"))),
 ]
 
 
@@ -278,6 +288,13 @@ def pooled(results):
         differences = gains_that_are_there(results, pairs)
         if len(differences) > 1:
             lines.append(f"* {words.format(len(differences))}: {mean_of(differences)}")
+
+    # Of first weights, these are what is drawn: the interval is over them.
+    for words, pairs in OVER_SEEDS:
+        differences = gains_that_are_there(results, pairs)
+        if len(differences) > 1:
+            lines.append(f"* {words.format(len(differences))}, interval over these: "
+                         f"{mean_of(np.transpose(differences))}")
     return "\n".join(lines) or "Too few runs are done yet."
 
 
@@ -313,8 +330,8 @@ def gains_that_are_there(results, pairs):
 def mean_of(differences):
     """The mean over several comparisons, with its interval and verdict, in words.
 
-    They share their folds: the training sets are the same, or nested. So the folds alone are drawn
-    independently."""
+    differences: (comparisons, folds). They share their folds: the training sets are the same, or
+    nested. So the folds alone are drawn independently, and the interval is over them."""
     means = np.mean(differences, 0)
     size, interval, smallest, word = cells(compare.over_folds(means, np.arange(len(means))))
     return f"{size} ({interval}; could find {smallest}): {word}."
@@ -368,8 +385,9 @@ def main():
         f"Made by `make study`; {len(done)} of its {len(planned)} runs are done. Their last starts "
         f"took {hours:.1f} hours together.",
         "## a. Errors of hidden voxels, beside the best Gaussian fill", errors(results),
-        "Rows named `real` are of real heads (study/real.py), the others of synthetic ones. "
-        "`wide` is twice as wide.",
+        "Each row is one pretraining. Rows named `real` are of real heads (study/real.py), the "
+        "others of synthetic ones. `wide` is twice as wide. `seed1` and `seed2` hold out other "
+        "scans than the rest, so their errors are of other patches.",
         "## b to l. Dice of lesions in synthetic heads", "Labelled scans have nearly one contrast, "
         "as those of the paper's tasks. Where a claim names another task, no contrast is seen "
         "twice. Those of pretraining are with 5 labelled scans.", claims(results),

@@ -98,14 +98,14 @@ def all_runs(size):
     runs = [base, without]
 
     # b: label efficiency, with the augmentation of the paper's finetuning.
-    def efficiency(preset, starts):
-        return [finetuning(start, TASK, n, preset, "bcegjkl", size) for n in (5, 20, 3, 10)
+    def efficiency(preset, starts, claims):
+        return [finetuning(start, TASK, n, preset, claims, size) for n in (5, 20, 3, 10)
                 for start in starts]
 
-    runs += efficiency("spatial", (None, base, without))
+    runs += efficiency("spatial", (None, base, without), "bcegjkl")
 
     # i: what the encoder knows before it sees a label.
-    runs += [finetuning(start, TASK, n, "spatial", "i", size, form="frozen") for n in (5, 20)
+    runs += [finetuning(start, TASK, n, "spatial", "il", size, form="frozen") for n in (5, 20)
              for start in (None, base, without)]
 
     # j: what it costs that weights grow in pretraining.
@@ -158,7 +158,7 @@ def all_runs(size):
     for task in ("white", "cortex"):
         for start in (None, base):
             runs.append(finetuning(start, task, 5, "spatial", "b", size))
-    runs += efficiency("all", (None, base))
+    runs += efficiency("all", (None, base), "b")
 
     # a: other widths.
     for skips in ("true", "false"):

@@ -288,6 +288,18 @@ def test_no_single_pretraining_is_picked():
     assert report.over_pretrainings({}) == "Not all pretrainings are done yet."
 
 
+def test_first_weights_are_what_is_drawn():
+    """All folds of a start share them: three starts that differ make a wide interval."""
+    rng = np.random.default_rng(4)
+    results = {}
+    for seed, level in zip(report.SEEDS, (0.4, 0.5, 0.6), strict=True):
+        results[f"lesion-5-spatial-untrained{seed}"] = made_up(0.5, rng)
+        results[f"lesion-5-spatial-base{seed}"] = made_up(level, rng)
+    line, = report.pooled(results).splitlines()
+    low, high = (float(word) for word in line.split("(")[1].split(";")[0].split(" to "))
+    assert low < -20 and high > 20 and line.endswith(report.CANNOT + ".")
+
+
 def test_a_start_whose_networks_are_gone_is_made_again(tmp_path, monkeypatch):
     """Results are kept with the code, networks are not. A chain of three is followed back."""
     monkeypatch.setattr(study, "WORK", str(tmp_path / "work"))

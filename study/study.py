@@ -124,7 +124,7 @@ def all_runs(size):
                             seed=seed, val_every=1, log_every=1)
         runs += [begun, finetuning(begun, TASK, 5, "spatial", "l", size)]
         if seed:
-            other = pretraining(f"base{name}", "l", size, minutes=13, part=1, seed=seed)
+            other = pretraining(f"base{name}", "al", size, minutes=13, part=1, seed=seed)
             runs += [other, finetuning(other, TASK, 5, "spatial", "l", size)]
         else:
             runs += [finetuning(begun, TASK, 20, "spatial", "l", size),
@@ -135,16 +135,16 @@ def all_runs(size):
     # skips, augmentation, mask.
     variants = [pretraining("quarter", "acdefh", size),
                 pretraining("noskips", "ae", size, skips="false"),
-                pretraining("augment-none", "f", size, augment="none"),
-                pretraining("augmented-target", "f", size, augmented_target="true"),
+                pretraining("augment-none", "af", size, augment="none"),
+                pretraining("augmented-target", "af", size, augmented_target="true"),
                 pretraining("standard", "ad", size, minutes=4.5, decoder="standard"),
-                pretraining("length8", "c", size, minutes=2, part=8),
-                pretraining("augment-spatial", "f", size, augment="spatial"),
-                pretraining("mask30", "h", size, mask_ratio=0.3),
-                pretraining("mask80", "h", size, mask_ratio=0.8),
-                pretraining("token2", "h", size, token_size=2),
-                pretraining("token8", "h", size, token_size=8),
-                pretraining("half", "c", size, minutes=6.5, part=2)]
+                pretraining("length8", "ac", size, minutes=2, part=8),
+                pretraining("augment-spatial", "af", size, augment="spatial"),
+                pretraining("mask30", "ah", size, mask_ratio=0.3),
+                pretraining("mask80", "ah", size, mask_ratio=0.8),
+                pretraining("token2", "ah", size, token_size=2),
+                pretraining("token8", "ah", size, token_size=8),
+                pretraining("half", "ac", size, minutes=6.5, part=2)]
     for run in variants:
         runs += [run, finetuning(run, TASK, 5, "spatial", run.claims.strip("a"), size)]
 

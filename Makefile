@@ -79,7 +79,7 @@ bench: .venv/peers
 gpu: .venv/ready
 	$(PY) bench/gpu.py --minutes 8
 
-# The paper in miniature on synthetic heads: 3.8 hours of two idle cores, resumable. DRY=1 lists what is left;
+# The paper in miniature on synthetic heads: 3.8 hours of two idle cores by estimate, resumable. DRY=1 lists what is left;
 # SIZE=gpu DEVICE=cuda for a GPU; JOBS is how many runs go at a time.
 JOBS ?= 2
 study: .venv/ready

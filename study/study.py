@@ -117,7 +117,7 @@ def all_runs(size):
              for start, numbers in ((without, (5, 20, 3, 10)), (base, (5,))) for n in numbers]
 
     # l: the same first weights without pretraining, and other first weights with it and without.
-    # A step of warmup changes a weight by a thousandth.
+    # One step of warmup changes their weights by a ten-thousandth.
     for seed in (0, 1, 2):
         name = f"-seed{seed}" if seed else ""
         begun = pretraining(f"untrained{name}", "l", size, minutes=0.1, part=size["steps"],

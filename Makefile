@@ -52,8 +52,10 @@ test: .venv/ready
 	.venv/bin/ruff check .
 	$(PY) -m pytest -m "not soak" --numprocesses 2 --dist loadfile
 
+# The second line fills memory that nobody has written with numbers of 1e38, so that reading it is seen.
 soak: .venv/ready
 	$(PY) -m pytest -m soak
+	MALLOC_PERTURB_=129 $(PY) -m pytest tests/test_fast.py
 
 # What is measured beside ours; without their own requirements, so that torch and numpy stay as they are.
 PEERS := monai==1.6.1 einops==0.8.2 yucca==1.1.7 batchgenerators==0.25.5 batchgeneratorsv2==0.3.6 torchio==1.2.1 \

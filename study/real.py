@@ -154,8 +154,9 @@ def write_tasks():
 
 # ---------------------------------------------------------------------------------------- the runs
 def all_runs(size):
-    """Two pretrainings, and both tasks from scratch and from these; at last a pretraining of the
-    paper's form, without skips, twice as wide in half as many steps."""
+    """Two pretrainings, and both tasks from scratch and from these; a pretraining of the paper's
+    form, without skips, twice as wide in half as many steps; the first weights of a pretraining
+    without it, as in claim l; at last all augmentations in finetuning."""
     shared = {"data": PREPARED, "patch_size": PATCH, "precision": "bf16"}
     pretrained = study.pretraining("real", "", size, minutes=22, part=1, preview=size["steps"],
                                    **shared)
@@ -176,7 +177,13 @@ def all_runs(size):
         runs += finetunings(n, "spatial", (None, pretrained))
     runs.append(study.pretraining("real-wide-noskips", "", size, minutes=25, part=2,
                                   features=2 * size["features"], skips="false", **shared))
-    for n in (5, 10, 3):
+    begun = study.pretraining("real-untrained", "", size, minutes=0.5, part=size["steps"],
+                              val_every=1, log_every=1, **shared)
+    runs += [begun, *finetunings(5, "spatial", (begun,))]
+    runs += finetunings(5, "all", (None, pretrained))
+    for n in (10, 3):
+        runs += finetunings(n, "spatial", (begun,))
+    for n in (10, 3):
         runs += finetunings(n, "all", (None, pretrained))
     return runs
 

@@ -238,18 +238,20 @@ def claims(results):
 def real_heads(results):
     """Gains on real heads (study/real.py): deep regions in T1, whole tumours in FLAIR."""
     rows = []
-    for task, preset, n, start in itertools.product(("tumour", "deep"), ("spatial", "all"), LABELS,
-                                                    ("real", "real-noskips")):
-        before, after = (f"{task}-{n}-{preset}-{word}" for word in ("scratch", start))
+    for task, preset, n, start, against in itertools.product(
+            ("tumour", "deep"), ("spatial", "all"), LABELS, ("real", "real-noskips"),
+            ("scratch", "real-untrained")):
+        before, after = (f"{task}-{n}-{preset}-{word}" for word in (against, start))
         found = gain(results, after, before)
         if found:
             skips = "no" if "noskips" in start else "yes"
+            words = "scratch" if against == "scratch" else "the same first weights"
             means = [f"{fold_means(results[name]).mean():.2f}" for name in (before, after)]
-            rows.append([task, n, preset, skips, *means, *cells(found)])
+            rows.append([task, n, preset, skips, words, *means, *cells(found)])
     if not rows:
         return "Not run yet."
-    return table(["task", "labelled", "augmentation", "skips", "from scratch", "pretrained", "gain",
-                  "95 % interval", "could find", "pretraining helps"], rows)
+    return table(["task", "labelled", "augmentation", "skips", "against", "without", "pretrained",
+                  "gain", "95 % interval", "could find", "pretraining helps"], rows)
 
 
 # Claim b has a curve over the labelled scans for each of these: its words, start and augmentation.
@@ -267,9 +269,13 @@ POOLED = [
        "of labelled scans",
        [(with_start("base-noskips", n, form="renewed"), with_start(before, n)) for n in LABELS])
       for words, before in (("pretrained, too", "base-noskips"), ("scratch", "scratch"))),
-    *((f"{words}, pretrained with skips, mean over {{}} numbers of labelled people",
-       [(f"{task}-{n}-spatial-real", f"{task}-{n}-spatial-scratch") for n in LABELS])
-      for task, words in (("tumour", "real heads, tumours"), ("deep", "real heads, deep regions"))),
+    *((f"real heads, {words}, {preset} augmentation, pretrained with skips against {against}, mean "
+       "over {} numbers of labelled people",
+       [(f"{task}-{n}-{preset}-real", f"{task}-{n}-{preset}-{before}") for n in LABELS])
+      for task, words in (("tumour", "tumours"), ("deep", "deep regions"))
+      for preset, before, against in (
+          ("spatial", "scratch", "scratch"), ("all", "scratch", "scratch"),
+          ("spatial", "real-untrained", "the same first weights"))),
 ]
 
 # Comparisons of which each has first weights of its own.
@@ -284,17 +290,18 @@ OVER_SEEDS = [
 def pooled(results):
     """Means over several comparisons, in one line each."""
     lines = []
-    for words, pairs in POOLED:
+    for words, pairs in POOLED + OVER_SEEDS:
         differences = gains_that_are_there(results, pairs)
-        if len(differences) > 1:
-            lines.append(f"* {words.format(len(differences))}: {mean_of(differences)}")
+        if len(differences) < 2:
+            continue
+        count = len(differences)
 
-    # Of first weights, these are what is drawn: the interval is over them.
-    for words, pairs in OVER_SEEDS:
-        differences = gains_that_are_there(results, pairs)
-        if len(differences) > 1:
-            lines.append(f"* {words.format(len(differences))}, interval over these: "
-                         f"{mean_of(np.transpose(differences))}")
+        # Of first weights, these are what is drawn: the interval is over them.
+        over = ""
+        if (words, pairs) in OVER_SEEDS:
+            over = ", interval over these"
+            differences = np.transpose(differences)
+        lines.append(f"* {words.format(count)}{over}: {mean_of(differences)}")
     return "\n".join(lines) or "Too few runs are done yet."
 
 

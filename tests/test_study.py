@@ -215,7 +215,13 @@ def test_real_heads_have_a_table_of_their_own():
     rng = np.random.default_rng(2)
     results = {"deep-5-all-scratch": made_up(0.3, rng), "deep-5-all-real": made_up(0.4, rng)}
     row = report.real_heads(results).splitlines()[-1]
-    assert row.startswith("| deep | 5 | all | yes | ") and row.endswith(" | seen |")
+    assert row.startswith("| deep | 5 | all | yes | scratch | ") and row.endswith(" | seen |")
+
+    # Beside first weights that were not trained, too.
+    results["deep-5-all-real-untrained"] = made_up(0.5, rng)
+    row = report.real_heads(results).splitlines()[-1]
+    assert row.startswith("| deep | 5 | all | yes | the same first weights | ")
+    assert row.endswith(" | not seen: the opposite is |")
     assert report.real_heads({}) == "Not run yet."
 
 

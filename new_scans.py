@@ -219,6 +219,7 @@ def choose_channels(sessions, sequences, others=""):
             lacking.setdefault(" and ".join(missing), []).append(name)
             continue
 
+        # Which run is taken: one with a label map, if there is any.
         if max(map(len, runs)) > 1:
             several.append(name)
         labelled = [[run for run in found if run.scan.label] or found for found in runs]
@@ -315,6 +316,7 @@ def group_files(folder, paths, sequences, truth, lines):
     else:
         known, by_path = cases_of_files(paths, single)
 
+    # The files of each case, by the numbers of their channels.
     cases, strangers = {}, []
     for path, (case, channel) in zip(paths, known, strict=True):
         if channel is None or channel >= len(sequences):
@@ -323,6 +325,7 @@ def group_files(folder, paths, sequences, truth, lines):
             full = os.path.join(folder or "", path)
             cases.setdefault(case, []).append((channel, full))
 
+    # A case is a scan if it has each channel, and each once.
     scans, faults, lacking = [], {}, []
     for case, files in cases.items():
         name = name_of(case, "1") if case in by_path else name_of_case(case)

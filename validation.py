@@ -116,7 +116,7 @@ def weights_grown(model):
 
     Of the convolutions of the paper's U-Nets, which have an instance norm behind each; {} of other
     networks. There the size of the weights does not change the output, but a step of AdamW has the
-    size of its rate: it turns large weights less. docs/status.md has what this costs."""
+    size of its rate: it turns large weights less. docs/experiments.md has what this costs."""
     ratios = []
     for name, block in model.named_modules():
         if name.startswith("encoder.") and isinstance(block, models.ConvNormAct):
@@ -140,7 +140,7 @@ def verdict(look):
     grown = ""
     if look.get("weights", 1) > GROWN:
         grown = (f"\nthe encoder's weights have grown up to {look['weights']:.1f} times: finetuning"
-                 " moves them that much less; a lower --lr keeps them small (docs/status.md)")
+                 " moves them that much less; a lower --lr keeps them small (docs/experiments.md)")
 
     error = look["val_masked"]
     fill = look["val_fill"]

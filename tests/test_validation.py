@@ -181,7 +181,7 @@ def test_the_verdict_tells_brightness_from_the_rest():
 
 def test_weights_that_have_grown_are_spoken_of():
     """Behind a convolution stands an instance norm: large weights leave the output as it is, and
-    are turned less by each step of finetuning (docs/status.md)."""
+    are turned less by each step of finetuning (docs/experiments.md)."""
     torch.manual_seed(0)
     model = models.build_model("unet_demo", "pretrain", features=8).eval()
     assert validation.weights_grown(model)["weights"] == pytest.approx(1, abs=0.05)

@@ -43,7 +43,8 @@ HOW = [
     "Heads, tasks, steps and rates were chosen by pilots with 5 and 20 labelled scans in folds 0 "
     "and 1 of these cohorts, from scratch and pretrained. These folds count here as well. The "
     "longest pretraining without skips (`base-noskips`) and claim j were added when results "
-    "of claims c to f were known, and claims k and l when all of those were."]
+    "of claims c to f were known, and claims k and l when all of those were. The first weights on "
+    "real heads were added when all but augmentation was known there."]
 
 
 def read_results(runs):
@@ -265,6 +266,13 @@ POOLED = [
     *((f"b, {words}, mean over {{}} numbers of labelled scans",
        [(with_start(start, n, preset), with_start("scratch", n, preset)) for n in LABELS])
       for words, start, preset in CURVES),
+    *((f"b, {words}, mean over {{}} numbers of labelled scans",
+       [(with_start(start, n, "spatial"), with_start("scratch", n, "all")) for n in LABELS])
+      for words, start in (
+          ("as the paper compares: pretrained and spatial augmentation, against scratch and all "
+           "augmentation", "base"),
+          ("as the paper compares, pretrained without skips", "base-noskips"),
+          ("from scratch, spatial augmentation against all", "scratch"))),
     *((f"k, pretrained without skips, the first level new, against {words}, mean over {{}} numbers "
        "of labelled scans",
        [(with_start("base-noskips", n, form="renewed"), with_start(before, n)) for n in LABELS])

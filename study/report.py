@@ -124,8 +124,7 @@ class Comparison(NamedTuple):
 
 def with_start(name, n=5, preset="spatial", form=""):
     """The finetuning that starts from a pretraining, or from scratch. form: as in study.py."""
-    name = f"{study.TASK}-{n}-{preset}-{name}"
-    return f"{form}-{name}" if form else name
+    return study.name_of_finetuning(name, study.TASK, n, preset, form)
 
 
 # The longest pretrainings, as a claim names them.
@@ -143,7 +142,8 @@ COMPARISONS = [
                  "augmentation", with_start("base-noskips", n), with_start("scratch", n))
       for n in LABELS),
     *(Comparison("b", f"pretraining helps with 5 labelled scans: {task}",
-                 f"{task}-5-spatial-base", f"{task}-5-spatial-scratch")
+                 study.name_of_finetuning("base", task, 5, "spatial"),
+                 study.name_of_finetuning("scratch", task, 5, "spatial"))
       for task in ("white", "cortex")),
     *(Comparison("c", f"the longest pretraining is better than 1/{part} of it",
                  with_start("base"), with_start(name))
@@ -242,7 +242,8 @@ def real_heads(results):
     for task, preset, n, start, against in itertools.product(
             ("tumour", "deep"), ("spatial", "all"), LABELS, ("real", "real-noskips"),
             ("scratch", "real-untrained")):
-        before, after = (f"{task}-{n}-{preset}-{word}" for word in (against, start))
+        before, after = (study.name_of_finetuning(word, task, n, preset)
+                         for word in (against, start))
         found = gain(results, after, before)
         if found:
             skips = "no" if "noskips" in start else "yes"
@@ -279,7 +280,8 @@ POOLED = [
       for words, before in (("pretrained, too", "base-noskips"), ("scratch", "scratch"))),
     *((f"real heads, {words}, {preset} augmentation, pretrained with skips against {against}, mean "
        "over {} numbers of labelled people",
-       [(f"{task}-{n}-{preset}-real", f"{task}-{n}-{preset}-{before}") for n in LABELS])
+       [tuple(study.name_of_finetuning(start, task, n, preset) for start in ("real", before))
+        for n in LABELS])
       for task, words in (("tumour", "tumours"), ("deep", "deep regions"))
       for preset, before, against in (
           ("spatial", "scratch", "scratch"), ("all", "scratch", "scratch"),

@@ -70,6 +70,12 @@ def pretraining(name, claims, size, minutes=3.5, part=4, **changes):
     return Run(f"pretrain-{name}", claims, "pretrain.py", settings | changes, minutes)
 
 
+def name_of_finetuning(start, task, n_train, preset, form=""):
+    """start: the name of a pretraining, without pretrain-, or scratch."""
+    name = f"{task}-{n_train}-{preset}-{start}"
+    return f"{form}-{name}" if form else name
+
+
 def finetuning(start, task, n_train, preset, claims, size, minutes=6.5, form=""):
     """Six folds. start: a pretraining, or None for scratch. form: "", or how the encoder is
     treated: frozen, scaled or renewed (study/<form>.py)."""
@@ -85,10 +91,9 @@ def finetuning(start, task, n_train, preset, claims, size, minutes=6.5, form="")
     else:
         word = start.name.removeprefix("pretrain-")
         settings |= {"ckpt": os.path.join(WORK, start.name, "last.pt")}
-    name = f"{task}-{n_train}-{preset}-{word}"
-    if form:
-        return Run(f"{form}-{name}", claims, f"study/{form}.py", settings, minutes, start)
-    return Run(name, claims, "finetune.py", settings, minutes, start)
+    name = name_of_finetuning(word, task, n_train, preset, form)
+    script = f"study/{form}.py" if form else "finetune.py"
+    return Run(name, claims, script, settings, minutes, start)
 
 
 def all_runs(size):

@@ -177,13 +177,11 @@ def all_runs(size):
         runs += finetunings(n, "spatial", (None, pretrained))
     runs.append(study.pretraining("real-wide-noskips", "", size, minutes=25, part=2,
                                   features=2 * size["features"], skips="false", **shared))
-    begun = study.pretraining("real-untrained", "", size, minutes=0.5, part=size["steps"],
-                              val_every=1, log_every=1, **shared)
-    runs += [begun, *finetunings(5, "spatial", (begun,))]
-    runs += finetunings(5, "all", (None, pretrained))
-    for n in (10, 3):
+    begun = study.untrained("real-untrained", "", size, minutes=0.5, **shared)
+    runs.append(begun)
+    for n in (5, 10, 3):
         runs += finetunings(n, "spatial", (begun,))
-    for n in (10, 3):
+    for n in (5, 10, 3):
         runs += finetunings(n, "all", (None, pretrained))
     return runs
 

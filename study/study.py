@@ -70,6 +70,13 @@ def pretraining(name, claims, size, minutes=3.5, part=4, **changes):
     return Run(f"pretrain-{name}", claims, "pretrain.py", settings | changes, minutes)
 
 
+def untrained(name, claims, size, minutes=0.1, **changes):
+    """What a pretraining with these changes begins with, as a run of one step of warmup, which
+    changes the weights by a ten-thousandth."""
+    return pretraining(name, claims, size, minutes, part=size["steps"], val_every=1, log_every=1,
+                       **changes)
+
+
 def name_of_finetuning(start, task, n_train, preset, form=""):
     """start: the name of a pretraining, without pretrain-, or scratch."""
     name = f"{task}-{n_train}-{preset}-{start}"
@@ -122,11 +129,9 @@ def all_runs(size):
              for start, numbers in ((without, (5, 20, 3, 10)), (base, (5,))) for n in numbers]
 
     # l: the same first weights without pretraining, and other first weights with it and without.
-    # One step of warmup changes their weights by a ten-thousandth.
     for seed in (0, 1, 2):
         name = f"-seed{seed}" if seed else ""
-        begun = pretraining(f"untrained{name}", "l", size, minutes=0.1, part=size["steps"],
-                            seed=seed, val_every=1, log_every=1)
+        begun = untrained(f"untrained{name}", "l", size, seed=seed)
         runs += [begun, finetuning(begun, TASK, 5, "spatial", "l", size)]
         if seed:
             other = pretraining(f"base{name}", "al", size, minutes=13, part=1, seed=seed)

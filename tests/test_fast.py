@@ -82,7 +82,8 @@ def apart(a, b, floor=1e-30):
 def narrow(row, task="segment"):
     """A row of the table in few channels, and an input: two samples, for oneDNN's kernels.
 
-    SwinUNETR's is three voxels deep at the coarsest level, as bf16 on a CPU needs."""
+    Those of SwinUNETR and ResEnc are three voxels deep at the coarsest level, as bf16 on a CPU
+    needs."""
     torch.manual_seed(0)
     if models.ROWS[row].family == "swin":
         return models.build_model(row, task, features=16), torch.rand(2, 1, 96, 32, 32)
